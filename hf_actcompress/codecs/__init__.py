@@ -1,0 +1,19 @@
+"""Pure codecs: tensor -> payload -> tensor.  Nothing here knows modules, ranks or transports."""
+
+from .base import Codec, CodecState, Payload, raw_nbytes, representable
+from .block import Block
+from .chain import Chain
+from .feedback import Feedback
+from .float8 import Float8
+from .identity import Identity
+from .kmeans import KMeans
+from .lowrank import LowRank
+from .registry import CODECS, codec_names, parse_codec
+from .sort import Sort
+from .topk import TopK
+from .uniform import Uniform
+
+__all__ = [
+    "CODECS", "Block", "Chain", "Codec", "CodecState", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
+    "Payload", "Sort", "TopK", "Uniform", "codec_names", "parse_codec", "raw_nbytes", "representable",
+]  # fmt: skip

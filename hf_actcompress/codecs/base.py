@@ -1,0 +1,195 @@
+"""The contract of a codec: tensor -> payload -> tensor, with state kept apart.
+
+A codec is a frozen dataclass whose fields are its hyperparameters.  It knows no module, rank or transport; what
+changes during training lives in a `CodecState` that the caller keeps, copies and saves.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Beyond this magnitude max - min would overflow fp32: such tensors are treated like NaN and Inf and passed on as
+# they are.
+LARGEST = 2.0**126
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a codec leaves of a tensor.
+
+    `tensors` hold everything that would travel or be stored (codes, scales, positions, codebooks); `parts` hold
+    the payloads of a chain's second codec.  `raw` marks a tensor that was passed on uncompressed because it held
+    NaN, Inf or values beyond 2**126.
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tensors: dict[str, Tensor]
+    parts: dict[str, "Payload"] = field(default_factory=dict)
+    raw: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the payload."""
+        own = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return own + sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the original tensor over `nbytes` (1.0 for an empty tensor)."""
+        return raw_nbytes(self.shape, self.dtype) / self.nbytes if self.nbytes else 1.0
+
+
+class CodecState:
+    """What a codec remembers between calls at one site.
+
+    Tensors in a state are replaced, never changed in place, so that `snapshot()` is a cheap, true copy: a
+    recomputed forward pass (activation checkpointing) replays the snapshot and gets the same values.
+    """
+
+    def snapshot(self) -> "CodecState":
+        return copy.copy(self)
+
+    def restore(self, other: "CodecState") -> None:
+        self.__dict__.update(other.__dict__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only, so that it can be saved with safetensors and JSON."""
+        return dict(self.__dict__)
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        unknown = set(values) - set(self.__dict__)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} got the unknown entries {sorted(unknown)}; it holds "
+                f"{sorted(self.__dict__)}. The checkpoint was written with another codec: start with fresh state."
+            )
+        self.__dict__.update(values)
+
+
+class Codec:
+    """Base class.  Subclasses are frozen dataclasses that set `name` and implement the underscore methods."""
+
+    name: ClassVar[str] = ""
+    # Names of the payload tensors that hold floats a second codec of a chain can compress further.
+    leaves: ClassVar[tuple[str, ...]] = ()
+
+    # -- what users call ---------------------------------------------------------------------------------------
+    def encode(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Payload:
+        """Compress `x` (any shape; fp32, bf16, fp16 or fp64; contiguous or not).
+
+        A tensor with NaN, Inf or a magnitude above 2**126 comes back as a raw payload and leaves `state` as it
+        was.  `check=False` skips that scan, for callers who have done it.
+        Raises ValueError for a tensor that is not floating point.
+        """
+        self._accepts(x)
+        if x.numel() == 0 or (check and not representable(x)):
+            return Payload(str(self), tuple(x.shape), x.dtype, {"raw": x.detach().contiguous()}, raw=True)
+        return self._encode(x.detach(), state)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """The tensor again: original shape, dtype and device, contiguous."""
+        if payload.raw:
+            return payload.tensors["raw"].clone()
+        return self._decode(payload)
+
+    def roundtrip(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Tensor:
+        """The same values as `decode(encode(x, state))`, bit for bit, and the same change of `state`."""
+        self._accepts(x)
+        if x.numel() == 0 or (check and not representable(x)):
+            return x.detach().clone(memory_format=torch.contiguous_format)
+        return self._roundtrip(x.detach(), state)
+
+    def payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes of the payload of a finite tensor of that shape and dtype, known before encoding."""
+        if math.prod(shape) == 0:
+            return 0
+        return self._payload_nbytes(tuple(shape), dtype)
+
+    def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
+        """Fresh state for one site, or None for a codec that remembers nothing."""
+        return None
+
+    # -- what subclasses implement -----------------------------------------------------------------------------
+    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+        raise NotImplementedError
+
+    def _decode(self, payload: Payload) -> Tensor:
+        raise NotImplementedError
+
+    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
+        return self._decode(self._encode(x, state))
+
+    def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        raise NotImplementedError
+
+    def _payload(self, x: Tensor, tensors: dict[str, Tensor], parts: dict[str, Payload] | None = None) -> Payload:
+        return Payload(str(self), tuple(x.shape), x.dtype, tensors, parts or {})
+
+    def _accepts(self, x: Tensor) -> None:
+        if x.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{self} got a tensor of dtype {x.dtype}; codecs compress floating point tensors "
+                f"({', '.join(str(d).removeprefix('torch.') for d in FLOAT_DTYPES)}). Leave integer and bool "
+                "tensors alone, or convert with .float() first."
+            )
+
+    # -- the spec: a codec is its own configuration --------------------------------------------------------------
+    def __str__(self) -> str:
+        """Canonical spec: the name and the options that differ from their defaults, plus `bits`, `rank`, `ratio`."""
+        options = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if value != f.default or f.name in ("bits", "rank", "ratio"):
+                text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                options.append(f"{f.name}={text}")
+        return f"{self.name}:{','.join(options)}" if options else self.name
+
+
+def raw_nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of an uncompressed tensor."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def representable(x: Tensor) -> bool:
+    """True if every value is finite and within +-2**126.  One read of `x`; on a GPU this synchronises."""
+    lo, hi = torch.aminmax(x)
+    # A comparison with NaN is False, and NaN propagates through aminmax.
+    return bool((lo >= -LARGEST) & (hi <= LARGEST))
+
+
+def check_int(codec: str, option: str, value: Any, low: int, high: int, remedy: str = "") -> None:
+    """Raise the ValueError that every integer option shares."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{codec}: {option}={value!r} is not an integer from {low} to {high}. {remedy}".rstrip())
+
+
+def check_choice(codec: str, option: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        names = ", ".join("none" if a is None else str(a) for a in allowed)
+        raise ValueError(f"{codec}: {option}={value!r} is not known; choose one of: {names}.")
+
+
+def site_hash(site: str) -> int:
+    """A stable 32-bit number for a site's name (Python's own `hash` changes between processes)."""
+    return zlib.crc32(site.encode())
+
+
+def strided_sample(flat: Tensor, size: int) -> Tensor:
+    """About `size` values of a flat tensor in fp32, evenly spaced; all of them if there are not many more.
+
+    The stride is made odd, so that a period that is a power of two (features, groups) does not alias.
+    """
+    stride = flat.numel() // size
+    if stride <= 1:
+        return flat.float()
+    return flat[:: stride | 1].float()

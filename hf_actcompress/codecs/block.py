@@ -1,0 +1,236 @@
+"""Block quantization: every group of elements has its own scale.  The default codec of the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Codec, CodecState, Payload, check_choice, check_int
+from .hadamard import hadamard
+from .levels import ceil16, floor16, gauss_levels, safe_inverse
+from .packing import MAX_BITS, ceil8, code_dtype, pack, unpack
+from .rounding import RoundingState, next_key
+from .rows import piece_shapes, row_pieces, tiles
+from .uniform import round_codes
+
+DEFAULT_GROUP = 128
+
+
+@dataclass(frozen=True)
+class Block(Codec):
+    """Affine quantization with two scales per group.
+
+    bits: 1 to 16.
+    group: elements per group (a multiple of 8; default 128), or splits: number of equal parts of the tensor, or
+        dim="channel": one group per channel (dimension 1 of [B, C, H, W], else the last;
+        tensors of fewer than two dimensions fall back to groups of 128).
+    round: "nearest" or "stochastic" (unbiased; equal levels only).
+    rotate: None or "hadamard": the group's mean is taken out and kept, the rest is turned by a Walsh-Hadamard
+        transform, which spreads outliers.  The group must be a power of two.
+    levels: "uniform" (equal steps) or "gauss" (Lloyd-Max levels of a Gaussian of the group's variance).
+    clip: the share of the range that equal steps cover (nearest only); below 1 the tails are cut for a finer step.
+    scale: 16 (bf16, rounded outwards, so that no value falls out of range) or 32 bits per scale.
+
+    Payload: bits / 8 bytes per element, rounded up to 8 elements in the last group (to the whole group when
+    rotated), + 2 scales per group.
+    Sources: per-group quantization as in ActNN (Chen et al., 2021); rotation as in QuaRot (Ashkboos et al., 2024).
+    """
+
+    bits: int = 4
+    group: int | None = None
+    splits: int | None = None
+    dim: str | None = None
+    round: str = "nearest"
+    rotate: str | None = None
+    levels: str = "uniform"
+    clip: float = 1.0
+    scale: int = 16
+    name: ClassVar[str] = "block"
+
+    def __post_init__(self) -> None:
+        check_int(self.name, "bits", self.bits, 1, MAX_BITS, "To leave a tensor alone use identity.")
+        check_choice(self.name, "round", self.round, ("nearest", "stochastic"))
+        check_choice(self.name, "rotate", self.rotate, (None, "hadamard"))
+        check_choice(self.name, "levels", self.levels, ("uniform", "gauss"))
+        check_choice(self.name, "dim", self.dim, (None, "channel"))
+        check_choice(self.name, "scale", self.scale, (16, 32))
+        if sum(v is not None for v in (self.group, self.splits, self.dim)) > 1:
+            raise ValueError(
+                f"block: group={self.group}, splits={self.splits} and dim={self.dim} exclude each other; give one."
+            )
+        if self.group is not None:
+            check_int(self.name, "group", self.group, 8, 2**20)
+            if self.group % 8:
+                raise ValueError(f"block: group={self.group} is not a multiple of 8, so its codes would not pack.")
+        if self.splits is not None:
+            check_int(self.name, "splits", self.splits, 1, 2**20)
+        if self.rotate and (self.dim or self.splits or (self.group or DEFAULT_GROUP).bit_count() != 1):
+            raise ValueError(
+                f"block: rotate={self.rotate} needs groups whose size is a power of two; got group={self.group}, "
+                f"splits={self.splits}, dim={self.dim}. Use for example group=128."
+            )
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"block: clip={self.clip} is outside (0, 1].")
+        if self.round == "stochastic" and (self.clip != 1 or self.levels != "uniform"):
+            raise ValueError(
+                "block: round=stochastic is unbiased only with clip=1 and levels=uniform; got "
+                f"clip={self.clip:g}, levels={self.levels}. Use round=nearest or drop those options."
+            )
+        if self.levels == "gauss" and self.bits > 8:
+            raise ValueError(f"block: levels=gauss goes up to 8 bits; got bits={self.bits}. Use levels=uniform.")
+
+    def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
+        return RoundingState(site, seed) if self.round == "stochastic" else None
+
+    # -- groups -----------------------------------------------------------------------------------------------
+    def _cols(self, shape: tuple[int, ...]) -> int:
+        n = math.prod(shape)
+        if self.dim == "channel" and len(shape) > 1:
+            return n // shape[_channel(shape)]
+        if self.splits is not None:
+            return ceil8(-(-n // self.splits))
+        return self.group or DEFAULT_GROUP
+
+    def _pieces(self, x: Tensor) -> list[Tensor]:
+        cols = self._cols(tuple(x.shape))
+        if self.dim == "channel" and x.dim() > 1:
+            rows = x.movedim(_channel(x.shape), 0).reshape(-1, cols)
+            pad = ceil8(cols) - cols
+            return [torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1) if pad else rows]
+        return row_pieces(x.reshape(-1), cols, cols if self.rotate else 0)
+
+    def _piece_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        n, cols = math.prod(shape), self._cols(shape)
+        if self.dim == "channel" and len(shape) > 1:
+            return [(n // cols, ceil8(cols))]
+        return piece_shapes(n, cols, cols if self.rotate else 0)
+
+    def _unite(self, pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Inverse of `_pieces`."""
+        if self.dim == "channel" and len(shape) > 1:
+            dim = _channel(shape)
+            moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]
+            return pieces[0][:, : self._cols(shape)].reshape(moved).movedim(0, dim).contiguous()
+        n = math.prod(shape)
+        if len(pieces) == 1:
+            return pieces[0].view(-1)[:n].view(shape)
+        return torch.cat([p.view(-1) for p in pieces])[:n].view(shape)
+
+    # -- one tile of groups -----------------------------------------------------------------------------------
+    def _quantize(self, rows: Tensor, key: int | None, row0: int) -> tuple[Tensor, Tensor]:
+        """rows [R, C] -> codes as fp32 [R, C], scales fp32 [R, 2] (already rounded to their stored precision)."""
+        top = 2**self.bits - 1
+        x = rows.float()
+        low, high = (floor16, ceil16) if self.scale == 16 else (_same, _same)
+        if self.rotate or self.levels == "gauss":
+            center = x.mean(1)
+            center = center.bfloat16().float() if self.scale == 16 else center
+            x = x - center[:, None]
+            if self.rotate:
+                x = hadamard(x)
+            if self.levels == "gauss":
+                spread = high(torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5)
+                edges = _edges(self.bits, x.device)
+                y = x * safe_inverse(spread)[:, None]
+                codes = torch.bucketize(y, edges, out_int32=True).float()
+                return codes, torch.stack([center, spread], 1)
+            step = high(torch.linalg.vector_norm(x, torch.inf, dim=1) * (2 * self.clip / top))
+            y = x * safe_inverse(step)[:, None] + top / 2
+            return round_codes(y, top, key, row0), torch.stack([center, step], 1)
+        lo, hi = torch.aminmax(x, dim=1)
+        if self.clip < 1:
+            cut = (hi - lo) * ((1 - self.clip) / 2)
+            lo, hi = lo + cut, hi - cut
+        lo = low(lo)
+        step = high(hi / top - lo / top)
+        y = (x - lo[:, None]) * safe_inverse(step)[:, None]
+        return round_codes(y, top, key, row0), torch.stack([lo, step], 1)
+
+    def _dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """codes fp32 [R, C], scales fp32 [R, 2] -> fp32 [R, C]."""
+        base, step = scales[:, :1], scales[:, 1:]
+        if self.levels == "gauss":
+            y = _levels(self.bits, codes.device)[codes.int()] * step
+        elif self.rotate:
+            y = (codes - (2**self.bits - 1) / 2) * step
+        else:
+            return base + codes * step
+        return (hadamard(y) if self.rotate else y) + base
+
+    # -- the contract -----------------------------------------------------------------------------------------
+    def _tiles(self, x: Tensor, state: CodecState | None) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
+        """(piece, start, stop, codes, scales) for every tile, in order."""
+        key = next_key(state) if self.round == "stochastic" else None
+        row0 = 0
+        for i, piece in enumerate(self._pieces(x)):
+            for start, stop in tiles(*piece.shape, x.device):
+                yield i, start, stop, *self._quantize(piece[start:stop], key, row0)
+                row0 += stop - start
+
+    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+        shapes = self._piece_shapes(tuple(x.shape))
+        groups = sum(rows for rows, _ in shapes)
+        nbytes = sum(rows * cols * self.bits // 8 for rows, cols in shapes)
+        packed = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
+        scales = torch.empty(groups, 2, dtype=self._scale_dtype, device=x.device)
+        at = row = 0
+        for _, start, stop, codes, scale in self._tiles(x, state):
+            out = pack(codes.to(code_dtype(self.bits)), self.bits).view(-1)
+            packed[at : at + out.numel()] = out
+            scales[row : row + stop - start] = scale
+            at, row = at + out.numel(), row + stop - start
+        return self._payload(x, {"codes": packed, "scales": scales})
+
+    def _decode(self, payload: Payload) -> Tensor:
+        packed, scales = payload.tensors["codes"], payload.tensors["scales"]
+        pieces, at, row = [], 0, 0
+        for rows, cols in self._piece_shapes(payload.shape):
+            out = torch.empty(rows, cols, dtype=payload.dtype, device=packed.device)
+            width = cols * self.bits // 8
+            for start, stop in tiles(rows, cols, packed.device):
+                part = packed[at : at + (stop - start) * width].view(stop - start, width)
+                codes = unpack(part, self.bits, cols).float()
+                out[start:stop] = self._dequantize(codes, scales[row : row + stop - start].float())
+                at, row = at + part.numel(), row + stop - start
+            pieces.append(out)
+        return self._unite(pieces, payload.shape)
+
+    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
+        pieces = [
+            torch.empty(shape, dtype=x.dtype, device=x.device) for shape in self._piece_shapes(tuple(x.shape))
+        ]
+        for i, start, stop, codes, scale in self._tiles(x, state):
+            pieces[i][start:stop] = self._dequantize(codes, scale)
+        return self._unite(pieces, tuple(x.shape))
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.scale == 16 else torch.float32
+
+    def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return sum(
+            rows * (cols * self.bits // 8 + 2 * self._scale_dtype.itemsize)
+            for rows, cols in self._piece_shapes(shape)
+        )
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _channel(shape: tuple[int, ...] | torch.Size) -> int:
+    return 1 if len(shape) == 4 else len(shape) - 1
+
+
+def _levels(bits: int, device: torch.device) -> Tensor:
+    return torch.tensor(gauss_levels(bits), device=device)
+
+
+def _edges(bits: int, device: torch.device) -> Tensor:
+    levels = _levels(bits, device)
+    return (levels[1:] + levels[:-1]) / 2

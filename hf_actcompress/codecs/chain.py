@@ -1,0 +1,94 @@
+"""Chains: the second codec compresses the floats that the first one leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Codec, CodecState, Payload
+
+
+class ChainState(CodecState):
+    """The state of the first codec, and one of the second for each tensor it compresses."""
+
+    def __init__(self, states: dict[str, CodecState | None]) -> None:
+        self.states = states
+
+    def snapshot(self) -> "ChainState":
+        return ChainState({k: None if s is None else s.snapshot() for k, s in self.states.items()})
+
+    def restore(self, other: CodecState) -> None:
+        for name, state in self.states.items():
+            if state is not None:
+                state.restore(other.states[name])  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict:
+        return {k: s.state_dict() for k, s in self.states.items() if s is not None}
+
+    def load_state_dict(self, values: dict) -> None:
+        for name, state in self.states.items():
+            if state is not None and name in values:
+                state.load_state_dict(values[name])
+
+
+@dataclass(frozen=True)
+class Chain(Codec):
+    """`first|second`: top-k values then quantized, low-rank factors then quantized.
+
+    Payload: what `first` keeps besides its leaves (positions), and the payloads of `second` for the leaves.
+    Raises ValueError if `first` leaves nothing to compress (a quantizer leaves integers).
+    """
+
+    first: Codec
+    second: Codec
+    name: ClassVar[str] = "chain"
+
+    def __post_init__(self) -> None:
+        if not self.first.leaves:
+            raise ValueError(
+                f"{self.first}|{self.second}: {self.first.name} leaves only integer codes, so nothing is left for "
+                f"{self.second.name} to compress. Chains start with topk, lowrank or identity."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.first}|{self.second}"
+
+    @property
+    def leaves(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ()
+
+    def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
+        states = {"first": self.first.init_state(site, seed)}
+        for leaf in self.first.leaves:
+            states[leaf] = self.second.init_state(f"{site}/{leaf}", seed)
+        return ChainState(states) if any(s is not None for s in states.values()) else None
+
+    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+        states = state.states if isinstance(state, ChainState) else {}
+        inner = self.first.encode(x, states.get("first"), check=False)
+        parts = {leaf: self.second.encode(inner.tensors[leaf], states.get(leaf)) for leaf in self.first.leaves}
+        rest = {name: t for name, t in inner.tensors.items() if name not in parts}
+        return self._payload(x, rest, parts)
+
+    def _decode(self, payload: Payload) -> Tensor:
+        leaves = {name: self.second.decode(part) for name, part in payload.parts.items()}
+        return self.first.decode(dataclasses.replace(payload, tensors={**payload.tensors, **leaves}, parts={}))
+
+    def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        leaves = self.leaf_shapes(shape, dtype)
+        total = self.first.payload_nbytes(shape, dtype)
+        for leaf_shape, leaf_dtype in leaves.values():
+            raw = leaf_dtype.itemsize
+            for size in leaf_shape:
+                raw *= size
+            total += self.second.payload_nbytes(leaf_shape, leaf_dtype) - raw
+        return total
+
+    def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if hasattr(self.first, "leaf_shapes"):
+            return self.first.leaf_shapes(shape, dtype)
+        return {leaf: (tuple(shape), dtype) for leaf in self.first.leaves}

@@ -1,0 +1,31 @@
+"""The control: nothing is compressed, and training must not change by a bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Codec, CodecState, Payload, raw_nbytes
+
+
+@dataclass(frozen=True)
+class Identity(Codec):
+    """Passes tensors on as they are.  Payload: the raw bytes.
+
+    Proves that the sites are transparent, and bounds what any codec can gain.
+    """
+
+    name: ClassVar[str] = "identity"
+    leaves: ClassVar[tuple[str, ...]] = ("values",)
+
+    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+        return self._payload(x, {"values": x.contiguous()})
+
+    def _decode(self, payload: Payload) -> Tensor:
+        return payload.tensors["values"].clone()
+
+    def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return raw_nbytes(shape, dtype)

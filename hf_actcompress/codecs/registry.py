@@ -1,0 +1,94 @@
+"""Codecs by name, and specs such as "block:bits=4,group=128", "topk:ratio=0.1|uniform:bits=8", "ef+topk"."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from .base import Codec
+from .block import Block
+from .chain import Chain
+from .feedback import Feedback
+from .float8 import Float8
+from .identity import Identity
+from .kmeans import KMeans
+from .lowrank import LowRank
+from .sort import Sort
+from .topk import TopK
+from .uniform import Uniform
+
+CODECS: dict[str, type[Codec]] = {c.name: c for c in (Identity, Uniform, Block, Sort, KMeans, TopK, LowRank, Float8)}
+
+
+def codec_names() -> list[str]:
+    return list(CODECS)
+
+
+def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
+    """A codec from its spec, a dict {"name": "block", "bits": 4, ...}, or a codec (returned as it is).
+
+    Grammar: `name[:option=value,...]`, `a|b` (b compresses what a leaves), `ef+a` (error feedback around all that
+    follows).  Raises ValueError with the names and options that exist.
+    """
+    if isinstance(spec, Codec):
+        return spec
+    if isinstance(spec, dict):
+        options = dict(spec)
+        name = options.pop("name", None)
+        if name is None:
+            raise ValueError(f"A codec given as a dict needs a 'name'; got {spec!r}. Names: {', '.join(CODECS)}.")
+        return _build(str(name), options, repr(spec))
+    if not isinstance(spec, str) or not spec.strip():
+        raise ValueError(f"A codec is a spec such as 'block:bits=4', a dict or a Codec; got {spec!r}.")
+    text = spec.strip()
+    if text.startswith("ef+"):
+        return Feedback(parse_codec(text[3:]))
+    if "|" in text:
+        first, rest = text.split("|", 1)
+        return Chain(parse_codec(first), parse_codec(rest))
+    name, _, tail = text.partition(":")
+    options = {}
+    for item in filter(None, (t.strip() for t in tail.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals or not value:
+            raise ValueError(f"'{item}' in the codec spec '{spec}' is not option=value. Example: block:bits=4.")
+        if key.strip() in options:
+            raise ValueError(f"The codec spec '{spec}' gives {key.strip()} twice.")
+        options[key.strip()] = value.strip()
+    return _build(name.strip(), options, spec)
+
+
+def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
+    cls = CODECS.get(name)
+    if cls is None:
+        close = difflib.get_close_matches(name, CODECS, 1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {', '.join(CODECS)}; also a|b and ef+a.")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise ValueError(f"{name} has no option '{key}' (in '{spec}').{hint} Options: {', '.join(known) or 'none'}.")
+        values[key] = _convert(name, key, value, hints[key]) if isinstance(value, str) else value
+    return cls(**values)
+
+
+def _convert(codec: str, key: str, text: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    for kind in kinds:
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                raise ValueError(
+                    f"{codec}: {key}={text!r} is not {'an integer' if kind is int else 'a number'}."
+                ) from None
+    return text

@@ -1,0 +1,67 @@
+"""Rounding: to nearest, or stochastically with noise from a counter hash.
+
+The noise of element i is a hash of (i, key), and the key comes from (seed, site, step).  So the same run gives the
+same bits on every device, nothing is drawn from torch's generators, and no random tensor is stored.
+The mixing function is a 32-bit finalizer of the murmur family (constants: C. Wellons, "lowbias32", 2018).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import CodecState, site_hash
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+_M1, _M2, _GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), 0x9E3779B97F4A7C15
+
+
+def noise_key(seed: int, site: int, step: int) -> int:
+    """A signed 32-bit key from three integers (the splitmix64 finalizer)."""
+    z = (seed * _GOLDEN + (site << 32) + step + _GOLDEN) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return _signed((z ^ (z >> 31)) >> 16)
+
+
+def _mix(h: Tensor) -> Tensor:
+    # int32 products wrap; torch's >> keeps the sign on int32, hence the masks.
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = h * _M1
+    h = h ^ ((h >> 15) & 0x1FFFF)
+    h = h * _M2
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def hash_noise(rows: int, cols: int, key: int, row0: int, device: torch.device) -> Tensor:
+    """fp32 [rows, cols], uniform on (0, 1) in steps of 2**-24, for rows row0 .. row0 + rows - 1 of a matrix.
+
+    The counter is the element's flat index modulo 2**32.
+    """
+    start = torch.arange(row0, row0 + rows, device=device, dtype=torch.int64) * cols
+    start = (start & 0xFFFFFFFF).to(torch.int32)  # wraps: int64 -> int32 keeps the low bits
+    index = start[:, None] + torch.arange(cols, device=device, dtype=torch.int32)
+    h = _mix(index ^ key)
+    return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24 + 2.0**-25
+
+
+class RoundingState(CodecState):
+    """Counts the calls at one site, so that every step draws fresh noise."""
+
+    def __init__(self, site: str = "", seed: int = 0) -> None:
+        self.seed, self.site, self.step = seed, site_hash(site), 0
+
+    def next_key(self) -> int:
+        key = noise_key(self.seed, self.site, self.step)
+        self.step += 1
+        return key
+
+
+def next_key(state: CodecState | None) -> int:
+    """The key of this call; without state always the one of (0, 0, 0)."""
+    return state.next_key() if isinstance(state, RoundingState) else noise_key(0, 0, 0)
