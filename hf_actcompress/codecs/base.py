@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -19,6 +20,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Beyond this magnitude max - min would overflow fp32: such tensors are treated like NaN and Inf and passed on as
 # they are.
 LARGEST = 2.0**126
+# The shape and dtype of each payload tensor that a chain's second codec compresses.
+LeafShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ class Payload:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the payload."""
-        own = sum(t.numel() * t.element_size() for t in self.tensors.values())
-        return own + sum(part.nbytes for part in self.parts.values())
+        return sum(t.numel() * t.element_size() for t in _tensors(self))
 
     @property
     def ratio(self) -> float:
@@ -67,13 +69,15 @@ class CodecState:
         return dict(self.__dict__)
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        unknown = set(values) - set(self.__dict__)
-        if unknown:
-            raise ValueError(
-                f"{type(self).__name__} got the unknown entries {sorted(unknown)}; it holds "
-                f"{sorted(self.__dict__)}. The checkpoint was written with another codec: start with fresh state."
-            )
+        self._check_entries(values, self.__dict__)
         self.__dict__.update(values)
+
+    def _check_entries(self, values: dict[str, Any], known: Iterable[str]) -> None:
+        if set(values) != set(known):
+            raise ValueError(
+                f"{type(self).__name__} got the entries {sorted(values)}; it holds {sorted(known)}. The checkpoint "
+                "was written with another codec: start with fresh state."
+            )
 
 
 class Codec:
@@ -94,20 +98,23 @@ class Codec:
         self._accepts(x)
         if x.numel() == 0 or (check and not representable(x)):
             return Payload(str(self), tuple(x.shape), x.dtype, {"raw": x.detach().contiguous()}, raw=True)
-        return self._encode(x.detach(), state)
+        with _full_precision(x):
+            return self._encode(x.detach(), state)
 
     def decode(self, payload: Payload) -> Tensor:
         """The tensor again: original shape, dtype and device, contiguous."""
         if payload.raw:
             return payload.tensors["raw"].clone()
-        return self._decode(payload)
+        with torch.no_grad(), _full_precision(next(iter(_tensors(payload)))):
+            return _finite(self._decode(payload))
 
     def roundtrip(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Tensor:
         """The same values as `decode(encode(x, state))`, bit for bit, and the same change of `state`."""
         self._accepts(x)
         if x.numel() == 0 or (check and not representable(x)):
             return x.detach().clone(memory_format=torch.contiguous_format)
-        return self._roundtrip(x.detach(), state)
+        with _full_precision(x):
+            return _finite(self._roundtrip(x.detach(), state))
 
     def payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes of the payload of a finite tensor of that shape and dtype, known before encoding."""
@@ -150,9 +157,27 @@ class Codec:
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if value != f.default or f.name in ("bits", "rank", "ratio"):
-                text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                short = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                text = repr(value) if isinstance(value, float) and float(short) != value else short
                 options.append(f"{f.name}={text}")
         return f"{self.name}:{','.join(options)}" if options else self.name
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Products inside a codec (rotation, factors) must not be cast to bf16 by a surrounding autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _finite(y: Tensor) -> Tensor:
+    """Scales that are rounded outwards reach beyond the range of fp16: a finite input must not decode to Inf."""
+    if y.dtype != torch.float16:
+        return y
+    top = torch.finfo(y.dtype).max
+    return y.clamp_(-top, top)
+
+
+def _tensors(payload: Payload) -> list[Tensor]:
+    return [*payload.tensors.values(), *(t for part in payload.parts.values() for t in _tensors(part))]
 
 
 def raw_nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -162,7 +187,8 @@ def raw_nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 def representable(x: Tensor) -> bool:
     """True if every value is finite and within +-2**126.  One read of `x`; on a GPU this synchronises."""
-    lo, hi = torch.aminmax(x)
+    # In fp16 the bound itself would be Inf, hence fp32.
+    lo, hi = (v.float() for v in torch.aminmax(x))
     # A comparison with NaN is False, and NaN propagates through aminmax.
     return bool((lo >= -LARGEST) & (hi <= LARGEST))
 

@@ -228,7 +228,7 @@ def _channel(shape: tuple[int, ...] | torch.Size) -> int:
 
 
 def _levels(bits: int, device: torch.device) -> Tensor:
-    return torch.tensor(gauss_levels(bits), device=device)
+    return torch.tensor(gauss_levels(bits), dtype=torch.float32, device=device)
 
 
 def _edges(bits: int, device: torch.device) -> Tensor:

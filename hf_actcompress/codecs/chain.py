@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload
+from .base import Codec, CodecState, LeafShapes, Payload
 
 
 class ChainState(CodecState):
@@ -30,9 +30,10 @@ class ChainState(CodecState):
         return {k: s.state_dict() for k, s in self.states.items() if s is not None}
 
     def load_state_dict(self, values: dict) -> None:
-        for name, state in self.states.items():
-            if state is not None and name in values:
-                state.load_state_dict(values[name])
+        states = {name: state for name, state in self.states.items() if state is not None}
+        self._check_entries(values, states)
+        for name, state in states.items():
+            state.load_state_dict(values[name])
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Chain(Codec):
             total += self.second.payload_nbytes(leaf_shape, leaf_dtype) - raw
         return total
 
-    def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> LeafShapes:
         if hasattr(self.first, "leaf_shapes"):
             return self.first.leaf_shapes(shape, dtype)
         return {leaf: (tuple(shape), dtype) for leaf in self.first.leaves}

@@ -32,9 +32,12 @@ class FeedbackState(CodecState):
         return {"error": self.error, "inner": None if self.inner is None else self.inner.state_dict()}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
+        self._check_entries(values, ("error", "inner"))
+        if self.inner is None:
+            self._check_entries(values["inner"] or {}, ())
+        else:
+            self.inner.load_state_dict(values["inner"] or {})
         self.error = values["error"]
-        if self.inner is not None and values["inner"] is not None:
-            self.inner.load_state_dict(values["inner"])
 
 
 @dataclass(frozen=True)

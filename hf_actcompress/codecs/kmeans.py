@@ -60,9 +60,13 @@ class KMeans(Codec):
         if not std > 0:
             return points[0].float().expand(2**self.bits).contiguous()
         warm = state.centroids if isinstance(state, CodebookState) else None
+        table = None
         if warm is not None and warm.numel() == 2**self.bits:
             table = lloyd(points, warm.to(points.device).double() * std + mean, self.iters)
-        else:
+            # Lloyd never revives centroids without points: a codebook of few distinct values would stay small.
+            if unused(points, table) > 2**self.bits // 8:
+                table = None
+        if table is None:
             table = lloyd(points, initial_codebook(points, 2**self.bits), 50)
         if isinstance(state, CodebookState):
             state.centroids = ((table - mean) / std).float()
@@ -135,6 +139,13 @@ def optimal_codebook(values: Tensor, weights: Tensor, k: int) -> Tensor:
         centroids.append((s[stop] - s[start]) / (w[stop] - w[start]))
         stop = start
     return torch.stack(centroids[::-1]) + values.mean()
+
+
+def unused(points: Tensor, table: Tensor) -> int:
+    """How many of the sorted centroids have none of the sorted points."""
+    cuts = torch.searchsorted(points, (table[1:] + table[:-1]) / 2)
+    bounds = torch.nn.functional.pad(torch.nn.functional.pad(cuts, (1, 0)), (0, 1), value=points.numel())
+    return int((torch.diff(bounds) == 0).sum())
 
 
 def lloyd(points: Tensor, table: Tensor, iters: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, check_choice, check_int, site_hash
+from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, site_hash
 
 
 class BasisState(CodecState):
@@ -67,11 +67,16 @@ class LowRank(Codec):
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         m, n, r = self._matrix_shape(tuple(x.shape))
         matrix = self._fold(x)
+        # Norms of values near 2**126 would overflow, so the factors are found at a scale of one; the scale is a
+        # power of two, which is exact, and both factors carry a part of it.
+        exponent = math.floor(math.log2(max(float(matrix.abs().amax()), 2.0**-126)))
+        matrix = matrix * 2.0**-exponent
         if self.method == "svd":
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
             left, right = u[:, :r] * s[:r], vh[:r].T
         else:
             left, right = self._power(matrix, r, state)
+        left, right = left * 2.0 ** (exponent // 2), right * 2.0 ** (exponent - exponent // 2)
         return self._payload(x, {"left": left.contiguous(), "right": right.contiguous()})
 
     def _power(self, matrix: Tensor, r: int, state: CodecState | None) -> tuple[Tensor, Tensor]:
@@ -79,19 +84,16 @@ class LowRank(Codec):
         basis = state.basis
         iters = self.iters
         if basis is None or basis.shape != (matrix.shape[1], r):
-            generator = torch.Generator().manual_seed(state.seed)
-            basis = torch.randn(matrix.shape[1], r, generator=generator)
+            generator = torch.Generator("cpu").manual_seed(state.seed)
+            basis = torch.randn(matrix.shape[1], r, generator=generator, dtype=torch.float32, device="cpu")
             iters = max(iters, 4)
-        # Products of values near 2**126 would overflow; a power of two keeps the factors exact.
-        scale = 2.0 ** math.floor(math.log2(max(float(matrix.abs().amax()), 2.0**-126)))
-        scaled = matrix / scale
         right = basis.to(matrix.device)
         for _ in range(iters):
-            left = torch.linalg.qr(scaled @ right).Q
-            right = scaled.T @ left
+            left = torch.linalg.qr(matrix @ right).Q
+            right = matrix.T @ left
             right_basis = right
         state.basis = torch.linalg.qr(right_basis).Q if right.shape[0] >= r else right
-        return left, right * scale
+        return left, right
 
     def _decode(self, payload: Payload) -> Tensor:
         return self._unfold(payload.tensors["left"], payload.tensors["right"], payload)
@@ -107,6 +109,6 @@ class LowRank(Codec):
         m, n, r = self._matrix_shape(shape)
         return 4 * r * (m + n)
 
-    def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> LeafShapes:
         m, n, r = self._matrix_shape(shape)
         return {"left": ((m, r), torch.float32), "right": ((n, r), torch.float32)}

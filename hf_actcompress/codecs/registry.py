@@ -74,7 +74,8 @@ def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"{name} has no option '{key}' (in '{spec}').{hint} Options: {', '.join(known) or 'none'}.")
+            options_text = ", ".join(known) or "none"
+            raise ValueError(f"{name} has no option '{key}' (in '{spec}').{hint} Options: {options_text}.")
         values[key] = _convert(name, key, value, hints[key]) if isinstance(value, str) else value
     return cls(**values)
 

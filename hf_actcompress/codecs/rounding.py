@@ -39,7 +39,7 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def hash_noise(rows: int, cols: int, key: int, row0: int, device: torch.device) -> Tensor:
-    """fp32 [rows, cols], uniform on (0, 1) in steps of 2**-24, for rows row0 .. row0 + rows - 1 of a matrix.
+    """fp32 [rows, cols], uniform on [0, 1) in steps of 2**-24, for rows row0 .. row0 + rows - 1 of a matrix.
 
     The counter is the element's flat index modulo 2**32.
     """
@@ -47,7 +47,7 @@ def hash_noise(rows: int, cols: int, key: int, row0: int, device: torch.device) 
     start = (start & 0xFFFFFFFF).to(torch.int32)  # wraps: int64 -> int32 keeps the low bits
     index = start[:, None] + torch.arange(cols, device=device, dtype=torch.int32)
     h = _mix(index ^ key)
-    return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24 + 2.0**-25
+    return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 
 class RoundingState(CodecState):

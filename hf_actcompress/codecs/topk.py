@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload
+from .base import Codec, CodecState, LeafShapes, Payload
 from .packing import pack, unpack
 
 
@@ -85,7 +85,7 @@ class TopK(Codec):
         k = self.kept(n)
         return k * dtype.itemsize + (-(-n // 8) if _bitmap_is_smaller(n, k) else k * _index_dtype(n).itemsize)
 
-    def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> LeafShapes:
         return {"values": ((self.kept(math.prod(shape)),), dtype)}
 
 

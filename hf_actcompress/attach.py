@@ -1,0 +1,207 @@
+"""Attach compression to a model, and take it off again.
+
+Forward hooks only: no parameter is renamed, `state_dict`, `save_pretrained`, `deepcopy` and pickling stay as they
+were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ActCompressConfig
+from .layers import Layer, find_layers, match_layers, select_boundaries
+from .sites.boundary import Boundary, Channel
+
+logger = logging.getLogger(__name__)
+
+
+class Handle:
+    """Compression attached to a model.  A context manager: leaving it removes the hooks."""
+
+    def __init__(self, model: nn.Module, config: ActCompressConfig, layers: list[Layer]) -> None:
+        self.model, self.config, self.layers = model, config, layers
+        self.boundaries: dict[str, Boundary] = {}
+        self.cuts: dict[str, Layer] = {}
+        self._removers: list[Any] = []
+        self._named: set[str] = set()  # boundaries whose codec `layers` fixes: the schedule leaves them alone
+        self.epoch = 0
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take every hook off.  Statistics stay readable.  Calling it again does nothing."""
+        for remover in self._removers:
+            remover.remove()
+        self._removers.clear()
+        for boundary in self.boundaries.values():
+            # A graph compiled while the hooks were there may still call them.
+            boundary.enabled = False
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run without compression for a while, hooks staying in place."""
+        before = {name: b.enabled for name, b in self.boundaries.items()}
+        for boundary in self.boundaries.values():
+            boundary.enabled = False
+        try:
+            yield
+        finally:
+            for name, boundary in self.boundaries.items():
+                boundary.enabled = before[name]
+
+    def set_epoch(self, epoch: int) -> bool:
+        """Switch codecs as `schedule` says; returns whether any changed."""
+        codecs = self.config.scheduled(epoch)
+        changed = codecs != self.config.scheduled(self.epoch)
+        self.epoch = epoch
+        for name, boundary in self.boundaries.items():
+            if name not in self._named:
+                boundary.set_codecs(*codecs)
+        if changed:
+            logger.info("epoch %d: boundaries now use %s forward and %s backward", epoch, *codecs)
+        return changed
+
+    def stats(self) -> list[dict[str, Any]]:
+        """One record per boundary and direction: codec, calls, ratio, rel_error, cosine, bytes, seconds."""
+        rows = []
+        for name, layer in self.cuts.items():
+            for direction, channel in self.channels(name):
+                head = {"boundary": name, "layer": layer.index, "direction": direction, "codec": str(channel.codec)}
+                rows.append(head | channel.meter.record())
+        return rows
+
+    def channels(self, name: str) -> list[tuple[str, Channel]]:
+        boundary = self.boundaries[name]
+        return [("forward", boundary.forward), ("backward", boundary.backward)]
+
+    # -- state ------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """What codecs remember, by boundary and direction: warm starts, noise counters, error feedback."""
+        result = {}
+        for name in self.boundaries:
+            for direction, channel in self.channels(name):
+                if channel.state is not None:
+                    result[f"{name}/{direction}"] = {"codec": str(channel.codec), "state": channel.state.state_dict()}
+        return result
+
+    def load_state_dict(self, values: dict[str, Any]) -> list[str]:
+        """Take over the state of boundaries that have the same codec; returns the names of those that did not."""
+        missed = []
+        for name in self.boundaries:
+            for direction, channel in self.channels(name):
+                if channel.state is None:
+                    continue
+                entry = values.get(f"{name}/{direction}")
+                if entry is None or entry["codec"] != str(channel.codec):
+                    missed.append(f"{name}/{direction}")
+                else:
+                    channel.state.load_state_dict(entry["state"])
+        return missed
+
+
+def compress_model(
+    model: nn.Module,
+    config: ActCompressConfig | str | None = None,
+    *,
+    example_inputs: Any = None,
+) -> Handle:
+    """Compress the activations that leave the first layers and enter the last ones, and their gradients.
+
+    model: any transformers or timm model, also inside DistributedDataParallel or torch.compile; or any module whose
+        blocks `hf_actcompress.layers.find_layers` recognises.
+    config: an ActCompressConfig, or just a codec spec.
+    example_inputs: inputs of one forward pass, for models whose input cannot be guessed.
+
+    Raises ValueError for a model without layers, `first` or `last` beyond them, a glob that matches nothing, and a
+    model that is compressed already.
+    """
+    if not isinstance(config, ActCompressConfig):
+        config = ActCompressConfig() if config is None else ActCompressConfig(codec=config)
+    inner = unwrap(model)
+    for name, module in inner.named_modules():
+        if any(isinstance(hook, Boundary) for hook in module._forward_hooks.values()):
+            raise ValueError(
+                f"The model is compressed already (a boundary sits at '{name}'). Call handle.remove() on the handle "
+                "that compress_model returned, or leave its `with` block, before attaching again."
+            )
+    layers = find_layers(inner, example_inputs)
+    cuts = select_boundaries(layers, config.first, config.last, config.placement, config.stack)
+    codecs = {layer.module: config.scheduled(0) for layer in cuts}
+    named = {}
+    for pattern, value in (config.layers or {}).items():
+        for layer in match_layers(layers, pattern):
+            named[layer.module] = layer
+            codecs[layer.module] = config.codecs_of(value)
+    handle = Handle(inner, config, layers)
+    # Ranks draw different noise.  The launchers' variable is used, so that nothing here needs torch.distributed.
+    seed = config.seed + 1_000_003 * int(os.environ.get("RANK", 0))
+    for layer in layers:
+        if layer.module not in codecs:
+            continue
+        boundary = Boundary(
+            layer.name,
+            *codecs[layer.module],
+            seed=seed,
+            evaluate=config.evaluate != "off",
+            nonfinite=config.nonfinite,
+            meter_every=config.meter_every,
+        )
+        handle.boundaries[layer.name] = boundary
+        handle.cuts[layer.name] = layer
+        if layer.module in named:
+            handle._named.add(layer.name)
+        handle._removers.append(inner.get_submodule(layer.module).register_forward_hook(boundary))
+    if not handle.boundaries:
+        logger.warning("first=0, last=0 and no layers: nothing is compressed.")
+    return handle
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside torch.compile and DistributedDataParallel."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile's OptimizedModule; importing its class loads the compiler
+            model = model._orig_mod
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+def flatten_state(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A nested state as (tensors by path, everything else as JSON values), for safetensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    rest: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+            rest[key] = {"tensor": path}
+        elif isinstance(value, dict):
+            inner_tensors, inner_rest = flatten_state(value, f"{path}\x1f")
+            tensors.update(inner_tensors)
+            rest[key] = inner_rest
+        else:
+            rest[key] = value
+    return tensors, rest
+
+
+def unflatten_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten_state`."""
+    result = {}
+    for key, value in rest.items():
+        if isinstance(value, dict) and set(value) == {"tensor"}:
+            result[key] = tensors[value["tensor"]]
+        else:
+            result[key] = unflatten_state(tensors, value) if isinstance(value, dict) else value
+    return result

@@ -1,0 +1,226 @@
+"""ActCompressCallback: compression in a transformers Trainer by one line.
+
+The hooks are attached when training begins, after the Trainer has wrapped the model, and removed when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .attach import Handle, compress_model, flatten_state, unflatten_state
+from .config import ActCompressConfig
+from .metering import Meter
+
+logger = logging.getLogger(__name__)
+
+UNCOMPRESSED = "uncompressed"  # the name that the second metrics of evaluate="both" carry
+
+
+class ActCompressCallback(TrainerCallback):
+    """Compress layer boundaries while a Trainer trains.
+
+        trainer = Trainer(..., callbacks=[ActCompressCallback("block:bits=4")])
+
+    config: an ActCompressConfig, or just a codec spec.
+    example_inputs: inputs of one forward pass, for models whose input cannot be guessed.
+
+    Each log line of the Trainer (and so `log_history` and TensorBoard) gets, per boundary since the last line:
+    `compress/<layer>/forward_ratio`, `..._error` (relative), `..._cosine`, the same for `backward`, and
+    `saved_mb`, the megabytes saved so far.  After training, `stats` holds the whole table; evaluation then runs
+    without compression unless it is done under `with callback.attached(model):`.
+
+    Checkpoints get the configuration and, per rank, the codecs' state; both are picked up by
+    `resume_from_checkpoint`.  A checkpoint without them starts with fresh state.
+    """
+
+    def __init__(self, config: ActCompressConfig | str | None = None, *, example_inputs: Any = None) -> None:
+        if not isinstance(config, ActCompressConfig):
+            config = ActCompressConfig() if config is None else ActCompressConfig(codec=config)
+        self.config = config
+        self.example_inputs = example_inputs
+        self.handle: Handle | None = None
+        self.stats: list[dict[str, Any]] = []
+        self._last_state: dict[str, Any] = {}
+        self._logged: dict[tuple[str, str], Meter] = {}
+        self._trainer: Any = None
+
+    @contextlib.contextmanager
+    def attached(self, model: Any) -> Iterator[Handle]:
+        """Compression as at the end of training, for evaluation or prediction after it."""
+        with compress_model(model, self.config, example_inputs=self.example_inputs) as handle:
+            handle.set_epoch(max(self.config.schedule or {0: None}))
+            handle.load_state_dict(copy.deepcopy(self._last_state))
+            yield handle
+
+    # -- Trainer events ---------------------------------------------------------------------------------------
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._go_first()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._detach()  # a run that raised never reached on_train_end
+        self._go_first()
+        self.handle = compress_model(model, self.config, example_inputs=self.example_inputs)
+        self.handle.set_epoch(_epoch(state))
+        self._logged = {}
+        if state.global_step > 0:
+            self._load(self._resumed_from(args, state))
+        cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
+        logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(_epoch(state)))
+        if self.config.evaluate == "both" and self._trainer is not None:
+            self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.handle is not None:
+            self.handle.set_epoch(_epoch(state))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.handle is None or logs is None or "loss" not in logs:
+            return
+        extra = self._interval_metrics()
+        logs.update(extra)
+        # The Trainer has copied `logs` into the history before it calls.
+        if state.log_history:
+            state.log_history[-1].update(extra)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.handle is None or not folder.is_dir():
+            return
+        if state.is_world_process_zero:
+            self.config.save_pretrained(folder)
+        tensors, rest = flatten_state(self.handle.state_dict())
+        meters = {
+            f"{name}/{direction}": vars(channel.meter)
+            for name in self.handle.boundaries
+            for direction, channel in self.handle.channels(name)
+        }
+        metadata = {"state": json.dumps(rest), "meters": json.dumps(meters)}
+        save_file(tensors, folder / _state_file(), metadata=metadata)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()
+
+    # -- helpers ----------------------------------------------------------------------------------------------
+    def _detach(self) -> None:
+        if self._trainer is not None and isinstance(vars(self._trainer).get("evaluate"), _EvaluateTwice):
+            del self._trainer.evaluate
+        if self.handle is None:
+            return
+        self.stats = self.handle.stats()
+        self._last_state = self.handle.state_dict()
+        self.handle.remove()
+        self.handle = None
+
+    def _interval_metrics(self) -> dict[str, float]:
+        """The metrics of every boundary since they were last asked for."""
+        assert self.handle is not None
+        result: dict[str, float] = {}
+        for name in self.handle.boundaries:
+            saved = 0
+            for direction, channel in self.handle.channels(name):
+                meter = channel.meter
+                record = meter.since(self._logged.get((name, direction), Meter())).record()
+                self._logged[name, direction] = copy.copy(meter)
+                saved += meter.raw_bytes - meter.payload_bytes
+                for key, label in (("ratio", "ratio"), ("rel_error", "error"), ("cosine", "cosine")):
+                    if record[key] is not None:
+                        result[f"compress/{name}/{direction}_{label}"] = round(record[key], 5)
+                if record["nonfinite"]:
+                    result[f"compress/{name}/{direction}_nonfinite"] = record["nonfinite"]
+            result[f"compress/{name}/saved_mb"] = round(saved / 1e6, 3)
+        return result
+
+    def _go_first(self) -> None:
+        """Move before the callbacks that report, so that they see what `on_log` adds.
+
+        Callbacks are handed no Trainer, hence the look at who is calling.
+        """
+        frame = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if hasattr(caller, "callback_handler"):
+                self._trainer = caller
+                handler = caller.callback_handler
+                # A new list: the handler is iterating over the old one.
+                handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
+                return
+            frame = frame.f_back
+        logger.warning("the calling Trainer was not found: compression metrics reach log_history only")
+
+    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The checkpoint folder this run was resumed from."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            folder = frame.f_locals.get("resume_from_checkpoint")
+            if isinstance(folder, (str, os.PathLike)):
+                return Path(folder)
+            frame = frame.f_back
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    def _load(self, folder: Path) -> None:
+        assert self.handle is not None
+        path = folder / _state_file()
+        if not path.is_file():
+            logger.warning("%s has no %s: codecs start with fresh state", folder, path.name)
+            return
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        missed = self.handle.load_state_dict(unflatten_state(tensors, json.loads(metadata["state"])))
+        if missed:
+            logger.warning("no saved state for %s (other codecs then): they start afresh", ", ".join(missed))
+        meters = json.loads(metadata["meters"])
+        for name in self.handle.boundaries:
+            for direction, channel in self.handle.channels(name):
+                saved = meters.get(f"{name}/{direction}")
+                if saved is not None:
+                    channel.meter = Meter(**{**saved, "every": channel.meter.every})
+                    self._logged[name, direction] = copy.copy(channel.meter)
+
+
+class _EvaluateTwice:
+    """Stands in for `trainer.evaluate`: compressed, then without compression under another name."""
+
+    def __init__(self, evaluate: Any, handle: Handle) -> None:
+        self.evaluate, self.handle = evaluate, handle
+
+    def __call__(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        metrics = self.evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self.handle.disabled():
+            prefix = f"{metric_key_prefix}_{UNCOMPRESSED}"
+            metrics.update(self.evaluate(*args, metric_key_prefix=prefix, **kwargs))
+        return metrics
+
+
+def _epoch(state: TrainerState) -> int:
+    # At the start of epoch n the Trainer has counted to n, give or take a rounding error.
+    return int((state.epoch or 0.0) + 1e-6)
+
+
+def _state_file() -> str:
+    return f"actcompress_state_rank{os.environ.get('RANK', 0)}.safetensors"

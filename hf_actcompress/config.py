@@ -1,0 +1,182 @@
+"""What to compress, where and when: one dataclass, as Python, JSON or command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .codecs import Codec, parse_codec
+
+CONFIG_NAME = "actcompress_config.json"
+PLACEMENTS = ("every", "cuts")
+EVALUATE = ("on", "off", "both")
+NONFINITE = ("pass", "raise")
+
+
+@dataclass
+class ActCompressConfig:
+    """Which codec at which boundary.
+
+    codec: forward codec, as a spec ("block:bits=4").
+    grad_codec: codec of the gradients that come back; None means the same as `codec`, "identity" turns it off.
+    first, last: compress the outputs of the first k layers and the inputs of the last N (0 leaves that end alone).
+        Layer 0 is a CNN's stem or a transformer's embeddings with block 0; the head is the last layer.
+    placement: "every" compresses at each of those layers, "cuts" only where a pipeline would be cut: after layer
+        first - 1 and before the last N layers.
+    layers: overrides and additions by glob: {"encoder.layer.3": "sort:bits=8"} or
+        {"blocks.*": {"codec": ..., "grad_codec": ...}}.
+    stack: "encoder" or "decoder", to compress only that stack of an encoder-decoder.
+    schedule: {epoch: codec}, or {epoch: {"codec": ..., "grad_codec": ...}}; the latest entry that has begun counts,
+        and before the first one `codec` and `grad_codec` do.
+    evaluate: whether evaluation runs compressed: "on", "off", or "both" (two sets of metrics).
+    nonfinite: "pass" lets tensors with NaN or Inf through uncompressed and counts them; "raise" stops.
+    seed: of stochastic rounding and cold starts.
+    meter_every: the error is measured at every n-th call of a boundary; 0 never.
+    """
+
+    codec: str = "block:bits=4"
+    grad_codec: str | None = None
+    first: int = 1
+    last: int = 1
+    placement: str = "every"
+    layers: dict[str, Any] | None = None
+    stack: str | None = None
+    schedule: dict[int, Any] | None = None
+    evaluate: str = "on"
+    nonfinite: str = "pass"
+    seed: int = 0
+    meter_every: int = 10
+
+    def __post_init__(self) -> None:
+        self.codec = str(_spec(self.codec, "codec"))
+        if self.grad_codec is not None:
+            self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
+        for name in ("first", "last", "meter_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r} is not a whole number of 0 or more.")
+        for name, allowed in (("placement", PLACEMENTS), ("evaluate", EVALUATE), ("nonfinite", NONFINITE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(allowed)}.")
+        if self.layers is not None:
+            if not isinstance(self.layers, dict):
+                raise ValueError(f"layers={self.layers!r} is not a mapping of glob to codec.")
+            for pattern, value in self.layers.items():
+                self.codecs_of(value, f"layers[{pattern!r}]")
+        if self.schedule is not None:
+            self.schedule = self._checked_schedule(self.schedule)
+
+    def _checked_schedule(self, schedule: Any) -> dict[int, Any]:
+        if not isinstance(schedule, dict):
+            raise ValueError(f"schedule={schedule!r} is not a mapping of epoch to codec, such as {{0: 'sort:bits=8'}}.")
+        result = {}
+        for epoch, value in schedule.items():
+            try:
+                number = int(epoch)  # JSON has only string keys
+            except (TypeError, ValueError):
+                number = -1
+            if number < 0 or str(number) != str(epoch):
+                raise ValueError(f"schedule: the key {epoch!r} is not an epoch (a whole number of 0 or more).")
+            self.codecs_of(value, f"schedule[{number}]")
+            result[number] = value
+        return dict(sorted(result.items()))
+
+    # -- codecs -----------------------------------------------------------------------------------------------
+    def codecs_of(self, value: Any = None, where: str = "codec") -> tuple[Codec, Codec]:
+        """(codec, grad_codec) of an entry of `layers` or `schedule`; None means the config's own two.
+
+        A plain spec keeps the config's `grad_codec` if there is one, else it serves both directions.
+        """
+        if value is None:
+            value = self.codec
+        if isinstance(value, dict) and "name" not in value:
+            unknown = set(value) - {"codec", "grad_codec"}
+            if unknown:
+                raise ValueError(f"{where}: unknown entries {sorted(unknown)}; use 'codec' and 'grad_codec'.")
+            forward = _spec(value.get("codec", self.codec), where)
+            backward = value.get("grad_codec", self.grad_codec)
+        else:
+            forward, backward = _spec(value, where), self.grad_codec
+        return forward, forward if backward is None else _spec(backward, where)
+
+    def scheduled(self, epoch: int) -> tuple[Codec, Codec]:
+        """(codec, grad_codec) in that epoch for the layers that `layers` does not name."""
+        begun = [e for e in (self.schedule or {}) if e <= epoch]
+        return self.codecs_of(self.schedule[max(begun)] if begun else None)  # type: ignore[index]
+
+    # -- forms ------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ActCompressConfig":
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown configuration entries {unknown}; known are: {', '.join(known)}.")
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Write `actcompress_config.json` into `folder` (made if it is not there); returns the file's path."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "ActCompressConfig":
+        """Read it back, from the folder or the file."""
+        path = Path(folder)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"There is no {CONFIG_NAME} at {path}. Write one with config.save_pretrained(folder).")
+        return cls.from_dict(json.loads(path.read_text()))
+
+
+def _spec(value: Any, where: str) -> Codec:
+    try:
+        return parse_codec(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+@dataclass
+class CompressionArguments:
+    """The same as command line options, for HfArgumentParser."""
+
+    codec: str = field(
+        default="block:bits=4", metadata={"help": "Forward codec, e.g. block:bits=4. 'none' runs without compression."}
+    )
+    grad_codec: str | None = field(
+        default=None, metadata={"help": "Codec of the gradients; default: the same. 'identity' turns it off."}
+    )
+    first: int = field(default=1, metadata={"help": "Compress the outputs of the first k layers."})
+    last: int = field(default=1, metadata={"help": "Compress the inputs of the last N layers."})
+    placement: str = field(default="every", metadata={"help": "'every' layer of those, or only the two 'cuts'."})
+    layers: str | None = field(
+        default=None, metadata={"help": "Overrides by glob as JSON, e.g. '{\"blocks.*\": \"sort:bits=8\"}'."}
+    )
+    stack: str | None = field(default=None, metadata={"help": "Only this stack of an encoder-decoder."})
+    schedule: str | None = field(
+        default=None, metadata={"help": "Codecs by epoch as JSON, e.g. '{\"0\": \"sort:bits=8\", \"40\": \"sort:bits=12\"}'."}
+    )
+    evaluate: str = field(default="on", metadata={"help": "Whether evaluation runs compressed: on, off or both."})
+    nonfinite: str = field(default="pass", metadata={"help": "NaN and Inf: 'pass' them on and count, or 'raise'."})
+    codec_seed: int = field(default=0, metadata={"help": "Seed of stochastic rounding and cold starts."})
+    meter_every: int = field(default=10, metadata={"help": "Measure the error at every n-th call; 0 never."})
+
+    def to_config(self) -> ActCompressConfig | None:
+        """The configuration, or None for `--codec none`."""
+        if self.codec.strip().lower() == "none":
+            return None
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "codec_seed"}
+        for name in ("layers", "schedule"):
+            if isinstance(values[name], str):
+                try:
+                    values[name] = json.loads(values[name])
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"--{name} is not JSON ({error}); got {values[name]!r}.") from None
+        return ActCompressConfig(**values, seed=self.codec_seed)

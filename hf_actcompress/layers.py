@@ -1,0 +1,478 @@
+"""A model's layers in the order they run: where the network could be cut, and what is called "layer k".
+
+Layer 0 is the stem of a CNN, or the embeddings together with block 0 of a transformer; then come the blocks; what runs
+after the last block is the head and counts as the last layer. A model that ends with its last block has no head. In an
+encoder-decoder each stack is numbered by itself; what ends the encoder (its final norm) is the encoder's head, so that
+`first` and `last` mean the same in both stacks, and the classifier or LM head belongs to the decoder.
+
+This file must not know codecs, configurations or training, and imports neither transformers nor timm. It expects the
+inner model: DistributedDataParallel and torch.compile are unwrapped by the caller.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import copy
+import difflib
+import fnmatch
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer. A boundary after it is a forward hook on the output of `module`."""
+
+    index: int  # place in run order, within its stack
+    name: str  # module path that glob patterns and reports use
+    module: str  # path of the module whose output is this layer's output
+    kind: str  # "stem", "block" or "head"
+    stack: str = ""  # "encoder" or "decoder" in an encoder-decoder
+    parts: tuple[str, ...] = ()  # the outermost modules that belong to the layer, in run order
+    calls: int = 1  # how often `module` runs in one forward
+    shape: tuple[int, ...] | None = None  # of the output in the traced forward; None if untraced
+    dtype: torch.dtype | None = None
+    output: str = ""  # type name of the output: "Tensor", "tuple", "BaseModelOutput"...
+
+
+def find_layers(model: nn.Module, example_inputs: Any = None, names: Sequence[str] | None = None) -> list[Layer]:
+    """The layers of `model`, in the order of one traced forward (eval mode, no gradients, nothing left behind).
+
+    `names` gives the blocks as module paths or globs, in which `*` stays within one path component ("blocks.*.*",
+    "inception*"); stem and head are found around them. Otherwise the blocks are transformers' instances of
+    GradientCheckpointingLayer, or else they are found by structure. `example_inputs` (a mapping of keyword arguments,
+    a tuple of arguments or one tensor) is traced in place of a synthesised input. If no forward succeeds, the order of
+    `names` or of registration stands in and a warning is logged.
+
+    Raises ValueError where no blocks are found, where a name matches no module, and where names overlap.
+    """
+    modules = dict(model.named_modules())
+    by_structure = False
+    if names:
+        candidates = _named(modules, [names] if isinstance(names, str) else names)
+    else:
+        candidates = _innermost([path for path, module in modules.items() if _is_checkpointing_layer(module)])
+        if not candidates:
+            candidates, by_structure = _structural(modules), True
+    if not candidates:
+        raise ValueError(_nothing_found(model, modules, "none was found"))
+
+    run = _trace_or_none(model, modules, example_inputs, candidates)
+    if run is None:
+        run, blocks = _Run(events=list(modules)), _innermost(candidates)
+        if names:  # the caller knows the run order
+            slots = sorted(map(run.events.index, blocks))
+            for slot, path in zip(slots, blocks, strict=True):
+                run.events[slot] = path
+    else:
+        blocks = _level(modules, candidates, run) if by_structure else candidates
+        idle = [path for path in blocks if path not in run.calls]
+        blocks = [path for path in blocks if path in run.calls]
+        if names and idle:
+            logger.warning("left out of the layers, because they did not run in the traced forward: %s", idle)
+        if not blocks:
+            raise ValueError(_nothing_found(model, modules, f"none of {idle} ran in the traced forward"))
+
+    layers = [layer for stack, own, glue in _stacks(model, modules, blocks, run)
+              for layer in _number(modules, stack, own, glue, blocks, run)]
+    for layer in layers:
+        if layer.kind == "block" and layer.calls > 1:
+            logger.warning("%s runs %d times in one forward and counts as one layer: whatever is attached to it acts "
+                           "on each call", layer.name, layer.calls)
+    return layers
+
+
+def select_boundaries(layers: Sequence[Layer], first: int = 1, last: int = 1, placement: str = "every",
+                      stack: str | None = None) -> list[Layer]:
+    """The layers whose outputs are boundaries: outputs of the first `first`, inputs of the last `last` layers.
+
+    The input of a layer is the output of the one before it. `placement="cuts"` keeps only the output of layer
+    first-1 and the input of layer L-last. In an encoder-decoder this applies to each stack, or to `stack` alone.
+    """
+    if placement not in ("every", "cuts"):
+        raise ValueError(f"placement={placement!r} is unknown; use 'every' or 'cuts'")
+    stacks = list(dict.fromkeys(layer.stack for layer in layers))
+    if stack is not None:
+        if stack not in stacks:
+            raise ValueError(f"stack={stack!r} is unknown; this model has {stacks}; leave stack=None for all of them")
+        stacks = [stack]
+    chosen = []
+    for each in stacks:
+        own = [layer for layer in layers if layer.stack == each]
+        total = len(own)
+        for what, value in (("first", first), ("last", last)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < total:
+                where = f"the {each} has" if each else "the model has"
+                raise ValueError(f"{what}={value!r} is out of range: {where} {total} layers, so choose {what} from 0 "
+                                 f"to {total - 1} (0 leaves that side alone)")
+        indices = set(range(first)) | set(range(total - last - 1, total - 1))
+        if placement == "cuts":
+            indices = ({first - 1} if first else set()) | ({total - last - 1} if last else set())
+        chosen += [own[i] for i in sorted(indices)]
+    return chosen
+
+
+def match_layers(layers: Sequence[Layer], pattern: str) -> list[Layer]:
+    """The layers whose name, or a suffix of it that starts after a dot, matches the glob `pattern`.
+
+    "encoder.layer.3" matches "bert.encoder.layer.3". A suffix never starts with a number: "3" is no index.
+    """
+    found = [layer for layer in layers if any(fnmatch.fnmatchcase(s, pattern) for s in _suffixes(layer.name))]
+    if not found:
+        raise ValueError(f"the pattern {pattern!r} matches no layer; {_listing(pattern, [e.name for e in layers])}")
+    return found
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """The hidden state that a module's output carries: the tensor itself, `last_hidden_state`, or else the first
+    floating tensor of a tuple, list or mapping (ModelOutput is one). None if there is none."""
+    if isinstance(output, torch.Tensor):
+        return output
+    key = _key(output)
+    return None if key is None else output[key]
+
+
+def replace_first_tensor(output: Any, new: torch.Tensor) -> Any:
+    """A copy of `output`, of the same type, in which only the tensor that `first_tensor` returns is `new`."""
+    if isinstance(output, torch.Tensor):
+        return new
+    key = _key(output)
+    if key is None:
+        raise ValueError(f"an output of type {type(output).__name__} carries no floating tensor to replace; "
+                         f"leave this module out")
+    if isinstance(output, tuple):
+        items = [new if i == key else item for i, item in enumerate(output)]
+        return output._make(items) if hasattr(output, "_make") else type(output)(items)
+    changed = copy.copy(output)
+    changed[key] = new  # ModelOutput's own __setitem__ keeps attribute and item the same
+    return changed
+
+
+def _key(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        if isinstance(output.get("last_hidden_state"), torch.Tensor):
+            return "last_hidden_state"
+        pairs = output.items()
+    elif isinstance(output, (tuple, list)):
+        pairs = enumerate(output)
+    else:
+        return None
+    return next((k for k, v in pairs if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
+
+
+# Which modules are blocks
+
+
+def _inside(path: str, ancestor: str) -> bool:
+    return not ancestor or path.startswith(ancestor + ".")
+
+
+def _innermost(paths: list[str]) -> list[str]:
+    return [p for p in paths if not any(_inside(q, p) for q in paths)]
+
+
+def _is_checkpointing_layer(module: nn.Module) -> bool:
+    # By name, so that finding layers does not import transformers.
+    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    return any(p is not None for p in module._parameters.values())
+
+
+def _named(modules: dict[str, nn.Module], names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        pattern = name.split(".")
+        hits = [path for path in modules if path and path.count(".") == name.count(".")
+                and all(map(fnmatch.fnmatchcase, path.split("."), pattern))]
+        if not hits:
+            raise ValueError(f"names: {name!r} matches no module; {_listing(name, list(modules)[1:])}")
+        found += [path for path in hits if path not in found]
+    for inner in found:
+        outer = next((path for path in found if _inside(inner, path)), None)
+        if outer is not None:
+            raise ValueError(f"names: {inner!r} lies inside {outer!r}; name one of the two")
+    return found
+
+
+def _structural(modules: dict[str, nn.Module]) -> list[str]:
+    """Members of ModuleList/Sequential that are not containers themselves and hold two parametrised leaves; and,
+    where such members lie in one of several siblings of a class, that sibling (torchvision's Inception)."""
+    def holds_two(module: nn.Module) -> bool:
+        return sum(map(_has_own_parameters, module.modules())) >= 2
+
+    found = [path for path, module in modules.items() if path and not isinstance(module, CONTAINERS)
+             and isinstance(modules.get(path.rpartition(".")[0]), CONTAINERS) and holds_two(module)]
+    around = {path.rsplit(".", n)[0] for path in found for n in range(1, path.count(".") + 1)} - set(found)
+    for path in sorted(around):
+        parent = modules[path.rpartition(".")[0]]
+        twins = sum(type(child) is type(modules[path]) for child in parent.children())
+        if twins > 1 and not isinstance(modules[path], CONTAINERS) and not isinstance(parent, CONTAINERS):
+            found.append(path)
+    return found
+
+
+def _level(modules: dict[str, nn.Module], candidates: list[str], run: _Run) -> list[str]:
+    """Of nested candidates the outermost, but stages are opened: a stage hands on its last member's output untouched,
+    while a residual block adds to it. A class is opened only if all its instances are stages, because blocks without
+    a residual look like stages where their neighbours do not."""
+    ran = [path for path in candidates if path in run.calls]
+    closed = {type(modules[path]) for path in ran if path not in run.opened}
+    blocks = [path for path in ran if type(modules[path]) in closed]
+    return [path for path in blocks if not any(_inside(path, outer) for outer in blocks)]
+
+
+# One traced forward
+
+
+@dataclass
+class _Run:
+    events: list[str] = field(default_factory=list)  # module paths in the order in which their calls ended
+    calls: dict[str, int] = field(default_factory=dict)
+    outputs: dict[str, tuple] = field(default_factory=dict)  # path -> (shape, dtype, type name), last call
+    opened: set[str] = field(default_factory=set)  # candidates whose output is that of the candidate inside them
+
+
+def _trace_or_none(model: nn.Module, modules: dict, example_inputs: Any, candidates: list[str]) -> _Run | None:
+    guesses = _guesses(model) if example_inputs is None else [example_inputs]
+    failure = None
+    for inputs in guesses:
+        try:
+            return _trace(model, modules, inputs, set(candidates))
+        except Exception as error:  # noqa: BLE001 - a guess can fail in any way; the first reason is logged
+            failure = failure or f"{type(error).__name__}: {error}"
+    logger.warning("the layers of %s are in registration order, untraced, so the order may be wrong (%s); pass "
+                   "example_inputs= that its forward accepts", type(model).__name__,
+                   failure or "no input could be made up for it")
+    return None
+
+
+def _trace(model: nn.Module, modules: dict[str, nn.Module], inputs: Any, candidates: set[str]) -> _Run:
+    run = _Run()
+    latest: tuple = ("", None, 0)  # the candidate that ended last: path, output, version of the output
+
+    def record(path: str, output: Any) -> None:
+        nonlocal latest
+        tensor = first_tensor(output)
+        run.events.append(path)
+        run.calls[path] = run.calls.get(path, 0) + 1
+        shape, dtype = (None, None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
+        run.outputs[path] = (shape, dtype, type(output).__name__)
+        if path in candidates and tensor is not None:
+            # The version tells a tensor that is handed on from one that is changed in place (`out += x`).
+            inner, kept, version = latest
+            if _inside(inner, path) and kept is tensor and version == tensor._version:
+                run.opened.add(path)
+            latest = (path, tensor, tensor._version)
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    handles = []
+    with _untouched(model):
+        try:
+            for path, module in modules.items():
+                handles.append(module.register_forward_hook(lambda m, a, output, path=path: record(path, output)))
+            if isinstance(inputs, Mapping):
+                model(**{key: move(value) for key, value in inputs.items()})
+            else:
+                model(*[move(x) for x in (inputs if isinstance(inputs, (tuple, list)) else [inputs])])
+        finally:
+            for handle in handles:
+                handle.remove()
+    return run
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags, buffers and random state are afterwards what they were."""
+    # Flags are set directly: eval() may be overridden and have effects of its own (merging LoRA weights).
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(module, name, buffer, buffer._version, buffer.clone()) for module in model.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]
+    gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(gpus)), torch.no_grad():
+        try:
+            for module, _ in flags:
+                module.training = False
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for module, name, buffer, version, value in buffers:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _guesses(model: nn.Module) -> Iterator[Any]:
+    """Inputs of batch 1 that the model may accept, likeliest and smallest first."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    embedding, conv, linear = (next((m for m in model.modules() if isinstance(m, kind)), None)
+                               for kind in (nn.Embedding, CONVOLUTIONS, nn.Linear))
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    options = {"dtype": weight.dtype, "device": weight.device}
+
+    def tokens() -> torch.Tensor:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        size = getattr(text, "vocab_size", None) or getattr(embedding, "num_embeddings", 8)
+        ids = torch.arange(3, 11, device=weight.device).remainder(size)[None]  # 0 and 1 are usual for padding
+        eos = getattr(text, "eos_token_id", None)
+        if isinstance(eos, int) and 0 <= eos < size:
+            ids[0, -1] = eos  # encoder-decoder classifiers look for the end of the sentence
+        return ids
+
+    extra = {"decoder_input_ids": tokens()} if main and getattr(config, "is_encoder_decoder", False) else {}
+    if main == "input_ids":
+        yield {main: tokens(), **extra}
+    if main is None and embedding is not None:
+        yield tokens()
+    if main == "pixel_values" or (main is None and conv is not None):
+        first, dims = (conv.in_channels, len(conv.kernel_size)) if conv is not None else (3, 2)
+        # The convolution registered first need not be the one that sees the image.
+        for channels, size in itertools.product(dict.fromkeys([first, 3, 1]), _image_sizes(model, config)):
+            image = torch.zeros(1, channels, *(size if dims == 2 else size[:1] * dims), **options)
+            yield {main: image, **extra} if main else image
+    if main is None and linear is not None:
+        yield torch.zeros(1, linear.in_features, **options)
+    if isinstance(getattr(model, "dummy_inputs", None), Mapping):
+        yield model.dummy_inputs
+
+
+def _image_sizes(model: nn.Module, config: Any) -> list[tuple[int, int]]:
+    known = [getattr(config, "image_size", None)]
+    for owner in (model, getattr(model, "timm_model", None)):
+        cfg = getattr(owner, "pretrained_cfg", None)
+        known.append(cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None))
+    sizes = [(x, x) if isinstance(x, int) else tuple(x)[-2:] for x in known if x]
+    # 64 pixels are enough to see the order; where the size is fixed (ViT) they fail, and its own size follows.
+    small = [size for size in sizes if max(size) <= 64]
+    return list(dict.fromkeys([*small, (64, 64), *sizes, (224, 224), (32, 32), (28, 28)]))
+
+
+# From blocks to numbered layers
+
+
+def _stacks(model: nn.Module, modules: dict, blocks: list[str], run: _Run) -> Iterator[tuple[str, list, list]]:
+    """(stack, its blocks in run order, the modules around them in run order)."""
+    first: dict[str, int] = {}
+    for i, path in enumerate(run.events):
+        first.setdefault(path, i)
+    blocks = sorted(blocks, key=first.__getitem__)
+    glue = [path for path in first if _is_unit(modules[path]) and path
+            and not any(path == b or _inside(path, b) or _inside(b, path) for b in blocks)]
+
+    def side(path: str) -> str:
+        return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+
+    encoder = [path for path in blocks if side(path) == "encoder"]
+    decoder = [path for path in blocks if side(path) != "encoder"]
+    if not (getattr(getattr(model, "config", None), "is_encoder_decoder", False) and encoder and decoder):
+        yield "", blocks, glue
+        return
+    end = max(first[path] for path in encoder)
+    early = [path for path in glue if side(path) == "encoder" or (side(path) == "" and first[path] < end)]
+    yield "encoder", encoder, early
+    yield "decoder", decoder, [path for path in glue if path not in early]
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Does something by itself: a leaf, or a parent with parameters of its own (a fused norm and activation)."""
+    leaf = next(module.children(), None) is None
+    return (leaf or _has_own_parameters(module)) and not isinstance(module, (nn.Identity, *CONTAINERS, nn.ModuleDict))
+
+
+def _number(modules: dict[str, nn.Module], stack: str, own: list[str], glue: list[str], blocks: list[str],
+            run: _Run) -> list[Layer]:
+    starts = [run.events.index(path) for path in own]
+    end = len(run.events) - 1 - next(i for i, path in enumerate(reversed(run.events)) if path in own)
+    # What runs between two blocks goes with the block that it feeds; the last group is the head.
+    groups: list[list[str]] = [[] for _ in range(len(own) + 1)]
+    for path in glue:
+        at = run.events.index(path)
+        place = bisect.bisect_left(starts, at)
+        groups[place - 1 if place == len(own) and at < end else place].append(path)
+    called = set(run.events)
+    ran = {path for path in called if _is_unit(modules[path])} | set(blocks)
+    parts = [_outermost_parts(modules, group, ran, called) for group in groups]
+
+    layers = []
+    if parts[0] and _is_convolutional(modules[own[0]]):
+        # Attached to a module that runs again elsewhere (a shared activation), a hook would fire there too.
+        once = [path for path in parts[0] if run.calls.get(path, 1) == 1] or parts[0]
+        name = next((path for path in parts[0] if _has_parameters(modules[path])), parts[0][0])
+        layers.append(Layer(0, name, once[-1], "stem", parts=tuple(parts[0])))
+        parts[0] = []
+    layers += [Layer(0, path, path, "block", parts=(*before, path))
+               for path, before in zip(own, parts[:-1], strict=True)]
+    if parts[-1]:
+        named = [path for path in parts[-1] if _has_parameters(modules[path])] or parts[-1]
+        layers.append(Layer(0, named[-1], parts[-1][-1], "head", parts=tuple(parts[-1])))
+    numbered = []
+    for i, layer in enumerate(layers):
+        shape, dtype, output = run.outputs.get(layer.module, (None, None, ""))
+        numbered.append(replace(layer, index=i, stack=stack, calls=run.calls.get(layer.module, 1), shape=shape,
+                                dtype=dtype, output=output))
+    return numbered
+
+
+def _outermost_parts(modules: dict[str, nn.Module], group: list[str], ran: set[str], called: set[str]) -> list[str]:
+    """The group's modules, each replaced by the outermost module that ran and holds nothing outside the group."""
+    parts = []
+    for path in group:
+        steps = path.split(".")
+        for prefix in (".".join(steps[:n]) for n in range(1, len(steps) + 1)):
+            held = {other for other in ran if other == prefix or _inside(other, prefix)}
+            if prefix in called and held <= set(group) and not isinstance(modules[prefix], nn.ModuleList):
+                parts.append(prefix)
+                break
+    return list(dict.fromkeys(parts))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_convolutional(block: nn.Module) -> bool:
+    """Tells a CNN, whose stem is a layer, from a transformer, whose embeddings belong to block 0."""
+    attends = any("attn" in path.lower() or "attention" in path.lower() for path, _ in block.named_modules())
+    return not attends and any(isinstance(module, CONVOLUTIONS) for module in block.modules())
+
+
+# Messages
+
+
+def _suffixes(name: str) -> list[str]:
+    steps = name.split(".")
+    return [name] + [".".join(steps[i:]) for i in range(1, len(steps)) if not steps[i].isdigit()]
+
+
+def _listing(pattern: str, candidates: list[str]) -> str:
+    suffixes = {suffix: name for name in candidates for suffix in _suffixes(name)}
+    close = dict.fromkeys(suffixes[hit] for hit in difflib.get_close_matches(pattern, suffixes, n=3))
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    shown = ", ".join(candidates[:60]) + (f", ... ({len(candidates)} in all)" if len(candidates) > 60 else "")
+    return f"{hint}Candidates: {shown}"
+
+
+def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], why: str) -> str:
+    children = [path for path, module in modules.items() if path and _has_parameters(module)]
+    return (f"no layers in {type(model).__name__}: looked for transformers GradientCheckpointingLayer blocks and for "
+            f"members of nn.ModuleList/nn.Sequential with at least two parametrised leaves, and {why}. Name the "
+            f"blocks yourself, in run order: names=[...] from {', '.join(children[:20]) or 'a larger model'}"
+            + (", ..." if len(children) > 20 else ""))

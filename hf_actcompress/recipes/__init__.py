@@ -1,0 +1,40 @@
+"""What two or more example recipes need: data, models, metrics and results.
+
+It knows transformers and data sets but no codec and no site; a recipe joins the two. Everything here also works on a
+machine without a network (`embedded`, "minilm", "tiny-bert", "efficientnet-lite0"). Optional libraries are imported
+where they are used: importing this package loads none of them.
+"""
+
+from hf_actcompress.recipes.data import TaskData, load_images, load_text
+from hf_actcompress.recipes.embedded import digits, docstrings
+from hf_actcompress.recipes.images import (
+    CachedImages,
+    Preprocessing,
+    collate_images,
+    image_transforms,
+    prepare_images,
+    with_transform,
+)
+from hf_actcompress.recipes.metrics import build_compute_metrics
+from hf_actcompress.recipes.models import load_image_model, load_text_model
+from hf_actcompress.recipes.results import environment, print_results, write_results
+
+__all__ = [
+    "CachedImages",
+    "Preprocessing",
+    "TaskData",
+    "build_compute_metrics",
+    "collate_images",
+    "digits",
+    "docstrings",
+    "environment",
+    "image_transforms",
+    "load_image_model",
+    "load_images",
+    "load_text",
+    "load_text_model",
+    "prepare_images",
+    "print_results",
+    "with_transform",
+    "write_results",
+]

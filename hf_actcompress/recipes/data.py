@@ -1,0 +1,230 @@
+"""Finds a recipe's data set: an embedded one, a local folder or a hub id, and says what its columns mean.
+
+It loads and names; pictures become tensors in `images.py`, sentences become tokens in the recipe.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_actcompress.recipes import columns, embedded
+from hf_actcompress.recipes.hub import cached_only_when_offline
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "dev", "test")
+HELD_OUT = 0.1
+# Data whose meaning a mirror image changes: a mirrored 2 is no digit.
+_UNFLIPPABLE = ("digit", "mnist", "svhn", "letter", "char")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A data set with its meaning.
+
+    Attributes:
+        train, eval: the two splits.
+        task: a short name such as "cola", "cifar10", "digits".
+        label_column: the column with the answer.
+        label_names: the classes; empty for a regression.
+        text_columns: one or two string columns (text tasks).
+        image_column: the picture column (image tasks).
+        flip: whether a mirrored picture keeps its label.
+        source: where the data came from and how it was split, in words.
+    """
+
+    train: datasets.Dataset
+    eval: datasets.Dataset
+    task: str
+    label_column: str
+    label_names: tuple[str, ...] = ()
+    text_columns: tuple[str, ...] = ()
+    image_column: str | None = None
+    flip: bool = False
+    source: str = ""
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.label_names
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names) or 1
+
+    def texts(self) -> Iterator[str]:
+        """Every training text, for a tokenizer that is made from them."""
+        for column in self.text_columns:
+            yield from self.train[column]
+
+
+def load_text(
+    name_or_path: str = EMBEDDED,
+    task: str | None = None,
+    *,
+    max_train: int | None = None,
+    max_eval: int | None = None,
+    seed: int = 0,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+) -> TaskData:
+    """Loads a text classification (or regression) task.
+
+    Args:
+        name_or_path: "embedded" (the `docstrings` task), a local folder, or a hub id such as "nyu-mll/glue".
+        task: the hub configuration, or a sub-folder of a local folder, such as "cola".
+        max_train, max_eval: keep only so many rows, chosen by a shuffle with `seed`.
+        text_columns, label_column: override what is detected.
+
+    Raises:
+        ValueError: if the data cannot be found or reached, or if its columns are not understood.
+    """
+    splits, name, source = _load(name_or_path, task, embedded.docstrings, "docstrings")
+    splits, source = _two_splits(splits, source, seed)
+    label = columns.label_column(splits["train"], label_column)
+    texts = columns.text_columns(splits["train"], name, label, text_columns)
+    splits, names = columns.encode_labels(splits, label)
+    train, evaluation = _subsample(splits, max_train, max_eval, seed)
+    return TaskData(train, evaluation, name, label, names, text_columns=texts, source=source)
+
+
+def load_images(
+    name_or_path: str = EMBEDDED,
+    task: str | None = None,
+    *,
+    max_train: int | None = None,
+    max_eval: int | None = None,
+    seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> TaskData:
+    """Loads an image classification task.
+
+    Args:
+        name_or_path: "embedded" (the `digits` pictures), a local folder (parquet, or one folder of pictures a class),
+            or a hub id such as "uoft-cs/cifar10".
+        task: the hub configuration, or a sub-folder of a local folder.
+        max_train, max_eval: keep only so many rows, chosen by a shuffle with `seed`.
+        image_column, label_column: override what is detected.
+
+    Raises:
+        ValueError: if the data cannot be found or reached, or if its columns are not understood.
+    """
+    import datasets
+
+    splits, name, source = _load(name_or_path, task, embedded.digits, "digits")
+    splits, source = _two_splits(splits, source, seed)
+    train = splits["train"]
+    label = columns.label_column(train, label_column)
+    pictures = [column for column, kind in train.features.items() if isinstance(kind, datasets.Image)]
+    if image_column is not None:
+        columns.check_known(train, [image_column], "image_column")
+    elif len(pictures) == 1:
+        image_column = pictures[0]
+    else:
+        raise ValueError(
+            f"{name!r} has {len(pictures)} picture columns among {train.column_names}; one is needed: "
+            "name it with image_column=, or use load_text for a text task."
+        )
+    splits, names = columns.encode_labels(splits, label)
+    if not names:
+        raise ValueError(f"The label column {label!r} of {name!r} holds real numbers; load_images needs classes.")
+    train, evaluation = _subsample(splits, max_train, max_eval, seed)
+    flip = not any(word in name.lower() for word in _UNFLIPPABLE)
+    return TaskData(train, evaluation, name, label, names, image_column=image_column, flip=flip, source=source)
+
+
+def _load(name: str, task: str | None, embedded_set: Any, embedded_task: str) -> tuple[Any, str, str]:
+    """The splits, the task's name and the source in words."""
+    import datasets
+
+    if name == EMBEDDED:
+        if task not in (None, embedded_task):
+            raise ValueError(f"The embedded data set is {embedded_task!r}, got task={task!r}; leave the task out.")
+        return embedded_set(), embedded_task, f"embedded {embedded_task}"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if task is not None and (folder / task).is_dir():
+            folder = folder / task
+        elif task is not None and folder.resolve().name != task:
+            raise ValueError(f"{folder.resolve()} has no folder {task!r} (task=); it holds {_children(folder)}.")
+        return _load_folder(folder), task or folder.resolve().name, f"local folder {folder.resolve().name}"
+
+    looked = f"{name!r} is not a local folder (looked for {folder.resolve()})"
+    remedy = 'To run offline use "--dataset embedded" or name a local folder that exists.'
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise ValueError(f"{looked}, and such a path cannot be a hub id. {remedy}")
+    with cached_only_when_offline() as state:
+        try:
+            splits = datasets.load_dataset(name, task)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"{looked}, and loading it as a hub id (configuration {task!r}) failed; "
+                f"the hub is {_say(state)} ({reason}). {remedy}"
+            ) from error
+    return splits, task or name.rsplit("/", 1)[-1], f"hub {name}" + (f", {task}" if task else "")
+
+
+def _say(state: str) -> str:
+    return {
+        "online": "reachable",
+        "offline mode": "switched off by HF_HUB_OFFLINE",
+        "no network": "out of reach: no network",
+    }[state]
+
+
+def _children(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir())
+
+
+def _load_folder(folder: Path) -> Any:
+    import datasets
+
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(str(folder))
+    tasks = sorted(child.name for child in folder.iterdir() if child.is_dir() and any(child.glob("train*.*")))
+    if tasks and not any(folder.glob("*.parquet")):
+        raise ValueError(f"The folder {folder.resolve()} holds several tasks, {tasks}: name one with task=.")
+    try:
+        return datasets.load_dataset(str(folder.resolve()))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"The folder {folder.resolve()} could not be read as a data set "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). It holds {_children(folder)}; allowed are "
+            "parquet, csv or json files named by split, or one folder of pictures a class."
+        ) from error
+
+
+def _two_splits(splits: Any, source: str, seed: int) -> tuple[dict[str, Any], str]:
+    """Train and eval, whatever the latter is called; a tenth of train is held out where there is no other."""
+    import datasets
+
+    if "train" not in splits:
+        raise ValueError(f"The data set ({source}) has the splits {sorted(splits)}; a split named 'train' is needed.")
+    for name in EVAL_SPLITS:
+        if name in splits:
+            return {"train": splits["train"], "eval": splits[name]}, f"{source} (train/{name})"
+    train = splits["train"]
+    classes = [column for column, kind in train.features.items() if isinstance(kind, datasets.ClassLabel)]
+    parts = train.train_test_split(HELD_OUT, seed=seed, stratify_by_column=classes[0] if len(classes) == 1 else None)
+    logger.warning("%s has no split named any of %s: a tenth of train is held out.", source, EVAL_SPLITS)
+    return {"train": parts["train"], "eval": parts["test"]}, f"{source} (train, a tenth of it held out)"
+
+
+def _subsample(splits: dict[str, Any], max_train: int | None, max_eval: int | None, seed: int) -> tuple[Any, Any]:
+    kept = []
+    for argument, limit, split in (("max_train", max_train, splits["train"]), ("max_eval", max_eval, splits["eval"])):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{argument}={limit}: give 1 or more rows, or None for all {len(split)}.")
+        if limit is not None and limit < len(split):
+            split = split.shuffle(seed=seed).select(range(limit))
+        kept.append(split)
+    return kept[0], kept[1]

@@ -1,0 +1,1 @@
+"""Sites: the places where training keeps or moves a tensor."""
