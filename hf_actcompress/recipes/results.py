@@ -102,15 +102,12 @@ def print_results(record: Mapping[str, Any], console: Console | None = None) -> 
             console.print(_measure_table(title, record[key]))
     rows: Sequence[Mapping[str, Any]] = record.get("compression") or ()
     if rows:
-        others = [
-            name for name in dict.fromkeys(name for row in rows for name in row) if name not in COMPRESSION_COLUMNS
-        ]
         table = Table(title="Compression")
-        for name in (*COMPRESSION_COLUMNS, *others):
+        for name in COMPRESSION_COLUMNS:
             numbers = any(isinstance(row.get(name), int | float) for row in rows)
             table.add_column(name, justify="right" if numbers else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(_show(row.get(name), name) for name in (*COMPRESSION_COLUMNS, *others)))
+            table.add_row(*(_show(row.get(name), name) for name in COMPRESSION_COLUMNS))
         console.print(table)
 
 

@@ -79,7 +79,6 @@ def test_tables_show_everything():
         "0.0712",
         "3.0 MiB",
         "backward",
-        "extra",
     ):
         assert part in text, part
     assert ROW["codec"] in text

@@ -1,0 +1,97 @@
+"""Fine-tune an image classifier with compressed layer boundaries.
+
+With no arguments: a packaged EfficientNet-Lite0 learns scikit-learn's handwritten digits, compressed to 4 bits.
+
+    python examples/cifar/run_cifar.py
+    python examples/cifar/run_cifar.py --dataset ../shared/data/cifar10 --codec sort:bits=8
+    python examples/cifar/run_cifar.py --dataset uoft-cs/cifar10 --model mobilenetv2_100 --pretrained True
+    accelerate launch examples/cifar/run_cifar.py --image_size 64
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from hf_actcompress.recipes import (
+    build_compute_metrics,
+    collate_images,
+    load_image_model,
+    load_images,
+    prepare_images,
+)
+from hf_actcompress.recipes.run import parse_arguments, train_and_report
+
+DEFAULTS = {
+    "output_dir": "outputs/cifar",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 128,
+    "learning_rate": 1e-3,
+    "remove_unused_columns": False,
+}
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(
+        default="efficientnet-lite0",
+        metadata={"help": "'efficientnet-lite0' (packaged weights), a timm name, a local folder, or a hub id."},
+    )
+    pretrained: bool | None = field(
+        default=None, metadata={"help": "Load timm's weights from the hub; default: only packaged ones."}
+    )
+    image_size: int = field(default=96, metadata={"help": "Pixels squared."})
+    channels_last: bool = field(default=True, metadata={"help": "Channels-last weights: faster convolutions on CPUs."})
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(
+        default="embedded",
+        metadata={"help": "'embedded' (digits), a local folder such as data/cifar10, or a hub id: uoft-cs/cifar10."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many images only."})
+    data_seed_for_subset: int = field(default=0, metadata={"help": "Which images max_train_samples takes."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    model_args, data_args, training_args, compression = parse_arguments(
+        [ModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
+    )
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="data"):
+        data = load_images(
+            data_args.dataset,
+            max_train=data_args.max_train_samples,
+            max_eval=data_args.max_eval_samples,
+            seed=data_args.data_seed_for_subset,
+        )
+    model, preprocessing = load_image_model(
+        model_args.model,
+        data.num_labels,
+        model_args.image_size,
+        pretrained=model_args.pretrained,
+        label_names=data.label_names,
+    )
+    if model_args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    train, evaluation = prepare_images(data, preprocessing)
+    return train_and_report(
+        model=model,
+        training_args=training_args,
+        compression=compression,
+        train=train,
+        evaluation=evaluation,
+        compute_metrics=build_compute_metrics(data.task, data.num_labels),
+        data_collator=collate_images,
+        about={"task": data.task, "data": data.source, "model": model_args.model, "image_size": preprocessing.size},
+    )
+
+
+if __name__ == "__main__":
+    main()

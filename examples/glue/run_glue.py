@@ -1,0 +1,100 @@
+"""Fine-tune a text classifier with compressed layer boundaries.
+
+With no arguments: a packaged MiniLM learns from which library a docstring comes, compressed to 4 bits.
+
+    python examples/glue/run_glue.py
+    python examples/glue/run_glue.py --dataset ../shared/data/glue/cola --codec sort:bits=8 --first 1 --last 2
+    python examples/glue/run_glue.py --dataset glue --task rte --model roberta-base --codec none
+    torchrun --nproc_per_node 2 examples/glue/run_glue.py --use_cpu True
+    python examples/glue/run_glue.py arguments.json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+
+from hf_actcompress.recipes import build_compute_metrics, load_text, load_text_model
+from hf_actcompress.recipes.run import parse_arguments, train_and_report
+
+DEFAULTS = {
+    "output_dir": "outputs/glue",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 5e-5,
+}
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(
+        default="minilm",
+        metadata={"help": "'minilm' (packaged weights), 'tiny-bert' (random), a local folder, or a hub id."},
+    )
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(
+        default="embedded",
+        metadata={"help": "'embedded' (docstrings), a local folder such as data/glue/rte, or a hub id such as glue."},
+    )
+    task: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: cola, rte, sst2, ..."})
+    max_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad every batch to max_length (static shapes: torch_compile, error feedback)."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows only."})
+    data_seed_for_subset: int = field(default=0, metadata={"help": "Which rows max_train_samples takes."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    model_args, data_args, training_args, compression = parse_arguments(
+        [ModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
+    )
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="data"):
+        data = load_text(
+            data_args.dataset,
+            data_args.task,
+            max_train=data_args.max_train_samples,
+            max_eval=data_args.max_eval_samples,
+            seed=data_args.data_seed_for_subset,
+        )
+    model, tokenizer = load_text_model(
+        model_args.model, data.num_labels, label_names=data.label_names, texts=data.texts()
+    )
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        texts = [batch[column] for column in data.text_columns]
+        return tokenizer(
+            *texts,
+            truncation=True,
+            max_length=data_args.max_length,
+            padding="max_length" if data_args.pad_to_max_length else False,
+        )
+
+    def prepare(split: Any) -> Any:
+        split = split.rename_column(data.label_column, "labels") if data.label_column != "labels" else split
+        drop = [column for column in split.column_names if column != "labels"]
+        return split.map(tokenize, batched=True, remove_columns=drop, desc="tokenizing")
+
+    return train_and_report(
+        model=model,
+        training_args=training_args,
+        compression=compression,
+        train=prepare(data.train),
+        evaluation=prepare(data.eval),
+        compute_metrics=build_compute_metrics(data.task, data.num_labels),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        about={"task": data.task, "data": data.source, "model": model_args.model},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What every recipe does around its data and model: arguments, training, evaluation, results.
+
+This is the only file of the recipes that joins them to compression.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_actcompress.config import CompressionArguments
+from hf_actcompress.recipes.results import print_results, write_results
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {
+    "do_train": True,
+    "do_eval": True,
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "logging_steps": 20,
+    "report_to": [],
+}
+
+
+def parse_arguments(types: Sequence[type], argv: Sequence[str] | None, defaults: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Dataclasses from the command line, or from a single JSON (or YAML) file or JSON text given instead.
+
+    `defaults` replace those of TrainingArguments and the like, for both forms.
+    Raises ValueError for a JSON file that is not there or holds unknown keys.
+    """
+    import torch
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser([*types, CompressionArguments])
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Without it bf16 and torchrun on a machine without an accelerator end in an error about GPUs.
+    defaults = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **defaults}
+    if len(argv) == 1 and argv[0].lstrip().startswith("{"):
+        return parser.parse_dict({**defaults, **json.loads(argv[0])})
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        path = Path(argv[0])
+        if not path.is_file():
+            raise ValueError(f"There is no argument file at {path.absolute()}.")
+        if path.suffix == ".json":
+            values = json.loads(path.read_text())
+        else:
+            import yaml
+
+            values = yaml.safe_load(path.read_text())
+        return parser.parse_dict({**defaults, **values})
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def train_and_report(
+    *,
+    model: Any,
+    training_args: Any,
+    compression: CompressionArguments,
+    train: Any,
+    evaluation: Any,
+    compute_metrics: Callable[[Any], dict[str, float]],
+    about: Mapping[str, Any],
+    processing_class: Any = None,
+    data_collator: Any = None,
+) -> dict[str, Any]:
+    """Train, evaluate with and without compression as `--evaluate` says, write and print the record.
+
+    Returns the record: `metrics`, `samples_per_second`, `compression` (one row per boundary and direction),
+    `history` (the Trainer's log), the configuration and `about`.
+    """
+    from transformers import Trainer
+
+    from hf_actcompress.callback import ActCompressCallback
+
+    config = compression.to_config()
+    callback = None if config is None else ActCompressCallback(config)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        compute_metrics=compute_metrics,
+        processing_class=processing_class,
+        data_collator=data_collator,
+        callbacks=[] if callback is None else [callback],
+    )
+    record: dict[str, Any] = {
+        **about,
+        "codec": "none" if config is None else config.codec,
+        "epochs": training_args.num_train_epochs,
+        "batch_size": training_args.train_batch_size * training_args.gradient_accumulation_steps,
+        "learning_rate": training_args.learning_rate,
+        "seed": training_args.seed,
+        "dtype": "bf16 autocast" if training_args.bf16 else "fp32",
+        "config": None if config is None else config.to_dict(),
+    }
+    if training_args.do_train:
+        outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        record["samples_per_second"] = {"training": outcome.metrics["train_samples_per_second"]}
+        record["train_loss"] = outcome.metrics["train_loss"]
+        trainer.save_model()
+        trainer.save_state()
+    if training_args.do_eval:
+        metrics = _evaluate(trainer, callback, model)
+        record["metrics"] = metrics
+    record["compression"] = callback.stats if callback is not None else []
+    record["history"] = trainer.state.log_history
+    if trainer.is_world_process_zero():
+        if config is not None:
+            config.save_pretrained(training_args.output_dir)
+        path = write_results(training_args.output_dir, record)
+        print_results({key: value for key, value in record.items() if key not in ("history", "config")})
+        print(f"Results: {path}")
+    return record
+
+
+def _evaluate(trainer: Any, callback: Any, model: Any) -> dict[str, dict[str, float]]:
+    """{metric: {"compressed": ..., "plain": ...}}, as far as the configuration asks for them."""
+    variants: dict[str, dict[str, float]] = {}
+    if callback is None or callback.config.evaluate != "on":
+        variants["plain"] = trainer.evaluate()
+    if callback is not None and callback.config.evaluate != "off":
+        with callback.attached(model) as handle:
+            variants["compressed"] = trainer.evaluate()
+            callback.stats = callback.stats or handle.stats()
+    skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "eval_model_preparation_time")
+    names = dict.fromkeys(name for metrics in variants.values() for name in metrics if name not in skipped)
+    return {
+        name.removeprefix("eval_"): {variant: metrics.get(name) for variant, metrics in variants.items()}
+        for name in names
+    }

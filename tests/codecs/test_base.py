@@ -1,0 +1,110 @@
+import zlib
+
+import pytest
+import torch
+
+from hf_actcompress.codecs import Identity, Payload, TopK, parse_codec, raw_nbytes, representable
+from hf_actcompress.codecs.base import LARGEST, check_choice, check_int, site_hash, strided_sample
+from hf_actcompress.codecs.lowrank import BasisState
+from hf_actcompress.codecs.rounding import RoundingState
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_representable(dtype):
+    x = torch.zeros(3, 5, dtype=dtype)
+    top = min(LARGEST, torch.finfo(dtype).max)
+    x[0, 1], x[2, 4] = top, -top
+    assert representable(x) and representable(x.t()) and representable(x[0, 1])
+    for bad in (float("nan"), float("inf"), float("-inf"), 2.5 * LARGEST, -2.5 * LARGEST):
+        y = x.clone()
+        y[1, 3] = bad
+        assert not representable(y)
+
+
+def test_nbytes_counts_the_parts_of_parts():
+    inner = Payload("c", (4,), torch.float32, {"a": torch.zeros(3, dtype=torch.int16)})
+    middle = Payload("b", (4,), torch.float32, {"b": torch.zeros(5, dtype=torch.uint8)}, {"x": inner})
+    outer = Payload("a", (10, 10), torch.float32, {"c": torch.zeros(2, dtype=torch.float64)}, {"y": middle, "z": inner})
+    assert inner.nbytes == 6 and middle.nbytes == 11 and outer.nbytes == 16 + 11 + 6
+    assert outer.ratio == 400 / 33
+    assert Payload("a", (0,), torch.float32, {}).ratio == 1.0
+
+
+def test_raw_nbytes():
+    assert raw_nbytes((), torch.float64) == 8
+    assert raw_nbytes((3, 5), torch.bfloat16) == 30
+    assert raw_nbytes((3, 0), torch.float32) == 0
+
+
+def test_payload_nbytes_takes_any_sequence_and_huge_shapes():
+    codec = parse_codec("block:bits=4")
+    assert codec.payload_nbytes([3, 128], torch.float32) == codec.payload_nbytes(torch.Size([3, 128]), torch.float32)
+    n = 2**33
+    assert codec.payload_nbytes((2**13, 2**20), torch.bfloat16) == n // 2 + n // 128 * 4
+    # Positions need 64 bits there.
+    assert TopK(ratio=0.001).payload_nbytes((n,), torch.bfloat16) == round(n * 0.001) * (2 + 8)
+
+
+def test_the_str_of_a_float_is_short_where_it_may_be_and_exact_where_it_must():
+    assert str(TopK(ratio=0.1)) == "topk:ratio=0.1"
+    assert str(TopK(ratio=1)) == "topk:ratio=1"
+    third = TopK(ratio=1 / 3)
+    assert parse_codec(str(third)) == third
+
+
+@pytest.mark.parametrize("value", [0, 9, True, 2.0, "3", None])
+def test_check_int(value):
+    with pytest.raises(ValueError, match=r"c: o=.* is not an integer from 1 to 8\. Do so\.$"):
+        check_int("c", "o", value, 1, 8, "Do so.")
+    check_int("c", "o", 1, 1, 8)
+    check_int("c", "o", 8, 1, 8)
+
+
+def test_check_choice():
+    with pytest.raises(ValueError, match=r"c: o='z' is not known; choose one of: none, x, 16\."):
+        check_choice("c", "o", "z", (None, "x", 16))
+    check_choice("c", "o", None, (None, "x", 16))
+
+
+def test_site_hash_is_the_same_in_every_process():
+    assert site_hash("layer.0") == zlib.crc32(b"layer.0") == 2420319521
+
+
+@pytest.mark.parametrize("n", [1, 100, 199, 200, 201, 399, 1000, 100_001])
+def test_strided_sample(n):
+    flat = torch.arange(n, dtype=torch.float64)
+    got = strided_sample(flat, 100)
+    assert got.dtype == torch.float32
+    if n < 200:
+        assert torch.equal(got, flat.float())
+        return
+    stride = int(got[1] - got[0])
+    assert stride % 2 == 1 and torch.equal(got, flat[::stride].float())
+    assert 60 <= len(got) <= 134
+
+
+def test_a_state_refuses_the_entries_of_another():
+    state = RoundingState("a", 3)
+    state.next_key()
+    with pytest.raises(ValueError, match=r"RoundingState got the entries \['basis', 'seed'\]; it holds .*'step'.*fresh"):
+        state.load_state_dict(BasisState("a", 3).state_dict())
+    assert state.step == 1
+    other = RoundingState()
+    other.load_state_dict(state.state_dict())
+    assert other.next_key() == state.next_key() and other.step == 2
+
+
+def test_a_snapshot_stands_still():
+    state = RoundingState("a", 3)
+    snapshot = state.snapshot()
+    first = state.next_key()
+    assert snapshot.step == 0
+    state.restore(snapshot)
+    assert state.next_key() == first
+
+
+def test_identity_leaves_nothing_shared_with_the_result():
+    x = torch.randn(4, 4)
+    y = Identity().decode(Identity().encode(x))
+    y.zero_()
+    assert x.abs().sum() > 0
