@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_choice, check_int
-from .hadamard import hadamard
+from .hadamard import rotate, rotate_back
 from .levels import ceil16, floor16, gauss_levels, safe_inverse
 from .packing import MAX_BITS, ceil8, code_dtype, pack, unpack
 from .rounding import RoundingState, next_key
@@ -30,8 +30,8 @@ class Block(Codec):
         dim="channel": one group per channel (dimension 1 of [B, C, H, W], else the last;
         tensors of fewer than two dimensions fall back to groups of 128).
     round: "nearest" or "stochastic" (unbiased; equal levels only).
-    rotate: None or "hadamard": the group's mean is taken out and kept, the rest is turned by a Walsh-Hadamard
-        transform, which spreads outliers.  The group must be a power of two.
+    rotate: None or "hadamard": the group's mean is taken out and kept, the rest is turned by a randomised
+        Walsh-Hadamard transform, which spreads outliers.  The group must be a power of two.
     levels: "uniform" (equal steps) or "gauss" (Lloyd-Max levels of a Gaussian of the group's variance).
     clip: the share of the range that equal steps cover (nearest only); below 1 the tails are cut for a finer step.
     scale: 16 (bf16, rounded outwards, so that no value falls out of range) or 32 bits per scale.
@@ -132,7 +132,7 @@ class Block(Codec):
             center = center.bfloat16().float() if self.scale == 16 else center
             x = x - center[:, None]
             if self.rotate:
-                x = hadamard(x)
+                x = rotate(x)
             if self.levels == "gauss":
                 spread = high(torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5)
                 edges = _edges(self.bits, x.device)
@@ -160,7 +160,7 @@ class Block(Codec):
             y = (codes - (2**self.bits - 1) / 2) * step
         else:
             return base + codes * step
-        return (hadamard(y) if self.rotate else y) + base
+        return (rotate_back(y) if self.rotate else y) + base
 
     # -- the contract -----------------------------------------------------------------------------------------
     def _tiles(self, x: Tensor, state: CodecState | None) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:

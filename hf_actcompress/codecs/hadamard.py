@@ -1,7 +1,10 @@
-"""The normalised Walsh-Hadamard transform of rows whose length is a power of two.
+"""The randomised Walsh-Hadamard transform of rows whose length is a power of two.
 
-It is its own inverse and keeps lengths.  An outlier is spread over the whole group, so that the group looks Gaussian
-and few bits suffice (Ashkboos et al., "QuaRot", 2024; TAH-Quant, 2025, for activations).
+Fixed random signs, then the normalised transform: an orthogonal map that spreads an outlier over the whole group, so
+that the group looks Gaussian and few bits suffice.  The signs matter: without them the transform gathers the energy
+of smooth signals (pictures) in few coefficients, which is the opposite of what a quantizer wants.
+Sources: Ailon and Chazelle, 2006; QuIP# (Tseng et al., 2024) for weights, QuaRot (Ashkboos et al., 2024) and
+TAH-Quant (2025) for activations.
 """
 
 from __future__ import annotations
@@ -11,25 +14,46 @@ import functools
 import torch
 from torch import Tensor
 
-WIDEST = 1024  # a larger matrix would cost more memory than the rows: 4 GiB for n = 32768
+LARGEST = 1024
+
+
+def random_sign(i: int) -> float:
+    """+1 or -1 from a hash of the position: the same on every machine and in every version of torch."""
+    h = (i + 1) * 0x9E3779B9 & 0xFFFFFFFF
+    h = (h ^ (h >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    h = (h ^ (h >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return 1.0 if (h >> 16) & 1 else -1.0
 
 
 @functools.cache
-def hadamard_matrix(n: int, device: torch.device) -> Tensor:
-    """fp32 [n, n], Sylvester's construction over sqrt(n)."""
-    h = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+def rotation_matrix(n: int, device: torch.device) -> Tensor:
+    """fp32 [n, n], orthogonal: diag(signs) times Sylvester's matrix over sqrt(n)."""
+    h = torch.ones(1, 1)
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    return (h / n**0.5).to(device)
+    signs = torch.tensor([random_sign(i) for i in range(n)])
+    return (signs[:, None] * h / n**0.5).to(device)
 
 
-def hadamard(rows: Tensor) -> Tensor:
-    """fp32 [R, n] -> fp32 [R, n].  Up to 1024 a product with the matrix is faster than log2(n) passes over memory."""
-    count, n = rows.shape
-    if n <= WIDEST:
-        return rows @ hadamard_matrix(n, rows.device)
-    # H[a * b] is the Kronecker product of H[a] and H[b]: each is applied along its own axis.
-    outer = n // WIDEST
-    inner = rows.reshape(-1, WIDEST) @ hadamard_matrix(WIDEST, rows.device)
-    turned = hadamard(inner.view(count, outer, WIDEST).transpose(1, 2).reshape(-1, outer))
-    return turned.view(count, WIDEST, outer).transpose(1, 2).reshape(count, n)
+def rotate(rows: Tensor) -> Tensor:
+    """fp32 [R, n] -> fp32 [R, n].
+
+    Up to LARGEST a product with the matrix beats log2(n) passes over memory.  A longer row is cut into LARGEST-long
+    runs, which are turned first by themselves and then against each other: Sylvester's matrix is a Kronecker product.
+    """
+    n = rows.shape[1]
+    if n <= LARGEST:
+        return rows @ rotation_matrix(n, rows.device)
+    inner = rows.reshape(-1, LARGEST) @ rotation_matrix(LARGEST, rows.device)
+    across = inner.view(-1, n // LARGEST, LARGEST).transpose(1, 2).reshape(-1, n // LARGEST)
+    return rotate(across).view(-1, LARGEST, n // LARGEST).transpose(1, 2).reshape(-1, n)
+
+
+def rotate_back(rows: Tensor) -> Tensor:
+    """The inverse of `rotate`."""
+    n = rows.shape[1]
+    if n <= LARGEST:
+        return rows @ rotation_matrix(n, rows.device).T
+    across = rotate_back(rows.view(-1, n // LARGEST, LARGEST).transpose(1, 2).reshape(-1, n // LARGEST))
+    inner = across.view(-1, LARGEST, n // LARGEST).transpose(1, 2).reshape(-1, LARGEST)
+    return (inner @ rotation_matrix(LARGEST, rows.device).T).view(-1, n)

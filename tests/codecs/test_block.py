@@ -37,7 +37,8 @@ def check_twin(codec, x):
     top = 2**codec.bits - 1
     groups = groups_of(codec, x.shape)
     scales = payload.tensors["scales"]
-    assert scales.shape == (len(groups), 2) and scales.dtype == (torch.bfloat16 if codec.scale == 16 else torch.float32)
+    assert scales.shape == (len(groups), 2)
+    assert scales.dtype == (torch.bfloat16 if codec.scale == 16 else torch.float32)
     for group, (lo, step) in zip(groups, scales.double().tolist(), strict=True):
         v = flat[group]
         least, span = float(v.min()), float(v.max() - v.min())

@@ -254,7 +254,7 @@ def test_other_dtypes_are_refused(spec, dtype):
 def test_the_codec_is_its_own_configuration(spec):
     codec = parse_codec(spec)
     assert parse_codec(str(codec)) == codec and str(parse_codec(str(codec))) == str(codec)
-    assert hash(parse_codec(spec)) == hash(codec) and len({codec, parse_codec(spec), parse_codec("uniform:bits=5")}) == 2
+    assert hash(parse_codec(spec)) == hash(codec) and parse_codec("uniform:bits=5") != codec
     assert copy.deepcopy(codec) == codec and pickle.loads(pickle.dumps(codec)) == codec
     assert parse_codec(codec) is codec
     for f in dataclasses.fields(codec):

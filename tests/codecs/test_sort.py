@@ -44,12 +44,11 @@ def test_exact_quantiles_equal_the_full_sort(bits, splits, kind, n):
     y = codec.roundtrip(x.view(-1, 1)).view(-1).double()
     expected = slow(x, bits, splits)
     room = 1e-6 * float(x.abs().max()) + 1e-30
-    other = 0
     for value, got in zip(x.double().tolist(), y.tolist(), strict=True):
         want, step = expected[value]
         assert abs(got - value) <= step / 2 + room
-        other += abs(got - want) > room
-    assert other <= 1 + n // 200  # half way between two steps
+        half_way = abs(abs(want - value) - step / 2) <= room
+        assert abs(got - want) <= room or half_way
 
 
 @pytest.mark.parametrize("kind", ["gauss", "heavy", "half zeros"])
@@ -71,7 +70,7 @@ def test_sampled_groups_reach_from_threshold_to_threshold(kind, bits, splits):
     top = 2 ** (bits - splits) - 1
     lo, step = payload.tensors["scales"].double().T
     assert lo[0] == x.min() and float(lo[-1] + top * step[-1]) == pytest.approx(float(x.max()), rel=1e-5)
-    assert torch.allclose(lo[:-1] + top * step[:-1], lo[1:], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(lo[:-1] + top * step[:-1], lo[1:], rtol=0, atol=1e-6 * float(x.abs().max()))
     group = torch.bucketize(x.double(), lo[1:].contiguous(), right=True)
     assert ((y - x).double().abs() <= step[group] / 2 + 1e-6 * x.abs().max()).all()
     share = torch.bincount(group, minlength=2**splits) / len(x)

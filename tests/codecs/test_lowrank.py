@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from hf_actcompress.codecs import LowRank
+
+
+def matrix(m, n, seed=0, decay=0.8):
+    g = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(m, min(m, n), generator=g, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, min(m, n), generator=g, dtype=torch.float64)).Q
+    return ((u * decay ** torch.arange(min(m, n))) @ v.T).float()
+
+
+def least_error(x, rank):
+    """Eckart and Young: the singular values that are left out."""
+    return float(torch.linalg.svdvals(x.double())[rank:].norm())
+
+
+def error(y, x):
+    return float((y.double() - x.double()).norm())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(40, 16), (16, 40), (64, 64)])
+@pytest.mark.parametrize("codec", [dict(iters=20), dict(method="svd")])
+def test_reaches_the_error_of_the_svd(rank, shape, codec):
+    x = matrix(*shape)
+    best = least_error(x, rank)
+    got = error(LowRank(rank, **codec).roundtrip(x), x)
+    assert best * 0.999 <= got <= 1.01 * best
+
+
+@pytest.mark.parametrize("codec", [dict(), dict(method="svd")])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_matrix_of_that_rank_is_exact(codec, scale):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=g) @ torch.randn(4, 30, generator=g) * scale
+    for rank in (4, 9, 30):
+        assert torch.allclose(LowRank(rank, **codec).roundtrip(x), x, rtol=0, atol=2e-5 * scale)
+    assert error(LowRank(3, **codec).roundtrip(x), x) > 0.01 * scale
+
+
+def test_the_warm_start_improves_from_step_to_step():
+    x = matrix(80, 48, decay=0.97)
+    codec = LowRank(4)
+    state = codec.init_state("s")
+    errors = [error(codec.roundtrip(x, state), x) for _ in range(200)]
+    cold = error(codec.roundtrip(x), x)
+    assert errors[0] == pytest.approx(cold, rel=0.02)
+    assert errors[1] < errors[0] and errors[5] < errors[1]
+    assert all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:], strict=False))
+    assert errors[-1] <= 1.001 * least_error(x, 4) < errors[0]
+
+
+def test_sites_and_seeds_start_from_different_bases():
+    x, codec = matrix(80, 48, decay=0.97), LowRank(4)
+    states = [codec.init_state("a"), codec.init_state("a"), codec.init_state("b"), codec.init_state("a", seed=1)]
+    a, again, b, c = (codec.roundtrip(x, s) for s in states)
+    assert torch.equal(a, again) and not torch.equal(a, b) and not torch.equal(a, c)
+    before = torch.get_rng_state()
+    codec.roundtrip(x, codec.init_state("z"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_svd_has_no_state():
+    assert LowRank(2, method="svd").init_state("s") is None
+
+
+@pytest.mark.parametrize("method", ["power", "svd"])
+@pytest.mark.parametrize("shape, rows, features", [((5, 7, 6), 35, 6), ((5, 7), 5, 7), ((2, 3, 4, 5, 6), 120, 6)])
+def test_features_are_last(method, shape, rows, features):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    codec = LowRank(3, method=method)
+    payload = codec.encode(x)
+    assert payload.tensors["left"].shape == (rows, 3) and payload.tensors["right"].shape == (features, 3)
+    assert torch.equal(codec.decode(payload), codec.roundtrip(x.reshape(rows, features)).view(shape))
+    assert payload.nbytes == 4 * 3 * (rows + features)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_images_fold_channels_last(memory):
+    b, c, h, w = 2, 5, 4, 3
+    x = torch.randn(b, c, h, w, generator=torch.Generator().manual_seed(2))
+    folded = torch.empty(b * h * w, c)
+    for i in range(b):
+        for j in range(h):
+            for k in range(w):
+                folded[(i * h + j) * w + k] = x[i, :, j, k]
+    z = LowRank(2).roundtrip(folded)
+    y = LowRank(2).roundtrip(x.to(memory_format=memory))
+    for i in range(b):
+        for j in range(h):
+            for k in range(w):
+                assert torch.equal(y[i, :, j, k], z[(i * h + j) * w + k])
+
+
+def test_a_short_batch_is_kept_at_its_number_of_rows():
+    codec = LowRank(8)
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(3))
+    payload = codec.encode(x)
+    assert payload.tensors["left"].shape == (3, 3) and payload.tensors["right"].shape == (20, 3)
+    assert torch.allclose(codec.decode(payload), x, atol=1e-5)
+    state = codec.init_state("s")
+    full = torch.randn(40, 20, generator=torch.Generator().manual_seed(4))
+    for batch in (full, x, full, x[:1]):  # the last batch of an epoch, then the next epoch
+        assert codec.encode(batch, state).nbytes == codec.payload_nbytes(batch.shape, batch.dtype)
+
+
+@pytest.mark.parametrize("shape, folded", [((40, 6), r"\[40, 6\]"), ((2, 6, 4, 4), r"\[32, 6\]"), ((6,), r"\[1, 6\]")])
+def test_a_rank_above_the_features_is_refused(shape, folded):
+    codec = LowRank(7)
+    message = rf"lowrank: rank=7 is above the 6 features .*folded to {folded}\. Use rank <= 6"
+    for call in (lambda: codec.encode(torch.zeros(shape)), lambda: codec.payload_nbytes(shape, torch.float32)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=message):
+        codec.roundtrip(torch.zeros(shape))

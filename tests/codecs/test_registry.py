@@ -1,0 +1,168 @@
+import re
+
+import pytest
+
+from hf_actcompress.codecs import (
+    CODECS,
+    Block,
+    Chain,
+    Feedback,
+    Float8,
+    Identity,
+    KMeans,
+    LowRank,
+    Sort,
+    TopK,
+    Uniform,
+    codec_names,
+    parse_codec,
+)
+
+
+@pytest.mark.parametrize(
+    "spec, codec",
+    [
+        ("identity", Identity()),
+        ("uniform", Uniform(8)),
+        ("uniform:bits=3,round=stochastic", Uniform(3, round="stochastic")),
+        (" block : bits = 4 , group = 64 ", Block(4, group=64)),
+        ("block:bits=2,splits=5,scale=32", Block(2, splits=5, scale=32)),
+        ("block:dim=channel,group=none", Block(dim="channel")),
+        ("block:rotate=hadamard,levels=gauss", Block(rotate="hadamard", levels="gauss")),
+        ("block:clip=0.9", Block(clip=0.9)),
+        ("sort:bits=12", Sort(12, splits=3)),
+        ("kmeans:bits=2,iters=9", KMeans(2, 9)),
+        ("topk:ratio=1e-3", TopK(0.001)),
+        ("lowrank:rank=4,method=svd", LowRank(4, "svd")),
+        ("float8:format=e5m2", Float8("e5m2")),
+        ("topk:ratio=0.1|uniform:bits=8", Chain(TopK(0.1), Uniform(8))),
+        ("ef+topk", Feedback(TopK())),
+        ("ef+topk | block:bits=4", Feedback(Chain(TopK(), Block(4)))),
+        ("topk|ef+block", Chain(TopK(), Feedback(Block()))),
+        ({"name": "block", "bits": 4, "group": 64}, Block(4, group=64)),
+        ({"name": "block", "bits": "4", "clip": "0.5"}, Block(4, clip=0.5)),
+        ({"name": "sort"}, Sort()),
+    ],
+)
+def test_grammar(spec, codec):
+    before = dict(spec) if isinstance(spec, dict) else spec
+    assert parse_codec(spec) == codec and parse_codec(str(codec)) == codec
+    assert spec == before
+
+
+@pytest.mark.parametrize(
+    "codec, text",
+    [
+        (Identity(), "identity"),
+        (Block(), "block:bits=4"),
+        (Block(4, group=64), "block:bits=4,group=64"),
+        (Sort(8), "sort:bits=8,splits=2"),
+        (LowRank(), "lowrank:rank=8"),
+        (Float8(), "float8"),
+        (Feedback(Chain(TopK(0.1), Uniform(8))), "ef+topk:ratio=0.1|uniform:bits=8"),
+    ],
+)
+def test_canonical_spec(codec, text):
+    assert str(codec) == text
+
+
+def test_names():
+    assert codec_names() == list(CODECS) == [cls.name for cls in CODECS.values()]
+    assert set(codec_names()) == {"identity", "uniform", "block", "sort", "kmeans", "topk", "lowrank", "float8"}
+
+
+ERRORS = {
+    # what is received: [what the message must hold: the value received, what is allowed, what to do]
+    "blok:bits=4": ["Unknown codec 'blok'", "Did you mean 'block'?", "uniform, block, sort", "a|b and ef+a"],
+    "zzz": ["Unknown codec 'zzz'", "Codecs: identity, uniform"],
+    "ef+topq": ["Unknown codec 'topq'", "Did you mean 'topk'?"],
+    "topk|unifrm": ["Unknown codec 'unifrm'", "Did you mean 'uniform'?"],
+    "block:bit=4": ["block has no option 'bit'", "in 'block:bit=4'", "Did you mean 'bits'?", "Options: bits, group"],
+    "identity:bits=4": ["identity has no option 'bits'", "Options: none"],
+    "uniform:bits=0": ["uniform: bits=0", "from 1 to 16", "use identity"],
+    "uniform:bits=17": ["uniform: bits=17", "from 1 to 16"],
+    "uniform:bits=4.5": ["uniform: bits='4.5'", "not an integer"],
+    "uniform:round=up": ["uniform: round='up'", "nearest, stochastic"],
+    "block:bits=0": ["block: bits=0", "from 1 to 16", "use identity"],
+    "block:bits=17": ["block: bits=17", "from 1 to 16"],
+    "block:group=12": ["block: group=12", "not a multiple of 8"],
+    "block:group=0": ["block: group=0", "from 8 to 1048576"],
+    "block:splits=0": ["block: splits=0", "from 1 to"],
+    "block:dim=row": ["block: dim='row'", "none, channel"],
+    "block:scale=8": ["block: scale=8", "16, 32"],
+    "block:levels=log": ["block: levels='log'", "uniform, gauss"],
+    "block:group=64,splits=4": ["group=64", "splits=4", "exclude each other", "give one"],
+    "block:group=64,dim=channel": ["group=64", "dim=channel", "exclude each other"],
+    "block:splits=4,dim=channel": ["splits=4", "dim=channel", "exclude each other"],
+    "block:rotate=hadamard,group=24": ["rotate=hadamard", "power of two", "group=24", "Use for example group=128"],
+    "block:rotate=hadamard,dim=channel": ["rotate=hadamard", "power of two", "dim=channel"],
+    "block:rotate=hadamard,splits=4": ["rotate=hadamard", "power of two", "splits=4"],
+    "block:rotate=turn": ["rotate='turn'", "none, hadamard"],
+    "block:clip=0": ["clip=0", "outside (0, 1]"],
+    "block:clip=1.5": ["clip=1.5", "outside (0, 1]"],
+    "block:clip=nan": ["clip=nan", "outside (0, 1]"],
+    "block:clip=0.9,round=stochastic": ["round=stochastic", "clip=0.9", "Use round=nearest"],
+    "block:levels=gauss,round=stochastic": ["round=stochastic", "levels=gauss", "Use round=nearest"],
+    "block:levels=gauss,bits=9": ["levels=gauss goes up to 8", "bits=9", "Use levels=uniform"],
+    "sort:bits=1": ["sort: bits=1", "from 2 to 16"],
+    "sort:bits=4,splits=4": ["splits=4 leaves 0 of bits=4", "Use splits from 1 to 3"],
+    "sort:bits=4,splits=0": ["sort: splits=0", "from 1 to 16"],
+    "sort:quantiles=some": ["quantiles='some'", "sample, exact"],
+    "kmeans:bits=9": ["kmeans: bits=9", "from 1 to 8", "block"],
+    "kmeans:iters=0": ["kmeans: iters=0", "from 1 to 1000"],
+    "topk:ratio=0": ["topk: ratio=0.0", "outside (0, 1]", "for example ratio=0.1"],
+    "topk:ratio=1.1": ["topk: ratio=1.1", "outside (0, 1]"],
+    "topk:ratio=-0.1": ["topk: ratio=-0.1", "outside (0, 1]"],
+    "topk:ratio=nan": ["topk: ratio=nan", "outside (0, 1]"],
+    "topk:ratio=half": ["topk: ratio='half'", "not a number"],
+    "lowrank:rank=0": ["lowrank: rank=0", "from 1 to"],
+    "lowrank:method=qr": ["method='qr'", "power, svd"],
+    "lowrank:iters=0": ["lowrank: iters=0", "from 1 to"],
+    "float8:format=e3m4": ["format='e3m4'", "e4m3, e5m2"],
+    "block:bits=": ["'bits='", "in the codec spec 'block:bits='", "is not option=value", "block:bits=4"],
+    "block:bits": ["'bits'", "is not option=value", "block:bits=4"],
+    "block:bits=4,bits=5": ["'block:bits=4,bits=5'", "bits twice"],
+    "": ["got ''", "block:bits=4"],
+    "  ": ["got '  '", "block:bits=4"],
+    "ef+": ["got ''"],
+    "topk|": ["got ''"],
+    "uniform|block": ["uniform leaves only integer codes", "nothing is left for block", "topk, lowrank or identity"],
+    "sort|uniform": ["sort leaves only integer codes", "nothing is left for uniform"],
+    "topk|uniform|block": ["uniform leaves only integer codes", "nothing is left for block"],
+    "ef+ef+topk": ["error feedback is applied once", "write ef+topk"],
+}
+
+
+@pytest.mark.parametrize("spec", ERRORS)
+def test_errors_say_what_was_received_what_is_allowed_and_what_to_do(spec):
+    with pytest.raises(ValueError) as caught:
+        parse_codec(spec)
+    for part in ERRORS[spec]:
+        assert re.search(re.escape(part), str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        ({"bits": 4}, r"needs a 'name'; got \{'bits': 4\}\. Names: identity"),
+        ({"name": "blck"}, "Unknown codec 'blck'.*Did you mean 'block'"),
+        ({"name": "block", "bitz": 4}, "no option 'bitz'.*Did you mean 'bits'"),
+        ({"name": "block", "bits": 4.0}, "bits=4.0 is not an integer from 1 to 16"),
+        ({"name": "block", "bits": True}, "bits=True is not an integer"),
+        ({"name": "topk", "ratio": None}, r"ratio=None is outside \(0, 1\]"),
+        (None, "a spec such as 'block:bits=4', a dict or a Codec; got None"),
+        (4, "a spec such as 'block:bits=4', a dict or a Codec; got 4"),
+    ],
+)
+def test_bad_dicts_and_other_types(spec, match):
+    with pytest.raises(ValueError, match=match):
+        parse_codec(spec)
+
+
+def test_constructors_check_too():
+    with pytest.raises(ValueError, match="bits=0 .*1 to 16"):
+        Block(bits=0)
+    with pytest.raises(ValueError, match="leaves only integer codes"):
+        Chain(Uniform(8), Block(4))
+    with pytest.raises(ValueError, match="applied once"):
+        Feedback(Feedback(TopK()))
