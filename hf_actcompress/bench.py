@@ -33,7 +33,8 @@ def measure(codec: Codec, x: Tensor, repeats: int, tick: Callable[[], None] = la
 
     Each repeat runs x.clone(), encode, decode and roundtrip in turn, so that other load on the machine meets all of
     them alike.  A time has its median in milliseconds, and median, 10th and 90th percentile of the multiple of the
-    clone of the same repeat.  Stateful codecs are measured warm.
+    clone of the same repeat.  Codecs with a state are timed warm; ratio and error are those of a first call, because
+    error feedback on one tensor again and again would measure something else.
     Raises ValueError where the codec cannot take a tensor of that shape.
     """
     states = [codec.init_state("bench"), codec.init_state("bench")]
@@ -52,13 +53,15 @@ def measure(codec: Codec, x: Tensor, repeats: int, tick: Callable[[], None] = la
         encode, payload = timed(lambda: codec.encode(x, states[0]))
         decode, y = timed(lambda payload=payload: codec.decode(payload))
         roundtrip, _ = timed(lambda: codec.roundtrip(x, states[1]))
-        if repeat >= 0:  # the first one warms up: it compiles and fills caches
+        if repeat < 0:  # warms up: compiles and fills caches
+            error, cosine = distance(x.reshape(-1), y.reshape(-1))
+            size = {"payload_bytes": payload.nbytes, "ratio": payload.ratio}
+        else:
             for name, value in zip(seconds, (clone, encode, decode, roundtrip), strict=True):
                 seconds[name].append(value)
             tick()
-    error, cosine = distance(x.reshape(-1), y.reshape(-1))
-    result = {"codec": str(codec), "payload_bytes": payload.nbytes, "ratio": payload.ratio, "rel_error": error,
-              "cosine": cosine, "clone": {"ms": 1e3 * statistics.median(seconds["clone"])}}  # fmt: skip
+    result = {"codec": str(codec), **size, "rel_error": error, "cosine": cosine,
+              "clone": {"ms": 1e3 * statistics.median(seconds["clone"])}}  # fmt: skip
     for name in TIMED:
         multiples = [value / clone for value, clone in zip(seconds[name], seconds["clone"], strict=True)]
         low, high = _percentiles(multiples)

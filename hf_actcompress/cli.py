@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -131,11 +132,11 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str], rest: Sequence[str] = ()) -> Table:
-    """Text columns, number columns, text columns."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in (*left, *right, *rest):
-        number = name in right
+def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
+    """Columns of numbers, but for those in `left`, which hold text and are folded where the terminal is narrow."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name in columns:
+        number = name not in left
         table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
 
@@ -165,15 +166,16 @@ def _inspect(args: argparse.Namespace) -> None:
 def _print_layers(name: str, found: Inspected, cuts: list[dict[str, Any]]) -> None:
     title = f"{name}: {found.model}, {found.parameters / 1e6:.1f}M parameters, {found.inputs}"
     stacks = ["stack"] if any(layer.stack for layer in found.layers) else []
-    columns = [*stacks, "layer", "kind", "output", "shape"], ["#", "calls", "MB"], ["cut here: this output is the"]
-    table = _table(title, *columns)
+    left = [*stacks, "layer", "kind", "output", "shape", "cut here: this output is the"]
+    table = _table(title, ["#", *left[:-1], "calls", "MB", left[-1]], left)
     marks = {id(cut["layer"]): " and ".join(cut["cut"]) for cut in cuts}
     for layer in found.layers:
         mark = marks.get(id(layer), "")
         values = describe(layer)
-        cells = [layer.name, layer.kind, layer.output, "x".join(map(str, layer.shape or ("-",)))]
-        numbers = [str(layer.index), str(layer.calls), _mega(values["raw_bytes"])]
-        table.add_row(*([layer.stack] if stacks else []), *cells, *numbers, mark, style="bold cyan" if mark else None)
+        place = [str(layer.index), *([layer.stack] if stacks else []), layer.name, layer.kind]
+        output = [layer.output, "x".join(map(str, layer.shape or ("-",)))]
+        numbers = [str(layer.calls), _mega(values["raw_bytes"])]
+        table.add_row(*place, *output, *numbers, mark, style="bold cyan" if mark else None)
     _console().print(table)
 
 
@@ -181,12 +183,12 @@ def _print_cuts(cuts: list[dict[str, Any]]) -> None:
     if not cuts:
         print("No cuts: --first 0 and --last 0 without --layers leave the model alone.")
         return
-    table = _table("What the codecs leave at each cut", ["cut", "codec"], ["bytes", "MB", "ratio"])
+    table = _table("What the codecs leave at each cut", ["cut", "codec", "bytes", "MB", "ratio"], ["cut", "codec"])
     for cut in cuts:
         head = f"{cut['layer'].name}\n{' and '.join(cut['cut'])}"
         for row in cut["codecs"]:
             if row["payload_bytes"] is None:
-                table.add_row(head, f"{row['codec']}: {row['reason']}", "-", "-", "-")
+                table.add_row(head, row["reason"], "-", "-", "-")
             else:
                 nbytes = row["payload_bytes"]
                 table.add_row(head, row["codec"], f"{nbytes:,}", _mega(nbytes), f"{row['ratio']:.2f}")
@@ -225,20 +227,27 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({**about, "codecs": rows}, indent=2))
         return
-    shape = "x".join(map(str, args.shape))
-    numbers = [f"{name}, {unit}" for name in TIMED for unit in ("ms", "clones")]
+    console, shape = _console(), "x".join(map(str, args.shape))
+    gap = "  " if console.width >= 140 else "\n"
     table = _table(
         f"{shape} {args.dtype} {args.distribution} on {args.device}, {about['threads']} threads, medians of "
-        f"{args.repeats}; 'clones' are multiples of x.clone(), with p10-p90",
-        ["codec"], ["ratio", "rel. error", "cosine", *numbers],
+        f"{args.repeats}; times in ms, and as multiples of x.clone() with p10-p90",
+        ["codec", "ratio", "error", "cosine", *TIMED], ["codec"],
     )  # fmt: skip
     for row in rows:
         if "reason" in row:
-            table.add_row(f"{row['codec']}: {row['reason']}")
+            table.add_row(row["codec"], *"-" * 6)
             continue
         cells = [row["codec"], f"{row['ratio']:.2f}", f"{row['rel_error']:.4f}", f"{row['cosine']:.5f}"]
         for time in (row[name] for name in TIMED):
-            spread = f"{time['clones_p10']:.1f}-{time['clones_p90']:.1f}"
-            cells += [f"{time['ms']:.2f}", f"{time['clones']:.1f} ({spread})"]
+            low, mid, high = (_short(time[key]) for key in ("clones_p10", "clones", "clones_p90"))
+            cells.append(gap.join((f"{_short(time['ms'])} ms", f"{mid}x", f"({low}-{high})")))
         table.add_row(*cells)
-    _console().print(table)
+    console.print(table)
+    for row in rows:
+        if "reason" in row:
+            print(f"note: {row['reason']}", file=sys.stderr)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2f}"

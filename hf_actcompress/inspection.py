@@ -121,18 +121,23 @@ def _grown(one: Layer, two: Layer, batch: int) -> Layer:
 
 @contextlib.contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Collects what layer discovery logs, which would otherwise appear in the middle of a table or of JSON."""
+    """Collects what this package logs, which would otherwise appear in the middle of a table or of JSON."""
+    from transformers.utils import logging as theirs
+
     notes: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger(find_layers.__module__)
-    before, logger.propagate = logger.propagate, False
+    logger = logging.getLogger(__package__)
+    before, verbosity = logger.propagate, theirs.get_verbosity()
+    logger.propagate = False
     logger.addHandler(handler)
+    theirs.set_verbosity_error()  # it advises on padding and the like, which made-up inputs do not heed
     try:
         yield notes
     finally:
         logger.removeHandler(handler)
         logger.propagate = before
+        theirs.set_verbosity(verbosity)
 
 
 # Models by name

@@ -75,12 +75,20 @@ def pick(x: Tensor) -> Tensor:
     """An evenly spaced sample of a tensor, fp32 and 1-D, without copying a strided tensor as a whole."""
     if x.numel() <= SAMPLE:
         return x.detach().float().reshape(-1)
-    flat = x.detach().reshape(-1) if x.is_contiguous() else _dense(x.detach()).reshape(-1)
+    flat = x.detach().reshape(-1) if x.is_contiguous() else _in_memory_order(x.detach()).reshape(-1)
     return flat[:: (flat.numel() // SAMPLE) | 1].float()
 
 
-def _dense(x: Tensor) -> Tensor:
-    """The same values in memory order (channels_last and transposed tensors), so that a view suffices."""
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if a permutation makes it contiguous, else (expanded, sliced) a contiguous copy.
+
+    Only dense tensors have a memory order that a result with the same strides shares.
+    """
+    return x if x.is_contiguous() or _in_memory_order(x).is_contiguous() else x.contiguous()
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """A view of the same values in the order in which they lie (channels_last and transposed tensors)."""
     order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
     return x.permute(order)
 

@@ -1,11 +1,11 @@
 """With the identity codec every loss, gradient, parameter and buffer stays the same, bit for bit, in every wrapper."""
 
 import copy
+import shutil
 
 import pytest
 import torch
-import transformers
-from helpers import TEXT_MODELS, batch_of, boundaries_on, build, differing, points, stack, train_steps
+from helpers import TEXT_MODELS, batch_of, boundaries_on, build, differing, hooks_on, points, stack, train_steps
 
 from hf_actcompress import ActCompressConfig, compress_model
 
@@ -162,3 +162,63 @@ def test_checkpointing_with_several_micro_batches_under_way():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+# torch.compile
+
+
+def compiled_trace(model, batches, backend, config=None):
+    torch._dynamo.reset()
+    if config is None:
+        return train_steps(torch.compile(model, backend=backend), batches)
+    with compress_model(model, config) as handle:
+        trace = train_steps(torch.compile(model, backend=backend), batches)
+        assert {row["calls"] for row in handle.stats()} == {len(batches)}
+    return trace
+
+
+@pytest.mark.parametrize("codec", ["identity", "block:bits=3,round=stochastic"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models(backend, codec):
+    """Dropout draws the same numbers in these backends, so the model that is not compiled is the measure."""
+    batches, config = [batch_of("bert", seed) for seed in range(2)], ActCompressConfig(codec, first=2, last=1)
+    if codec == "identity":
+        plain = train_steps(build("bert"), batches)
+    else:
+        model = build("bert")
+        with compress_model(model, config):
+            plain = train_steps(model, batches)
+    again = compiled_trace(build("bert"), batches, backend, config)
+    again = [(name.replace("_orig_mod.", ""), value) for name, value in again]
+    assert not differing(plain, again)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch.compile is not installed")
+def test_inductor():
+    """Inductor fuses what the boundaries keep apart, so the measure is itself with another codec-free graph break."""
+    batches = [points(seed=seed) for seed in range(2)]
+    plain = compiled_trace(stack(blocks=3, dropout=0.0), batches, "inductor")
+    again = compiled_trace(stack(blocks=3, dropout=0.0), batches, "inductor", ActCompressConfig("identity"))
+    for (name, one), (_, other) in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_hooks_that_come_and_go_around_a_compiled_model():
+    """The graph is guarded on its hooks: attaching again, or late, compresses; removing stops it."""
+    torch._dynamo.reset()
+    model, batches = build("bert"), [batch_of("bert")]
+    start = copy.deepcopy(model.state_dict())
+    graph = torch.compile(model, backend="eager")
+
+    def run():
+        model.load_state_dict(start)
+        return [(name.replace("_orig_mod.", ""), value) for name, value in train_steps(graph, batches)]
+
+    plain, config = run(), ActCompressConfig("uniform:bits=2")
+    with compress_model(graph, config) as late:
+        lossy = run()
+    assert {row["calls"] for row in late.stats()} == {1}
+    assert "loss" in differing(plain, lossy)
+    assert not differing(plain, run())
+    with compress_model(graph, config) as again:
+        assert not differing(lossy, run())
+    assert {row["calls"] for row in again.stats()} == {1}
+    assert not hooks_on(model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, CodecState, Feedback, raw_nbytes, representable
 from ..layers import first_tensor, replace_first_tensor
-from ..metering import Meter, pick
+from ..metering import Meter, dense, pick
 
 
 class Channel:
@@ -33,9 +33,17 @@ class Channel:
         self.state = codec.init_state(self.name, self.seed)
         self._replays: dict[tuple, CodecState] = {}
 
-    def __call__(self, x: Tensor, remember: bool = False) -> Tensor:
-        """What a receiver would decode of `x`; strides are kept."""
+    def __call__(self, x: Tensor, remember: bool = False, learn: bool = True) -> Tensor:
+        """What a receiver would decode of `x`; strides are kept.
+
+        remember: a recomputation of this call may follow (activation checkpointing).
+        learn: let the codec's state go on; without it, evaluation leaves training as it was.
+        """
         began = time.perf_counter()
+        if x.numel() == 0:
+            self.meter.count(0, 0, 0.0)
+            return x.clone()
+        x = dense(x)
         if not representable(x):
             self.meter.nonfinite += 1
             if self.nonfinite == "raise":
@@ -45,10 +53,8 @@ class Channel:
                 )
             self.meter.count(raw := raw_nbytes(x.shape, x.dtype), raw, 0.0)
             return x.clone()
-        y = self.codec.roundtrip(x, self._state_for(x, remember), check=False)
-        if y.stride() != x.stride():
-            # Convolutions choose their algorithm, and so their last bits, by memory format.
-            y = torch.empty_like(x).copy_(y)
+        codec, state = (self.codec, self._state_for(x, remember)) if learn else self._borrowed()
+        y = _laid_out_like(x, codec.roundtrip(x, state, check=False))
         seconds = time.perf_counter() - began
         if self.meter.due():
             self.meter.sample(pick(x), pick(y))
@@ -58,9 +64,16 @@ class Channel:
 
     def replay(self, x: Tensor) -> Tensor:
         """The value of an earlier call again, for a forward pass that activation checkpointing recomputes."""
+        x = dense(x)
         state = self._replays.get(_fingerprint(x)) or self.state
-        y = self.codec.roundtrip(x, None if state is None else state.snapshot())
-        return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+        return _laid_out_like(x, self.codec.roundtrip(x, None if state is None else state.snapshot()))
+
+    def _borrowed(self) -> tuple[Codec, CodecState | None]:
+        """Codec and a copy of its state.  The error of a training batch is none of evaluation's data."""
+        state = None if self.state is None else self.state.snapshot()
+        if isinstance(self.codec, Feedback):
+            return self.codec.inner, getattr(state, "inner", None)
+        return self.codec, state
 
     def _state_for(self, x: Tensor, remember: bool) -> CodecState | None:
         if self.state is not None and remember:
@@ -108,12 +121,14 @@ class Boundary:
         if not self.enabled or not (module.training or self.evaluate):
             return None
         x = first_tensor(output)
-        if x is None:
+        if x is None or not x.is_floating_point():
             raise ValueError(
                 f"{self.name}: the output is a {type(output).__name__} without a floating point tensor, so there is "
                 "nothing to compress. Exclude this layer, or name the layers with layers={...}."
             )
-        return replace_first_tensor(output, _Compress.apply(x, self, module.training))
+        # A layer may be kept in eval mode inside a model that trains (frozen batch norms).
+        training = module.training or (x.requires_grad and torch.is_grad_enabled())
+        return replace_first_tensor(output, _Compress.apply(x, self, training))
 
 
 class _Compress(torch.autograd.Function):
@@ -123,11 +138,16 @@ class _Compress(torch.autograd.Function):
         # Inside a backward pass a forward call is a recomputation; checkpoint itself asks the same question.
         if torch._C._current_graph_task_id() != -1:
             return boundary.forward.replay(x)
-        return boundary.forward(x, remember=training)
+        return boundary.forward(x, remember=training, learn=training)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.boundary.backward(grad), None, None
+
+
+def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
+    # Convolutions choose their algorithm, and so their last bits, by memory format.
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
 def _fingerprint(x: Tensor) -> tuple:

@@ -42,6 +42,7 @@ def test_exact_quantiles_equal_the_full_sort(bits, splits, kind, n):
     x = data(kind, n)
     codec = Sort(bits, splits, quantiles="exact")
     y = codec.roundtrip(x.view(-1, 1)).view(-1).double()
+    assert (codec.encode(x).tensors["scales"][:, 1] >= 0).all()
     expected = slow(x, bits, splits)
     room = 1e-6 * float(x.abs().max()) + 1e-30
     for value, got in zip(x.double().tolist(), y.tolist(), strict=True):

@@ -134,10 +134,10 @@ def hooks_on(model: nn.Module) -> dict[str, int]:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(self.dropout(self.first(x).relu()))
@@ -146,9 +146,11 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Four blocks and a head; `segments` runs them under torch's activation checkpointing, so many at a time."""
 
-    def __init__(self, width: int = 8, blocks: int = 4, segments: int = 0, reentrant: bool = False) -> None:
+    def __init__(
+        self, width: int = 8, blocks: int = 4, segments: int = 0, reentrant: bool = False, dropout: float = 0.2
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(blocks))
         self.head = nn.Linear(width, 3)
         self.segments, self.reentrant = segments, reentrant
 

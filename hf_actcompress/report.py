@@ -1,0 +1,257 @@
+"""Result records become tables: means over seeds, compression ratios, and the distance to training without.
+
+Reads the JSONs that the recipes and benchmarks/accuracy.py write; knows no torch, no codec and no model.
+
+    python -m hf_actcompress.report --results benchmarks/results/accuracy
+    python -m hf_actcompress.report --results benchmarks/results/accuracy --page docs/results.md --figures docs/figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+METRICS = {"cola": "matthews_correlation"}  # all other tasks: accuracy
+BEGIN, END = "<!-- generated: accuracy -->", "<!-- end: accuracy -->"
+# What must agree between the runs of a task, or the comparison would be one of settings.
+SETTINGS = ("model", "data", "epochs", "batch_size", "learning_rate", "dtype", "image_size")
+
+
+def load_records(folder: str | os.PathLike[str]) -> list[Record]:
+    """Every record in the JSON files of `folder` and its sub-folders, in the order of their paths.
+
+    A file holds one record, or several under "runs".
+    Raises ValueError, with the file's name, for a folder without records and a file that is empty, cut off or of
+    another kind.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"There is no folder {root}: give the one that holds the results, such as outputs/demo.")
+    paths = sorted(root.rglob("*.json"))
+    if not paths:
+        raise ValueError(f"{root} holds no JSON file: run a recipe or benchmarks/accuracy.py first.")
+    return [record for path in paths for record in _read(path)]
+
+
+def _read(path: Path) -> list[Record]:
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError(f"{path} is empty: delete it and run that result again.")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no whole JSON file ({error}): delete it and run that result again.") from None
+    records = content["runs"] if isinstance(content, dict) and isinstance(content.get("runs"), list) else [content]
+    for record in records:
+        missing = [key for key in ("task", "codec", "metrics") if not isinstance(record, dict) or key not in record]
+        if missing:
+            raise ValueError(f"{path} is no result record: it has no {', '.join(missing)}. Move it elsewhere.")
+    return records
+
+
+# The table
+
+
+def accuracy_table(records: Iterable[Record]) -> list[Row]:
+    """One row per (task, codec, grad_codec), by task and rising forward ratio; `none` comes first.
+
+    A row has `metric` (its name), `seeds`, `compressed` and `plain` (means of evaluation with and without
+    compression, None where it was not measured), `compressed_std` and `plain_std` (sample deviations, None for one
+    seed), `ratio` and `grad_ratio` (bytes before over bytes after, summed over boundaries and seeds; against fp32
+    where the runs are in fp32), `rel_error` (forward, mean over boundaries and seeds), `drop` (mean of `none` minus
+    mean of this row) and `drop_stds` (the drop in standard deviations of `none`).
+
+    Raises ValueError where the runs of a task differ in more than codec and seed, or one seed appears twice.
+    """
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["task"], *codecs_of(record)), []).append(record)
+    for task in {key[0] for key in groups}:
+        _check_settings(task, [record for key, group in groups.items() if key[0] == task for record in group])
+    rows = [_row(key, group) for key, group in groups.items()]
+    base = {row["task"]: row for row in rows if row["codec"] == "none"}
+    for row in rows:
+        none = base.get(row["task"], {})
+        mean, std = none.get("plain"), none.get("plain_std")
+        if row["codec"] != "none" and mean is not None and row["compressed"] is not None:
+            row["drop"] = mean - row["compressed"]
+            row["drop_stds"] = row["drop"] / std if std else None
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return sorted(rows, key=lambda row: (tasks.index(row["task"]), row["codec"] != "none", row["ratio"] or 0.0))
+
+
+def codecs_of(record: Record) -> tuple[str, str]:
+    """(codec, grad_codec) of a record; a gradient codec that is not given is the forward one."""
+    codec = record["codec"]
+    return codec, (record.get("config") or {}).get("grad_codec") or codec
+
+
+def _row(key: tuple[str, str, str], group: list[Record]) -> Row:
+    task, codec, grad_codec = key
+    seeds = [record.get("seed") for record in group]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{task}, {codec}, {grad_codec}: the seeds {seeds} are not all different; keep one run each.")
+    metric = METRICS.get(task, "accuracy")
+    row: Row = {"task": task, "codec": codec, "grad_codec": grad_codec, "seeds": len(group), "metric": metric}
+    for variant in ("compressed", "plain"):
+        found = (_number((record["metrics"].get(metric) or {}).get(variant)) for record in group)
+        row[variant], row[f"{variant}_std"] = _mean_std([value for value in found if value is not None])
+    channels = [channel for record in group for channel in record.get("compression") or ()]
+    forward = [channel for channel in channels if channel["direction"] == "forward"]
+    errors = [_number(channel["rel_error"]) for channel in forward if channel.get("rel_error") is not None]
+    row["ratio"] = 1.0 if codec == "none" else _ratio(forward)
+    row["grad_ratio"] = 1.0 if codec == "none" else _ratio([c for c in channels if c["direction"] == "backward"])
+    return {**row, "rel_error": _mean_std(errors)[0], "drop": None, "drop_stds": None}
+
+
+def _check_settings(task: str, group: list[Record]) -> None:
+    compressed = [record for record in group if record.get("config")]
+    for name, source in [(name, group) for name in SETTINGS] + [(n, compressed) for n in ("first", "last", "placement")]:
+        values = {str((record.get("config") if source is compressed else record).get(name)) for record in source}
+        if len(values) > 1:
+            raise ValueError(f"The runs of {task} differ in {name} ({', '.join(sorted(values))}): report them apart.")
+
+
+def _ratio(channels: list[Mapping[str, Any]]) -> float | None:
+    payload = sum(channel["payload_bytes"] for channel in channels)
+    return sum(channel["raw_bytes"] for channel in channels) / payload if payload else None
+
+
+def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
+    if not values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)  # "nan" and "inf" are strings in a record
+
+
+# As text
+
+
+def show(value: Any, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def mean_std(variant: str) -> Callable[[Row], str]:
+    """A column "mean ± std" of `variant`."""
+    return lambda row: show(row[variant]) + (f" ± {row[s]:.3f}" if row[s := f"{variant}_std"] is not None else "")
+
+
+COLUMNS: dict[str, str | Callable[[Row], str]] = {
+    "forward": "codec",
+    "backward": lambda row: "same" if row["grad_codec"] == row["codec"] != "none" else row["grad_codec"],
+    "seeds": "seeds",
+    "compressed": mean_std("compressed"),
+    "plain": mean_std("plain"),
+    "drop": "drop",
+    "in std": lambda row: show(row["drop_stds"], 1),
+    "ratio": lambda row: show(row["ratio"], 2),
+    "backward ratio": lambda row: show(row["grad_ratio"], 2),
+    "rel. error": "rel_error",
+}
+
+
+def markdown_table(rows: Sequence[Row], columns: Mapping[str, str | Callable[[Row], str]] = COLUMNS) -> str:
+    """A Markdown table; `columns` maps each heading to a key of the rows, or to a function of a row.
+
+    Columns whose every cell is a number (or "-") are aligned to the right.
+    """
+    cells = [[show(row[get]) if isinstance(get, str) else get(row) for get in columns.values()] for row in rows]
+    right = [all(cell[:1] in "-+0123456789" for cell in column) for column in zip(*cells, strict=True)]
+    lines = [list(columns), ["---:" if number else "---" for number in right or [False] * len(columns)], *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | None = None) -> str:
+    """The Markdown of a results page: one table per task, with its settings; `figures` maps titles to links."""
+    rows, parts = accuracy_table(records), []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        record = next(record for record in records if record["task"] == task)
+        config = next((r["config"] for r in records if r["task"] == task and r.get("config")), None)
+        settings = [f"{record.get('model')}", f"{record.get('data')}", f"{record.get('epochs'):g} epochs",
+                    f"batch {record.get('batch_size')}", f"learning rate {record.get('learning_rate'):g}",
+                    f"{record.get('dtype')}"]  # fmt: skip
+        if record.get("image_size"):
+            settings.insert(2, f"{record['image_size']} pixels")
+        if config:
+            settings.append(f"first {config['first']}, last {config['last']}, placement {config['placement']}")
+        parts += [f"### {task}", f"{own[0]['metric']}; {', '.join(settings)}.", markdown_table(own)]
+    for title, link in (figures or {}).items():
+        parts.append(f"![{title}]({link})")
+    machines = {", ".join(f"{key} {value}" for key, value in sorted(record["environment"].items()) if value is not None)
+                for record in records if record.get("environment")}  # fmt: skip
+    legend = (
+        "compressed and plain: evaluation with and without compression, mean ± sample standard deviation over seeds. "
+        "drop: mean of `none` minus mean of compressed; in std: in standard deviations of `none`. ratio: bytes of the "
+        "uncompressed activations over bytes of the payloads, all boundaries together. rel. error: of the forward "
+        "activations, |y - x| / |x|."
+    )
+    return "\n\n".join([*parts, legend, *(f"Environment: {machine}." for machine in sorted(machines))])
+
+
+def write_results_page(
+    page: str | os.PathLike[str], records: Sequence[Record], figures: Mapping[str, str | os.PathLike[str]] | None = None
+) -> None:
+    """Replace what stands between the markers in the Markdown file `page`; `figures` maps titles to image files.
+
+    Raises ValueError if there is no such file, or not exactly one pair of markers in it.
+    """
+    path = Path(page)
+    lines = f"\n{BEGIN}\n{END}\n"
+    if not path.is_file():
+        raise ValueError(f"There is no page {path}. Make one that holds these two lines:{lines}")
+    text = path.read_text(encoding="utf-8")
+    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} does not hold these two lines once each, in this order:{lines}")
+    links = {title: Path(os.path.relpath(file, path.parent)).as_posix() for title, file in (figures or {}).items()}
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    path.write_text(f"{before}{BEGIN}\n\n{accuracy_section(records, links)}\n\n{after}", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hf_actcompress.report", description="Tables of result records.")
+    parser.add_argument("--results", type=Path, required=True, help="folder with the JSON records")
+    parser.add_argument("--page", type=Path, help=f"Markdown file to update between its markers {BEGIN} and {END}")
+    parser.add_argument("--figures", type=Path, help="folder for accuracy_vs_ratio.png and loss_curves.png")
+    args = parser.parse_args(argv)
+    try:
+        records = load_records(args.results)
+        section = accuracy_section(records)
+        figures = _draw(records, args.figures) if args.figures else {}
+        if args.page:
+            write_results_page(args.page, records, figures)
+            print(f"{len(records)} records -> {args.page}")
+        else:
+            print(section)
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _draw(records: Sequence[Record], folder: Path) -> dict[str, Path]:
+    from .plots import accuracy_vs_ratio, loss_curves
+
+    by_task: dict[str, list[Record]] = {}
+    for record in records:
+        by_task.setdefault(record["task"], []).append(record)
+    return {
+        "Metric against forward compression ratio": accuracy_vs_ratio(by_task, folder / "accuracy_vs_ratio.png"),
+        "Training loss": loss_curves(records, folder / "loss_curves.png"),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
