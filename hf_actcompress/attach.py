@@ -133,9 +133,10 @@ def compress_model(
         if any(isinstance(hook, Boundary) for hook in module._forward_hooks.values()):
             raise ValueError(
                 f"The model is compressed already (a boundary sits at '{name}'). Call handle.remove() on the handle "
-                "that compress_model returned, or leave its `with` block, before attaching again."
+                "that compress_model returned, or leave its `with` block, before attaching again. Where the handle is "
+                "lost (a copied model, a run that was stopped): hf_actcompress.attach.remove_compression(model)."
             )
-    layers = find_layers(inner, example_inputs)
+    layers = find_layers(inner, example_inputs, config.blocks)
     cuts = select_boundaries(layers, config.first, config.last, config.placement, config.stack)
     codecs = {layer.module: config.scheduled(0) for layer in cuts}
     named = {}
@@ -167,6 +168,21 @@ def compress_model(
     return handle
 
 
+def remove_compression(model: nn.Module) -> list[str]:
+    """Take off all boundaries, also those of a copied or unpickled model, which no handle knows.
+
+    Returns the names of the modules that carried one.
+    """
+    names = []
+    for name, module in unwrap(model).named_modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, Boundary):
+                hook.enabled = False  # for graphs compiled while it was there
+                del module._forward_hooks[key]
+                names.append(name)
+    return names
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside torch.compile and DistributedDataParallel."""
     while True:
@@ -186,7 +202,8 @@ def flatten_state(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, t
         path = f"{prefix}{key}"
         if isinstance(value, torch.Tensor):
             tensors[path] = value.detach().cpu().contiguous().clone()
-            rest[key] = {"tensor": path}
+            # Products depend on the memory order in their last bits, and safetensors knows only one.
+            rest[key] = {"tensor": path, "stride": list(torch.empty_like(value).stride())}
         elif isinstance(value, dict):
             inner_tensors, inner_rest = flatten_state(value, f"{path}\x1f")
             tensors.update(inner_tensors)
@@ -200,8 +217,9 @@ def unflatten_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> d
     """Inverse of `flatten_state`."""
     result = {}
     for key, value in rest.items():
-        if isinstance(value, dict) and set(value) == {"tensor"}:
-            result[key] = tensors[value["tensor"]]
+        if isinstance(value, dict) and set(value) == {"tensor", "stride"}:
+            tensor = tensors[value["tensor"]]
+            result[key] = torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
         else:
             result[key] = unflatten_state(tensors, value) if isinstance(value, dict) else value
     return result

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -54,13 +54,15 @@ class ActCompressCallback(TrainerCallback):
         self.stats: list[dict[str, Any]] = []
         self._last_state: dict[str, Any] = {}
         self._logged: dict[tuple[str, str], Meter] = {}
+        self._epoch: int | None = None  # the last one trained in
+        self._epoch_begun = False
         self._trainer: Any = None
 
     @contextlib.contextmanager
     def attached(self, model: Any) -> Iterator[Handle]:
         """Compression as at the end of training, for evaluation or prediction after it."""
         with compress_model(model, self.config, example_inputs=self.example_inputs) as handle:
-            handle.set_epoch(max(self.config.schedule or {0: None}))
+            handle.set_epoch(max(self.config.schedule or {0: None}) if self._epoch is None else self._epoch)
             handle.load_state_dict(copy.deepcopy(self._last_state))
             yield handle
 
@@ -74,20 +76,27 @@ class ActCompressCallback(TrainerCallback):
         self._detach()  # a run that raised never reached on_train_end
         self._go_first()
         self.handle = compress_model(model, self.config, example_inputs=self.example_inputs)
-        self.handle.set_epoch(_epoch(state))
+        self._epoch = _epoch(state)
+        self._epoch_begun = False
+        self.handle.set_epoch(self._epoch)
         self._logged = {}
         if state.global_step > 0:
             self._load(self._resumed_from(args, state))
         cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
-        logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(_epoch(state)))
+        logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(self._epoch))
         if self.config.evaluate == "both" and self._trainer is not None:
             self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.handle is not None:
-            self.handle.set_epoch(_epoch(state))
+        if self.handle is None:
+            return
+        if self._epoch_begun:
+            # Counted, because `state.epoch` lags behind for data without a length and for epochs that are cut short.
+            self._epoch += 1
+        self._epoch_begun = True
+        self.handle.set_epoch(self._epoch)
 
     def on_log(
         self,
@@ -118,7 +127,10 @@ class ActCompressCallback(TrainerCallback):
             for direction, channel in self.handle.channels(name)
         }
         metadata = {"state": json.dumps(rest), "meters": json.dumps(meters)}
-        save_file(tensors, folder / _state_file(), metadata=metadata)
+        # By renaming, so that a crash leaves no half of a file.
+        unfinished = folder / f"{_state_file()}.tmp"
+        save_file(tensors, unfinished, metadata=metadata)
+        os.replace(unfinished, folder / _state_file())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,9 +200,13 @@ class ActCompressCallback(TrainerCallback):
         if not path.is_file():
             logger.warning("%s has no %s: codecs start with fresh state", folder, path.name)
             return
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be read (%s): codecs start with fresh state", path, error)
+            return
         missed = self.handle.load_state_dict(unflatten_state(tensors, json.loads(metadata["state"])))
         if missed:
             logger.warning("no saved state for %s (other codecs then): they start afresh", ", ".join(missed))
@@ -208,13 +224,21 @@ class _EvaluateTwice:
 
     def __init__(self, evaluate: Any, handle: Handle) -> None:
         self.evaluate, self.handle = evaluate, handle
+        self._inside = False
 
-    def __call__(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        metrics = self.evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        with self.handle.disabled():
-            prefix = f"{metric_key_prefix}_{UNCOMPRESSED}"
-            metrics.update(self.evaluate(*args, metric_key_prefix=prefix, **kwargs))
-        return metrics
+    def __call__(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if self._inside:  # the Trainer calls itself once for each of several data sets
+            return self.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._inside = True
+        try:
+            metrics = self.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with self.handle.disabled():
+                prefix = f"{metric_key_prefix}_{UNCOMPRESSED}"
+                return {**metrics, **self.evaluate(eval_dataset, ignore_keys, prefix)}
+        finally:
+            self._inside = False
 
 
 def _epoch(state: TrainerState) -> int:

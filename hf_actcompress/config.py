@@ -28,6 +28,7 @@ class ActCompressConfig:
         first - 1 and before the last N layers.
     layers: overrides and additions by glob: {"encoder.layer.3": "sort:bits=8"} or
         {"blocks.*": {"codec": ..., "grad_codec": ...}}.
+    blocks: the model's blocks as module paths or globs in run order ("net.*"), for models in which none are found.
     stack: "encoder" or "decoder", to compress only that stack of an encoder-decoder.
     schedule: {epoch: codec}, or {epoch: {"codec": ..., "grad_codec": ...}}; the latest entry that has begun counts,
         and before the first one `codec` and `grad_codec` do.
@@ -43,6 +44,7 @@ class ActCompressConfig:
     last: int = 1
     placement: str = "every"
     layers: dict[str, Any] | None = None
+    blocks: list[str] | None = None
     stack: str | None = None
     schedule: dict[int, Any] | None = None
     evaluate: str = "on"
@@ -54,7 +56,7 @@ class ActCompressConfig:
         self.codec = str(_spec(self.codec, "codec"))
         if self.grad_codec is not None:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
-        for name in ("first", "last", "meter_every"):
+        for name in ("first", "last", "meter_every", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}={value!r} is not a whole number of 0 or more.")
@@ -66,6 +68,7 @@ class ActCompressConfig:
                 raise ValueError(f"layers={self.layers!r} is not a mapping of glob to codec.")
             for pattern, value in self.layers.items():
                 self.codecs_of(value, f"layers[{pattern!r}]")
+            self.layers = {pattern: _plain(value) for pattern, value in self.layers.items()}
         if self.schedule is not None:
             self.schedule = self._checked_schedule(self.schedule)
 
@@ -81,7 +84,7 @@ class ActCompressConfig:
             if number < 0 or str(number) != str(epoch):
                 raise ValueError(f"schedule: the key {epoch!r} is not an epoch (a whole number of 0 or more).")
             self.codecs_of(value, f"schedule[{number}]")
-            result[number] = value
+            result[number] = _plain(value)
         return dict(sorted(result.items()))
 
     # -- codecs -----------------------------------------------------------------------------------------------
@@ -143,6 +146,13 @@ def _spec(value: Any, where: str) -> Codec:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _plain(value: Any) -> Any:
+    """Codecs as specs, so that the configuration is JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Codec) else value
+
+
 @dataclass
 class CompressionArguments:
     """The same as command line options, for HfArgumentParser."""
@@ -158,6 +168,9 @@ class CompressionArguments:
     placement: str = field(default="every", metadata={"help": "'every' layer of those, or only the two 'cuts'."})
     layers: str | None = field(
         default=None, metadata={"help": "Overrides by glob as JSON, e.g. '{\"blocks.*\": \"sort:bits=8\"}'."}
+    )
+    blocks: list[str] | None = field(
+        default=None, metadata={"help": "The model's blocks as module paths or globs, where none are found."}
     )
     stack: str | None = field(default=None, metadata={"help": "Only this stack of an encoder-decoder."})
     schedule: str | None = field(

@@ -298,5 +298,5 @@ def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], why: str) ->
     children = [path for path, module in modules.items() if path and _has_parameters(module)]
     return (f"no layers in {type(model).__name__}: looked for transformers GradientCheckpointingLayer blocks and for "
             f"members of nn.ModuleList/nn.Sequential with at least two parametrised leaves, and {why}. Name the "
-            f"blocks yourself, in run order: names=[...] from {', '.join(children[:20]) or 'a larger model'}"
+            f"blocks yourself, in run order: find_layers(names=[...]) or ActCompressConfig(blocks=[...]) from {', '.join(children[:20]) or 'a larger model'}"
             + (", ..." if len(children) > 20 else ""))

@@ -24,6 +24,7 @@ METRICS = {"cola": "matthews_correlation"}  # all other tasks: accuracy
 BEGIN, END = "<!-- generated: accuracy -->", "<!-- end: accuracy -->"
 # What must agree between the runs of a task, or the comparison would be one of settings.
 SETTINGS = ("model", "data", "epochs", "batch_size", "learning_rate", "dtype", "image_size")
+CUTS = ("first", "last", "placement")
 
 
 def load_records(folder: str | os.PathLike[str]) -> list[Record]:
@@ -115,8 +116,9 @@ def _row(key: tuple[str, str, str], group: list[Record]) -> Row:
 
 def _check_settings(task: str, group: list[Record]) -> None:
     compressed = [record for record in group if record.get("config")]
-    for name, source in [(name, group) for name in SETTINGS] + [(n, compressed) for n in ("first", "last", "placement")]:
-        values = {str((record.get("config") if source is compressed else record).get(name)) for record in source}
+    settings = [(name, group) for name in SETTINGS] + [(name, [r["config"] for r in compressed]) for name in CUTS]
+    for name, holders in settings:
+        values = {str(holder.get(name)) for holder in holders}
         if len(values) > 1:
             raise ValueError(f"The runs of {task} differ in {name} ({', '.join(sorted(values))}): report them apart.")
 
@@ -190,8 +192,8 @@ def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | Non
         parts += [f"### {task}", f"{own[0]['metric']}; {', '.join(settings)}.", markdown_table(own)]
     for title, link in (figures or {}).items():
         parts.append(f"![{title}]({link})")
-    machines = {", ".join(f"{key} {value}" for key, value in sorted(record["environment"].items()) if value is not None)
-                for record in records if record.get("environment")}  # fmt: skip
+    known = [record["environment"] for record in records if record.get("environment")]
+    machines = {", ".join(f"{key} {value}" for key, value in sorted(e.items()) if value is not None) for e in known}
     legend = (
         "compressed and plain: evaluation with and without compression, mean ± sample standard deviation over seeds. "
         "drop: mean of `none` minus mean of compressed; in std: in standard deviations of `none`. ratio: bytes of the "
@@ -202,7 +204,9 @@ def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | Non
 
 
 def write_results_page(
-    page: str | os.PathLike[str], records: Sequence[Record], figures: Mapping[str, str | os.PathLike[str]] | None = None
+    page: str | os.PathLike[str],
+    records: Sequence[Record],
+    figures: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> None:
     """Replace what stands between the markers in the Markdown file `page`; `figures` maps titles to image files.
 

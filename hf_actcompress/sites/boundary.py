@@ -124,7 +124,7 @@ class Boundary:
         if x is None or not x.is_floating_point():
             raise ValueError(
                 f"{self.name}: the output is a {type(output).__name__} without a floating point tensor, so there is "
-                "nothing to compress. Exclude this layer, or name the layers with layers={...}."
+                "nothing to compress. Choose other layers with first, last and layers, or name the blocks with blocks."
             )
         # A layer may be kept in eval mode inside a model that trains (frozen batch norms).
         training = module.training or (x.requires_grad and torch.is_grad_enabled())

@@ -1,0 +1,67 @@
+"""Features brought to comparable size before they share a scale.
+
+A few features of a transformer's hidden states are many times larger than the rest.  Whatever shares a scale (or a
+rotation) with them drowns in noise that is made for them.  Each feature's mean is taken out and each is divided by the
+square root of its deviation.  The square root is optimal: noise of equal size in every divided feature comes back
+times w_i**2, and sum(w_i**2) * sum(s_i**2 / w_i**2) is least for w_i**2 = s_i.
+Related: SmoothQuant (Xiao et al., 2023) moves scales between activations and weights; here they travel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_ROWS = 256  # below, the 4 bytes per feature would weigh more than a few percent of the payload
+SAMPLE = 4096
+
+
+def feature_dim(shape: tuple[int, ...] | torch.Size) -> int:
+    """Dimension 1 of [B, C, H, W], else the last."""
+    return 1 if len(shape) == 4 else len(shape) - 1
+
+
+def applies(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape has enough rows per feature."""
+    if len(shape) < 2:
+        return False
+    rows = 1
+    for d, size in enumerate(shape):
+        rows *= 1 if d == feature_dim(shape) else size
+    return rows >= MIN_ROWS
+
+
+def feature_scales(x: Tensor) -> Tensor:
+    """bf16 [2, F]: mean and square root of the deviation of each feature (1 where a feature is constant).
+
+    Estimated from about SAMPLE evenly spaced rows: an inexact scale costs a little error and is never wrong, since
+    the same numbers are applied and undone.
+    """
+    # [B, C, H, W] -> [B, C, H*W], else [rows, F]; the stride is odd so that no period of the rows aliases
+    x = x.flatten(2) if x.dim() == 4 else x.reshape(-1, x.shape[-1])
+    stride = x.numel() // x.shape[1] // SAMPLE | 1
+    x = (x[..., ::stride] if x.dim() == 3 else x[::stride]).float()
+    others = [d for d in range(x.dim()) if d != 1]
+    # Squares of large or tiny values would leave the range of fp32; a power of two changes no digit.
+    unit = torch.exp2(torch.floor(torch.log2(torch.linalg.vector_norm(x, torch.inf).clamp_min(2.0**-120))))
+    var, mean = torch.var_mean(x / unit, dim=others, correction=0)
+    root = torch.sqrt(torch.sqrt(var) * unit)
+    return torch.stack([mean * unit, torch.where(root > 0, root, torch.ones_like(root))]).bfloat16()
+
+
+def _shaped(scales: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    view = [1] * len(shape)
+    view[feature_dim(shape)] = -1
+    return scales[0].float().view(view), scales[1].float().view(view)
+
+
+def equalize(x: Tensor, scales: Tensor) -> Tensor:
+    """fp32, same shape: (x - mean) / root."""
+    mean, root = _shaped(scales, x.shape)
+    return (x.float() - mean) / root
+
+
+def restore(y: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse, in `dtype`."""
+    mean, root = _shaped(scales, y.shape)
+    return (y * root + mean).to(dtype)

@@ -1,0 +1,269 @@
+"""Result records become figures.  Like `report.py` it knows no torch; matplotlib is imported inside.
+
+Figures are 1600 pixels wide, which a README shows at about half that: no text below 8 points.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import Record, Row, accuracy_table, codecs_of
+
+WIDTH, DPI = 8.0, 200
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the markers say the same once more.
+STYLES = {
+    "uniform": ("#0072B2", "o"), "block": ("#D55E00", "s"), "sort": ("#009E73", "^"), "kmeans": ("#CC79A7", "D"),
+    "topk": ("#E69F00", "v"), "lowrank": ("#56B4E9", "P"), "float8": ("#7F6000", "X"), "identity": ("#888888", "*"),
+    "none": ("#333333", "_"),
+}  # fmt: skip
+OTHER = ("#888888", "h")
+PERCENT = {"accuracy"}
+
+
+def accuracy_vs_ratio(records_by_task: Mapping[str, Sequence[Record]], path: str | os.PathLike[str]) -> Path:
+    """One panel per task: its metric under compression against the forward ratio; returns the PNG's path.
+
+    The line is the mean of `none`, the band one sample standard deviation around it where there are several seeds;
+    so are the error bars.  Raises ValueError without records.
+    """
+    tables = {task: accuracy_table(records) for task, records in records_by_task.items() if records}
+    if not tables:
+        raise ValueError("There is nothing to draw: no task has records.")
+    most = max(len(rows) for rows in tables.values())
+    columns = min(2, len(tables)) if most <= 10 else 1
+    lines = -(-len(tables) // columns)
+    figure, axes = _figure(lines, columns, 3.3 if columns == 1 else 3.6)
+    for ax, (task, rows) in zip(axes, tables.items(), strict=False):
+        _panel(ax, task, rows)
+    families = {_family(row["codec"]) for rows in tables.values() for row in rows} - {"none"}
+    _legend(figure, [name for name in (*STYLES, "other") if name in families])
+    return _save(figure, path)
+
+
+def _panel(ax: Any, task: str, rows: list[Row]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    metric = rows[0]["metric"]
+    scale = 100 if metric in PERCENT else 1
+    none = next((row for row in rows if row["codec"] == "none" and row["plain"] is not None), None)
+    if none is not None:
+        color, mean = STYLES["none"][0], scale * none["plain"]
+        ax.axhline(mean, color=color, linewidth=1.2, linestyle=(0, (5, 2)), zorder=1)
+        if none["plain_std"]:
+            spread = scale * none["plain_std"]
+            ax.axhspan(mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0, zorder=0)
+    points = [row for row in rows if row["ratio"] and row["compressed"] is not None and row["codec"] != "none"]
+    for row in points:
+        color, marker = _style(row["codec"])
+        std = scale * row["compressed_std"] if row["compressed_std"] else None
+        ax.errorbar(row["ratio"], scale * row["compressed"], yerr=std, color=color, marker=marker, markersize=6.5,
+                    markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.2, capsize=2.5, zorder=3)  # fmt: skip
+    ratios = [row["ratio"] for row in points] or [1.0]
+    ax.set_xscale("log")
+    low, high = min(ratios), max(ratios)
+    left, right = min(low / 1.3, 1.5), max(high * 1.5, 4)
+    ax.set_xlim(left, right)
+    ax.set_xticks([t for t in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512) if left <= t <= right])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.margins(y=0.16)
+    bottom, top = ax.get_ylim()
+    # Below this span the axis would make noise look like an effect.
+    short = max(0.0, 0.05 * scale - (top - bottom)) / 2
+    ax.set_ylim(bottom - short, top + short)
+    ax.set_title(task, loc="left", fontweight="bold")
+    ax.set_xlabel("forward compression ratio")
+    ax.set_ylabel(metric.replace("_", " ") + (", %" if scale == 100 else ""))
+    if none is not None:
+        ax.annotate("no compression", (0.995, scale * none["plain"]), xycoords=("axes fraction", "data"),
+                    xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", color=STYLES["none"][0],
+                    fontsize=8)  # fmt: skip
+    _label(ax, [(row["ratio"], scale * row["compressed"], _short(row["codec"]), _style(row["codec"])[0])
+                for row in points])  # fmt: skip
+
+
+def _label(ax: Any, points: list[tuple[float, float, str, str]]) -> None:
+    """Write each text beside its point where it covers least: neither texts nor points nor the frame.
+
+    Greedy over places around the point, nearest first; a text that had to move away gets a thin leader.
+    """
+    figure = ax.figure
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    frame = ax.get_window_extent(renderer)
+    unit = figure.dpi / 72
+    centers = [ax.transData.transform(point[:2]) for point in points]
+    taken = [_box(x, y, 9 * unit, 9 * unit) for x, y in centers]
+    taken += [text.get_window_extent(renderer).extents for text in ax.texts]
+    taken += [line.get_window_extent(renderer).padded(1.5 * unit).extents for line in ax.lines[:1]]  # "none"
+    for bars in ax.collections:
+        taken += [path.transformed(ax.transData).get_extents().padded(unit).extents for path in bars.get_paths()]
+    places = [(dx * r, dy * r * 0.8) for r in (1, 1.8, 2.8, 4, 5.5)
+              for dx, dy in ((1, 0), (0, 1), (0, -1), (-1, 0), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8))]
+    # Crowded points choose first, because they have the fewest places.
+    crowd = [sum(abs(x - a) + abs(y - b) < 60 * unit for a, b in centers) for x, y in centers]
+    for i in sorted(range(len(points)), key=lambda i: -crowd[i]):
+        (x, y), (*_, words, color) = centers[i], points[i]
+        probe = ax.text(0, 0, words, fontsize=8)
+        extent = probe.get_window_extent(renderer)
+        probe.remove()
+        width, height = extent.width + 2 * unit, extent.height + unit
+        best = None
+        for rank, (dx, dy) in enumerate(places):
+            # The nearest edge of the text, not its middle, lies at the offset.
+            cx = x + dx * 9 * unit + _sign(dx) * width / 2
+            cy = y + dy * 9 * unit + _sign(dy) * height / 2
+            box = _box(cx, cy, width, height)
+            cost = sum(_overlap(box, other) for other in taken) + 3 * (width * height - _overlap(box, frame.extents))
+            cost += rank * width * height * 0.01
+            if best is None or cost < best[0]:
+                best = (cost, cx, cy, box, max(abs(dx), abs(dy)))
+        _, cx, cy, box, distance = best
+        taken.append(box)
+        tx, ty = ax.transData.inverted().transform((cx, cy))
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        ax.annotate(words, points[i][:2], xytext=(tx, ty), textcoords="data", ha="center", va="center", fontsize=8,
+                    color=_darker(color), arrowprops=leader if distance > 1.5 else None, zorder=4)  # fmt: skip
+
+
+def loss_curves(records: Iterable[Record], path: str | os.PathLike[str], most: int = 7) -> Path:
+    """One panel per task: training loss over steps, averaged over seeds; returns the PNG's path.
+
+    At most `most` codecs a panel: `none`, then the one of each family that compresses most.
+    Raises ValueError if no record has a history with losses.
+    """
+    tasks: dict[str, dict[tuple[str, str], list[Record]]] = {}
+    for record in records:
+        if any("loss" in entry for entry in record.get("history") or ()):
+            tasks.setdefault(record["task"], {}).setdefault(codecs_of(record), []).append(record)
+    if not tasks:
+        raise ValueError("There is nothing to draw: no record has a history with losses.")
+    columns = min(2, len(tasks))
+    figure, axes = _figure(-(-len(tasks) // columns), columns, 3.2)
+    families = set()
+    for ax, (task, groups) in zip(axes, tasks.items(), strict=False):
+        rows = [row for row in accuracy_table(itertools.chain(*groups.values())) if row["codec"] != "none"]
+        chosen = {_family(row["codec"]): (row["codec"], row["grad_codec"]) for row in rows}  # rows rise by ratio
+        keys = [("none", "none")] * (("none", "none") in groups) + list(chosen.values())[: most - 1]
+        for key in keys:
+            steps, losses = _mean_curve(groups[key])
+            color, marker = _style(key[0])
+            none = key[0] == "none"
+            ax.plot(steps, losses, color=color, linewidth=2.2 if none else 1.3, zorder=2 if none else 3,
+                    label="no compression" if none else _full(key[0]), linestyle=(0, (5, 2)) if none else "-",
+                    marker=None if none else marker, markersize=4.5, markeredgecolor="white", markeredgewidth=0.4,
+                    markevery=max(1, len(steps) // 8))  # fmt: skip
+            families.add(_family(key[0]))
+        ax.set_title(task, loc="left", fontweight="bold")
+        ax.set_xlabel("step")
+        ax.set_ylabel("training loss")
+        ax.margins(x=0.02)
+        ax.legend(frameon=False, fontsize=8, handlelength=3)
+    return _save(figure, path)
+
+
+def _mean_curve(group: list[Record]) -> tuple[list[int], list[float]]:
+    """Losses at the steps that all seeds have logged."""
+    curves = [{e["step"]: float(e["loss"]) for e in record["history"] if "loss" in e} for record in group]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return steps, [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+
+
+# Names and styles
+
+
+def _family(codec: str) -> str:
+    """The codec that decides a spec: the first of a chain, the inner one of error feedback."""
+    name = re.split(r"[:|]", codec.removeprefix("ef+"))[0]
+    return name if name in STYLES else "other"
+
+
+def _style(codec: str) -> tuple[str, str]:
+    return STYLES.get(_family(codec), OTHER)
+
+
+def _options(codec: str) -> list[str]:
+    """What a reader wants of the options: bits, share or rank, and the word for a rotation."""
+    head = codec.removeprefix("ef+").partition("|")[0].partition(":")[2]
+    options = dict(item.split("=", 1) for item in head.split(",") if "=" in item)
+    words = [f"{options['bits']} bit"] if "bits" in options else []
+    words += [f"{100 * float(options['ratio']):g} %"] if "ratio" in options else []
+    words += [f"rank {options['rank']}"] if "rank" in options else []
+    words += [options["format"]] if "format" in options else []
+    words += ["rotated"] if "rotate" in options else []
+    return words
+
+
+def _short(codec: str) -> str:
+    """The label of a point, whose family the marker shows."""
+    words = " ".join(_options(codec)) or codec.partition(":")[0]
+    if codec.startswith("ef+"):
+        words = f"ef {words}"
+    return f"{words} | {codec.partition('|')[2].partition(':')[0]}" if "|" in codec else words
+
+
+def _full(codec: str) -> str:
+    return codec if _family(codec) == "other" else f"{_family(codec)} {_short(codec)}"
+
+
+def _legend(figure: Any, families: list[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for name in families:
+        color, marker = STYLES.get(name, OTHER)
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="", markersize=6.5, label=name))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9,
+                      handletextpad=0.2, columnspacing=1.4)  # fmt: skip
+
+
+def _darker(color: str) -> str:
+    """Text needs more contrast with white than a marker does."""
+    return "#" + "".join(f"{int(int(color[i : i + 2], 16) * 0.72):02x}" for i in (1, 3, 5))
+
+
+# Geometry, in pixels
+
+
+def _box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _figure(lines: int, columns: int, height: float) -> tuple[Any, list[Any]]:
+    # Not pyplot: it would keep global state and choose a display.
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+             "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.edgecolor": "#666666"}
+    with rc_context(style):
+        figure = Figure(figsize=(WIDTH, height * lines + 0.3), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    return figure, axes
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    for ax in figure.axes:
+        if not ax.has_data():
+            ax.remove()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,38 @@
+"""Other processes: the interpreter, torchrun and accelerate of this environment, offline and with one thread."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "TOKENIZERS_PARALLELISM": "false", **extra}
+
+
+def free_port() -> int:
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return it.getsockname()[1]
+
+
+def run(*command: object, timeout: int = 240, check: bool = True, **extra: str) -> subprocess.CompletedProcess:
+    """`python command...`; a failure shows the process's own words."""
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment(**extra), capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+    if check and result.returncode:
+        raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return result
+
+
+def torchrun(*command: object, **extra: str) -> subprocess.CompletedProcess:
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_addr", "127.0.0.1", "--master_port")
+    return run(*launcher, free_port(), *command, **extra)

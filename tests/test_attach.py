@@ -1,0 +1,396 @@
+"""Attaching finds the right places and says why it cannot; removing leaves the model as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from helpers import TEXT_MODELS, batch_of, boundaries_on, build, hooks_on, points, stack, train_steps
+from torch import nn
+
+from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.attach import flatten_state, remove_compression, unflatten_state, unwrap
+
+COARSE = "uniform:bits=1"
+
+
+def config(codec=COARSE, **options):
+    return ActCompressConfig(codec, **options)
+
+
+def codecs(handle):
+    return {name: (str(b.forward.codec), str(b.backward.codec)) for name, b in handle.boundaries.items()}
+
+
+# Where
+
+
+@pytest.mark.parametrize(("first", "last", "placement", "blocks"), [
+    (1, 1, "every", [0, 3]), (2, 2, "every", [0, 1, 2, 3]), (1, 2, "every", [0, 2, 3]), (0, 2, "every", [2, 3]),
+    (2, 0, "every", [0, 1]), (2, 2, "cuts", [1, 2]), (1, 1, "cuts", [0, 3]), (0, 3, "cuts", [1]), (4, 4, "every", [0, 1, 2, 3]),
+])  # fmt: skip
+def test_first_and_last_of_a_transformer(first, last, placement, blocks):
+    model = build("bert")
+    with compress_model(model, config(first=first, last=last, placement=placement)) as handle:
+        expected = [f"bert.encoder.layer.{i}" for i in blocks]
+        assert list(handle.boundaries) == boundaries_on(model) == expected
+
+
+def test_the_defaults_and_a_plain_spec():
+    with compress_model(build("bert")) as handle:
+        assert set(codecs(handle).values()) == {("block:bits=4", "block:bits=4")}
+    with compress_model(build("bert"), "sort:bits=8") as handle:
+        assert handle.config == ActCompressConfig("sort:bits=8")
+
+
+def test_nothing_to_compress_is_allowed_and_said(caplog):
+    model = build("bert")
+    with compress_model(model, config(first=0, last=0)) as handle:
+        assert not handle.boundaries
+        assert handle.stats() == []
+        assert not hooks_on(model)
+        with handle.disabled():
+            handle.set_epoch(1)
+    assert "nothing is compressed" in caplog.text
+
+
+def test_the_stacks_of_an_encoder_decoder():
+    model = build("t5")
+    with compress_model(model, config()) as handle:
+        assert list(handle.boundaries) == ["encoder.block.0", "encoder.block.3", "decoder.block.0", "decoder.block.3"]
+    for stack_, other in (("encoder", "decoder"), ("decoder", "encoder")):
+        with compress_model(model, config(stack=stack_)) as handle:
+            assert list(handle.boundaries) == [f"{stack_}.block.0", f"{stack_}.block.3"]
+        with compress_model(model, config(stack=stack_, layers={f"{other}.block.1": "identity"})) as handle:
+            assert set(handle.boundaries) == {f"{stack_}.block.0", f"{stack_}.block.3", f"{other}.block.1"}
+
+
+def test_layers_override_and_add_by_glob():
+    layers = {"encoder.layer.[12]": "kmeans:bits=3", "encoder.layer.3": {"codec": "float8", "grad_codec": "identity"}}
+    with compress_model(build("bert"), config(grad_codec="block:bits=8", layers=layers)) as handle:
+        assert codecs(handle) == {
+            "bert.encoder.layer.0": (COARSE, "block:bits=8"),
+            "bert.encoder.layer.1": ("kmeans:bits=3", "block:bits=8"),
+            "bert.encoder.layer.2": ("kmeans:bits=3", "block:bits=8"),
+            "bert.encoder.layer.3": ("float8", "identity"),
+        }
+
+
+def test_of_two_patterns_the_later_counts():
+    with compress_model(build("bert"), config(layers={"*.layer.*": "float8", "*.layer.3": "identity"})) as handle:
+        assert [c for c, _ in codecs(handle).values()] == ["float8", "float8", "float8", "identity"]
+
+
+def test_boundaries_are_listed_in_run_order():
+    with compress_model(build("bert"), config(layers={"encoder.layer.2": "float8", "encoder.layer.1": "float8"})) as handle:
+        assert [row["layer"] for row in handle.stats()] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_ranks_draw_different_noise(monkeypatch):
+    def value(rank):
+        monkeypatch.setenv("RANK", rank)
+        model = stack(dropout=0.0)
+        with compress_model(model, config("block:bits=1,round=stochastic")):
+            return model(points()[0])
+
+    assert torch.equal(value("1"), value("1"))
+    assert not torch.equal(value("0"), value("1"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"first": 5}, r"first=5 is out of range: the model has 5 layers, so choose first from 0 to 4"),
+    ({"last": 9}, r"last=9 is out of range: the model has 5 layers, so choose last from 0 to 4"),
+    ({"layers": {"encoder.layr.*": COARSE}}, r"'encoder\.layr\.\*' matches no layer.*Candidates: bert\.encoder\.layer\.0"),
+    ({"stack": "decoder"}, r"stack='decoder' is unknown"),
+])  # fmt: skip
+def test_places_that_do_not_exist(options, message):
+    model = build("bert")
+    with pytest.raises(ValueError, match=message):
+        compress_model(model, config(**options))
+    assert not hooks_on(model)
+
+
+def test_a_model_without_layers():
+    with pytest.raises(ValueError, match=r"no layers in Linear: looked for .* none was found"):
+        compress_model(nn.Linear(4, 4))
+
+
+def test_attaching_twice_is_refused_and_says_what_to_do():
+    model = build("bert")
+    with compress_model(model, config()) as handle:
+        with pytest.raises(ValueError, match=r"compressed already .*bert\.encoder\.layer\.0.*handle\.remove\(\)"):
+            compress_model(model, config())
+        assert boundaries_on(model) == list(handle.boundaries)
+    compress_model(model, config()).remove()
+
+
+# Removing
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "resnet18"])
+def test_remove_leaves_no_hook_and_the_outputs_of_before(name):
+    model, batch = build(name).eval(), batch_of(name)
+    own = model.register_forward_hook(print_nothing)
+    before = hooks_on(model)
+    output = run(model, batch)
+    handle = compress_model(model, config())
+    assert hooks_on(model) != before
+    assert not torch.equal(run(model, batch), output)
+    rows = handle.stats()
+    handle.remove()
+    handle.remove()
+    assert hooks_on(model) == before == {"": 1}
+    assert torch.equal(run(model, batch), output)
+    assert handle.stats() == rows
+    own.remove()
+
+
+def print_nothing(module, args, output):
+    return None
+
+
+def run(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits if isinstance(batch, dict) else model(batch[0])
+
+
+def test_a_context_removes_hooks_when_an_exception_passes_through():
+    model = build("bert")
+    with pytest.raises(RuntimeError, match="stop"), compress_model(model, config()):
+        assert hooks_on(model)
+        raise RuntimeError("stop")
+    assert not hooks_on(model)
+
+
+def test_remove_compression_serves_where_the_handle_is_lost():
+    """A copy has none, nor has a notebook whose cell was stopped."""
+    model = build("bert")
+    handle = compress_model(model, config())
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"remove_compression\(model\)"):
+        compress_model(twin, config())
+    assert remove_compression(twin) == ["bert.encoder.layer.0", "bert.encoder.layer.3"]
+    assert not hooks_on(twin)
+    assert remove_compression(twin) == []
+    assert boundaries_on(model) == list(handle.boundaries)
+    compress_model(twin, config()).remove()
+
+
+def test_disabled_stops_compression_for_a_while_even_after_an_exception():
+    model, batch = build("bert").eval(), batch_of("bert")
+    plain = run(model, batch)
+    with compress_model(model, config()) as handle:
+        lossy = run(model, batch)
+        with handle.disabled():
+            assert torch.equal(run(model, batch), plain)
+            with handle.disabled():
+                pass
+            assert torch.equal(run(model, batch), plain)
+        with pytest.raises(RuntimeError), handle.disabled():
+            raise RuntimeError
+        assert torch.equal(run(model, batch), lossy)
+    assert not torch.equal(plain, lossy)
+
+
+@pytest.mark.parametrize(("evaluate", "compressed"), [("on", True), ("off", False), ("both", True)])
+def test_evaluate(evaluate, compressed):
+    model, batch = build("bert").eval(), batch_of("bert")
+    plain = run(model, batch)
+    with compress_model(model, config(evaluate=evaluate)) as handle:
+        assert torch.equal(run(model, batch), plain) != compressed
+        assert all(row["calls"] == compressed for row in handle.stats() if row["direction"] == "forward")
+        model.train()(**batch)
+        assert all(row["calls"] == compressed + 1 for row in handle.stats() if row["direction"] == "forward")
+
+
+# Schedule
+
+
+def test_the_schedule_switches_and_spares_layers_named_by_glob():
+    schedule = {0: "uniform:bits=8", 1: {"codec": "uniform:bits=12", "grad_codec": "identity"}, 3: "float8"}
+    with compress_model(build("bert"), config(schedule=schedule, layers={"encoder.layer.0": COARSE})) as handle:
+        seen = []
+        for epoch in range(4):
+            changed = handle.set_epoch(epoch)
+            assert codecs(handle)["bert.encoder.layer.0"] == (COARSE, COARSE)
+            seen.append((changed, *codecs(handle)["bert.encoder.layer.3"]))
+    assert seen == [
+        (False, "uniform:bits=8", "uniform:bits=8"), (True, "uniform:bits=12", "identity"), (False, "uniform:bits=12", "identity"),
+        (True, "float8", "float8"),
+    ]  # fmt: skip
+
+
+def test_a_switch_keeps_the_state_of_what_does_not_change():
+    schedule = {1: {"codec": "kmeans:bits=3", "grad_codec": "kmeans:bits=2"}}
+    model = stack()
+    with compress_model(model, config("kmeans:bits=2", schedule=schedule)) as handle:
+        train_steps(model, [points()])
+        boundary = next(iter(handle.boundaries.values()))
+        forward, backward = boundary.forward.state, boundary.backward.state
+        handle.set_epoch(0)
+        assert boundary.forward.state is forward
+        handle.set_epoch(1)
+        assert boundary.forward.state is not forward
+        assert boundary.forward.state.centroids is None
+        assert boundary.backward.state is backward
+
+
+# The model stays what it was
+
+
+def test_state_dict_and_save_pretrained_do_not_see_the_boundaries(tmp_path):
+    model, batch = build("bert").eval(), batch_of("bert")
+    keys, plain = list(model.state_dict()), run(model, batch)
+    with compress_model(model, config()):
+        assert list(model.state_dict()) == keys
+        model.save_pretrained(tmp_path)
+        lossy = run(model, batch)
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert not hooks_on(again)
+    assert torch.equal(run(again, batch), plain)
+    with compress_model(again, config()):
+        assert torch.equal(run(again, batch), lossy)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("codec", [COARSE, "block:bits=2,round=stochastic", "ef+kmeans:bits=2"])
+def test_copies_are_compressed_and_independent(duplicate, codec):
+    model, batches = build("bert"), [batch_of("bert", seed) for seed in range(3)]
+    with compress_model(model, config(codec)) as handle:
+        train_steps(model, batches[:1])
+        twin = duplicate(model)
+        assert boundaries_on(twin) == list(handle.boundaries)
+        calls, state = [row["calls"] for row in handle.stats()], handle.state_dict()
+        one = train_steps(twin, batches[1:])
+        assert [row["calls"] for row in handle.stats()] == calls
+        assert repr(handle.state_dict()) == repr(state)
+        two = train_steps(model, batches[1:])
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, two, strict=True))
+    handle.remove()
+    assert boundaries_on(twin)
+
+
+@pytest.mark.parametrize("name", [*TEXT_MODELS, "t5", "vit"])
+def test_outputs_keep_their_type(name):
+    model, batch = build(name).eval(), batch_of(name)
+
+    def kinds():
+        found = {}
+        hooks = [
+            m.register_forward_hook(lambda m, a, out, n=n: found.update({n: shape_of(out)}))
+            for n, m in model.named_modules()
+        ]
+        with torch.no_grad():
+            found["result"] = shape_of(model(**batch, output_hidden_states=True))
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    plain = kinds()
+    with compress_model(model, config(first=2, last=2)):
+        assert kinds() == plain
+
+
+def shape_of(value):
+    """Types and shapes, all the way down."""
+    if isinstance(value, torch.Tensor):
+        return (type(value), value.dtype, tuple(value.shape))
+    if isinstance(value, dict):
+        return (type(value), {key: shape_of(item) for key, item in value.items()})
+    if isinstance(value, (tuple, list)):
+        return (type(value), [shape_of(item) for item in value])
+    return type(value)
+
+
+def test_the_model_inside_of_wrappers():
+    model = stack()
+    assert unwrap(torch.compile(model)) is unwrap(nn.DataParallel(model)) is unwrap(torch.compile(nn.DataParallel(model))) is model
+    with compress_model(torch.compile(model), config()) as handle:
+        assert list(handle.boundaries) == boundaries_on(model) == ["blocks.0", "blocks.3"]
+
+
+def test_attaching_leaves_random_numbers_and_modes_alone():
+    model = build("resnet18").train()
+    model.layer1.eval()
+    modes, state = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    with compress_model(model, config()):
+        drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# Statistics and state
+
+
+def test_statistics_of_a_step_by_hand():
+    model = stack(dropout=0.0)
+    inputs = {}
+    model.head.register_forward_pre_hook(lambda m, args: inputs.update(y=args[0].detach()))
+    model.blocks[3].register_forward_hook(lambda m, args, out: inputs.update(x=out.detach()))
+    with compress_model(model, config("block:bits=4,group=8", grad_codec="identity", first=0, last=1)) as handle:
+        model.train()
+        torch.nn.functional.cross_entropy(model(points()[0]), points()[1]).backward()
+        forward, backward = handle.stats()
+    assert (forward["boundary"], forward["layer"]) == ("blocks.3", 3)
+    assert [row["direction"] for row in (forward, backward)] == ["forward", "backward"]
+    assert [row["codec"] for row in (forward, backward)] == ["block:bits=4,group=8", "identity"]
+    raw, payload = 6 * 8 * 4, 6 * 8 // 2 + 6 * 2 * 2  # half a byte per value, two 16-bit scales per group
+    assert (forward["raw_bytes"], forward["payload_bytes"], forward["bytes_saved"]) == (raw, payload, raw - payload)
+    assert forward["ratio"] == raw / payload
+    error = (inputs["y"] - inputs["x"]).norm() / inputs["x"].norm()
+    assert forward["rel_error"] == pytest.approx(error.item(), rel=1e-5)
+    assert (backward["ratio"], backward["rel_error"], backward["cosine"]) == (1, 0, pytest.approx(1))
+
+
+@pytest.mark.parametrize("codec", [
+    "block:bits=2,round=stochastic", "kmeans:bits=2", "lowrank:rank=2", "ef+kmeans:bits=2", "lowrank:rank=2|kmeans:bits=4",
+])  # fmt: skip
+def test_a_run_goes_on_from_its_state_dict(codec):
+    batches = [points(seed=seed) for seed in range(4)]
+
+    def attached(model):
+        return compress_model(model, config(codec, first=2, last=1))
+
+    model = stack()
+    with attached(model) as handle:
+        train_steps(model, batches[:2])
+        weights, state = copy.deepcopy(model.state_dict()), handle.state_dict()
+        tensors, rest = flatten_state(state)
+        whole = train_steps(model, batches[2:])
+    model = stack()
+    model.load_state_dict(weights)
+    with attached(model) as handle:
+        assert handle.load_state_dict(unflatten_state(tensors, rest)) == []
+        resumed = train_steps(model, batches[2:])
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole, resumed, strict=True))
+    model.load_state_dict(weights)
+    with attached(model):
+        fresh = train_steps(model, batches[2:])
+    assert not all(torch.equal(a, b) for (_, a), (_, b) in zip(whole, fresh, strict=True))
+
+
+def test_state_of_another_codec_or_place_is_left_out_and_named():
+    with compress_model(stack(), config("kmeans:bits=2")) as handle:
+        state = handle.state_dict()
+    with compress_model(stack(), config("kmeans:bits=2", grad_codec="kmeans:bits=3", first=2)) as handle:
+        assert handle.load_state_dict(state) == ["blocks.0/backward", "blocks.1/forward", "blocks.1/backward", "blocks.3/backward"]
+    with compress_model(stack(), config("identity")) as handle:
+        assert handle.load_state_dict(state) == []
+        assert handle.state_dict() == {}
+
+
+def test_flatten_state_round_trips():
+    state = {"a/forward": {"codec": "x", "state": {"t": torch.arange(3.0), "n": None, "in": {"i": 3, "t": torch.ones(3, 2).T}}}}
+    tensors, rest = flatten_state(state)
+    assert len(tensors) == 2
+    assert "tensor(" not in repr(rest)
+    again = unflatten_state(tensors, rest)
+    assert repr(again) == repr(state)
+    assert again["a/forward"]["state"]["in"]["t"].stride() == (1, 2)
