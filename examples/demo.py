@@ -124,7 +124,7 @@ def run(task: Task, codec: str, grad_codec: str | None, folder: str) -> dict[str
     )  # fmt: skip
     arguments.do_train = arguments.do_eval = True
     compression = CompressionArguments(
-        codec=codec, grad_codec=grad_codec, first=1, last=task.last, placement="cuts", evaluate="both"
+        codec=codec, grad_codec=grad_codec, first=1, last=task.last, placement="cuts"
     )
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 MIN_ROWS = 256  # below, the 4 bytes per feature would weigh more than a few percent of the payload
 SAMPLE = 4096
+FLOOR = 2.0**-8
 
 
 def feature_dim(shape: tuple[int, ...] | torch.Size) -> int:
@@ -32,7 +33,7 @@ def applies(shape: tuple[int, ...]) -> bool:
 
 
 def feature_scales(x: Tensor) -> Tensor:
-    """bf16 [2, F]: mean and square root of the deviation of each feature (1 where a feature is constant).
+    """bf16 [2, F]: mean and square root of the deviation of each feature.
 
     Estimated from about SAMPLE evenly spaced rows: an inexact scale costs a little error and is never wrong, since
     the same numbers are applied and undone.
@@ -45,8 +46,13 @@ def feature_scales(x: Tensor) -> Tensor:
     # Squares of large or tiny values would leave the range of fp32; a power of two changes no digit.
     unit = torch.exp2(torch.floor(torch.log2(torch.linalg.vector_norm(x, torch.inf).clamp_min(2.0**-120))))
     var, mean = torch.var_mean(x / unit, dim=others, correction=0)
-    root = torch.sqrt(torch.sqrt(var) * unit)
-    return torch.stack([mean * unit, torch.where(root > 0, root, torch.ones_like(root))]).bfloat16()
+    stored = mean.bfloat16()
+    # What the stored mean leaves of a constant feature has to be coded as well.
+    root = (var + (mean - stored.float()) ** 2) ** 0.25
+    # The floor keeps features that look constant in the sample from being lost, or from being divided by nothing.
+    top = root.max()
+    root = torch.where(top > 0, root.clamp_min(top * FLOOR), torch.ones_like(root))
+    return torch.stack([stored * unit.bfloat16(), (root * torch.sqrt(unit)).bfloat16()])
 
 
 def _shaped(scales: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -28,10 +28,10 @@ def random_sign(i: int) -> float:
 @functools.cache
 def rotation_matrix(n: int, device: torch.device) -> Tensor:
     """fp32 [n, n], orthogonal: diag(signs) times Sylvester's matrix over sqrt(n)."""
-    h = torch.ones(1, 1)
+    h = torch.ones(1, 1, dtype=torch.float32, device="cpu")  # whatever the defaults are: the matrix is cached
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    signs = torch.tensor([random_sign(i) for i in range(n)])
+    signs = torch.tensor([random_sign(i) for i in range(n)], dtype=torch.float32, device="cpu")
     return (signs[:, None] * h / n**0.5).to(device)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_actcompress.codecs import Block
+from hf_actcompress.codecs.hadamard import random_sign
 from hf_actcompress.codecs.levels import gauss_distortion, gauss_levels
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 2.0**-23}
@@ -134,7 +135,8 @@ def test_rotation_keeps_the_error_of_the_turned_group(bits, n):
     for row, (center, step) in zip(padded, payload.tensors["scales"].double().tolist(), strict=True):
         assert center == pytest.approx(float(row.mean()), rel=2.0**-7)
         sign = torch.tensor([[(-1.0) ** (i & j).bit_count() for i in range(128)] for j in range(128)]).double()
-        turned = sign @ (row.double() - center) / 128**0.5
+        flips = torch.tensor([random_sign(i) for i in range(128)]).double()
+        turned = sign @ (flips * (row.double() - center)) / 128**0.5
         assert 2 * float(turned.abs().max()) / (2**bits - 1) == pytest.approx(step, rel=2.0**-7)
     steps = payload.tensors["scales"][:, 1].double()
     error = (codec.decode(payload) - x).double()

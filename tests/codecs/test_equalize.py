@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from hf_actcompress.codecs import Block
+from hf_actcompress.codecs.equalize import MIN_ROWS, SAMPLE, applies, equalize, feature_scales, restore
+
+
+def hidden_states(rows=400, features=64, outlier=40.0):
+    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0))
+    x[:, 5] = x[:, 5] * outlier + 100
+    return x
+
+
+def error(codec, x):
+    """Relative squared error of the features that are not outliers."""
+    rest = [f for f in range(x.shape[-1]) if f != 5]
+    return float((codec.roundtrip(x) - x)[..., rest].pow(2).mean() / x[..., rest].var())
+
+
+def test_scales_are_mean_and_root_of_deviation_per_feature():
+    x = hidden_states()
+    scales = feature_scales(x)
+    assert scales.dtype == torch.bfloat16 and scales.shape == (2, 64)
+    for f in range(64):
+        column = x[:, f].double()
+        assert float(scales[0, f]) == pytest.approx(float(column.mean()), rel=2.0**-8, abs=1e-6)
+        assert float(scales[1, f]) == pytest.approx(float(column.std(correction=0)) ** 0.5, rel=2.0**-7)
+
+
+def test_channels_are_dimension_one_of_pictures():
+    x = torch.randn(8, 3, 10, 12, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9, 100]).view(3, 1, 1)
+    by_hand = feature_scales(x.movedim(1, -1).reshape(-1, 3))
+    assert torch.equal(feature_scales(x), by_hand)
+    assert feature_scales(x.to(memory_format=torch.channels_last)).shape == (2, 3)
+
+
+def test_restore_undoes_equalize():
+    x = hidden_states()
+    scales = feature_scales(x)
+    torch.testing.assert_close(restore(equalize(x, scales), scales, x.dtype), x, rtol=1e-5, atol=1e-5)
+
+
+def test_constant_features_and_extreme_scales_stay_finite():
+    x = hidden_states()
+    x[:, 0] = 3.0
+    for unit in (2.0**-100, 1.0, 2.0**110):
+        y = Block(8).roundtrip(x * unit)
+        assert torch.isfinite(y).all()
+        assert float((y / unit - x).abs().max()) < 40 * 8 / 255 * 2
+        assert float((y / unit - x)[:, 0].abs().max()) < 0.02
+    assert torch.equal(Block(4).roundtrip(torch.zeros(300, 16)), torch.zeros(300, 16))
+
+
+def test_a_feature_that_only_looks_constant_in_the_sample_is_kept():
+    x = torch.randn(3 * SAMPLE, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 7.0
+    x[1, 3] = -7.0  # between the sampled rows
+    y = Block(8).roundtrip(x)
+    assert abs(float(y[1, 3]) + 7) < 0.1 and float((y[2:, 3] - 7).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_an_outlier_feature_no_longer_drowns_the_others(bits):
+    x = hidden_states()
+    assert error(Block(bits), x) < error(Block(bits, equalize=None), x) / 5
+
+
+def test_dividing_by_the_root_beats_dividing_by_the_deviation():
+    """The claim of the module: of all powers of the deviation the root has the least total error."""
+    x = hidden_states(2000, 64, 10.0) * torch.logspace(-1, 1, 64)
+    scales = feature_scales(x).float()
+    codec = Block(4, equalize=None, rotate="hadamard", levels="gauss")
+    total = {}
+    for power in (0.0, 0.5, 1.0):
+        weight = (scales[1] ** 2) ** power
+        y = codec.roundtrip((x - scales[0]) / weight) * weight + scales[0]
+        total[power] = float((y - x).pow(2).sum())
+    assert total[0.5] < min(total[0.0], total[1.0])
+
+
+def test_only_tensors_with_enough_rows_and_their_bytes():
+    assert not applies((MIN_ROWS - 1, 8)) and applies((MIN_ROWS, 8)) and not applies((10_000,)) and not applies(())
+    assert applies((4, 8, 8, 8)) and not applies((3, 8, 8, 8))
+    for rows, extra in ((MIN_ROWS - 1, 0), (MIN_ROWS, 4 * 8)):
+        x = torch.randn(rows, 8)
+        with_, without = Block(4).encode(x), Block(4, equalize=None).encode(x)
+        assert with_.nbytes - without.nbytes == extra
+        assert with_.nbytes == Block(4).payload_nbytes((rows, 8), torch.float32)
+
+
+def test_a_sample_of_rows_serves_for_many():
+    x = hidden_states(4 * SAMPLE, 16)
+    exact = torch.stack([x.mean(0), x.std(0).sqrt()])
+    torch.testing.assert_close(feature_scales(x).float(), exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [dict(), dict(rotate="hadamard", levels="gauss"), dict(round="stochastic")])
+def test_roundtrip_is_decode_of_encode(kind, dtype):
+    codec, x = Block(4, **kind), hidden_states().to(dtype)
+    one, two = codec.init_state("a"), codec.init_state("a")
+    assert torch.equal(codec.roundtrip(x, one), codec.decode(codec.encode(x, two)))
+
+
+def test_stochastic_rounding_stays_unbiased():
+    codec, x, draws = Block(3, round="stochastic"), hidden_states(256, 8), 400
+    state = codec.init_state("a")
+    ys = torch.stack([codec.roundtrip(x, state).double() for _ in range(draws)])
+    spread = ys.std(0) / draws**0.5
+    off = (ys.mean(0) - x.double()).abs()
+    assert float((off / spread.clamp_min(1e-3)).pow(2).mean().sqrt()) < 1.1

@@ -1,0 +1,168 @@
+"""The recipes run as users run them: as scripts, from JSON, on two processes; and leave complete results."""
+
+import json
+
+import pytest
+import torch
+from helpers.processes import ROOT, run, torchrun
+
+GLUE, CIFAR = ROOT / "examples/glue/run_glue.py", ROOT / "examples/cifar/run_cifar.py"
+SHARED = ROOT.parent / "shared" / "data"
+SHORT = {
+    "max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "max_train_samples": 16,
+    "max_eval_samples": 16, "logging_steps": 1, "disable_tqdm": True,
+}  # fmt: skip
+TEXT = {**SHORT, "model": "tiny-bert", "max_length": 16}
+IMAGES = {**SHORT, "model": "resnet10t", "image_size": 32}
+COLUMNS = {"boundary", "direction", "codec", "ratio", "rel_error", "cosine", "bytes_saved"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs():
+    for library in ("datasets", "sklearn", "timm"):
+        pytest.importorskip(library)
+
+
+@pytest.fixture
+def options(tmp_path):
+    """The values as options of a command line, with the folder for results."""
+
+    def make(values):
+        given = {**values, "output_dir": tmp_path / "out"}
+        return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+    return make
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def check(record, boundaries, metrics=("accuracy",), variants=("compressed",)):
+    assert set(metrics) | {"loss"} <= set(record["metrics"])
+    for values in record["metrics"].values():
+        assert set(values) == set(variants)
+        assert all(isinstance(value, float) for value in values.values())
+    assert record["samples_per_second"]["training"] > 0
+    assert len(record["compression"]) == 2 * boundaries
+    for row in record["compression"]:
+        assert set(row) >= COLUMNS
+        assert row["calls"] >= 2 or row["direction"] == "forward"
+        assert row["ratio"] > 1
+        assert row["bytes_saved"] > 0
+    assert [entry["loss"] for entry in record["history"] if "loss" in entry]
+    assert {"torch", "transformers"} <= set(record["environment"])
+
+
+def test_glue_as_a_plain_script(tmp_path, options):
+    output = run(GLUE, *options({**TEXT, "codec": "block:bits=4", "last": 2, "evaluate": "both"})).stdout
+    record = results(tmp_path)
+    check(record, 3, variants=("plain", "compressed"))
+    assert record["codec"] == "block:bits=4"
+    assert (tmp_path / "out" / "actcompress_config.json").is_file()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    for shown in ("Metrics", "Samples per second", "Compression", "bert.encoder.layer.0", "Results: "):
+        assert shown in output
+
+
+def test_glue_from_one_json_file_and_without_compression(tmp_path):
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps({**TEXT, "codec": "none", "output_dir": str(tmp_path / "out")}))
+    run(GLUE, path)
+    record = results(tmp_path)
+    assert (record["codec"], record["config"], record["compression"]) == ("none", None, [])
+    assert set(record["metrics"]["accuracy"]) == {"plain"}
+
+
+def test_glue_on_two_processes(tmp_path, options):
+    run_ = torchrun(GLUE, *options({**TEXT, "use_cpu": True, "codec": "kmeans:bits=4"}))
+    record = results(tmp_path)
+    check(record, 2)
+    # Each process trained on its half: two steps of 2 x 4 rows.
+    (row, *_) = record["compression"]
+    assert row["raw_bytes"] % (2 * 4 * 64 * 4) == 0
+    assert run_.stdout.count("Results: ") == 1
+
+
+def test_cola_reports_matthews_correlation(tmp_path, options):
+    folder = SHARED / "tiny" / "cola"
+    if not folder.is_dir():
+        pytest.skip("the shared data is not on this machine")
+    run(GLUE, *options({**TEXT, "dataset": folder, "evaluate": "off"}))
+    check(results(tmp_path), 2, metrics=("matthews_correlation",), variants=("plain",))
+
+
+def test_cifar_with_accelerate_launch(tmp_path, options):
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no")
+    run(*launch, "--dynamo_backend", "no", CIFAR, *options({**IMAGES, "codec": "uniform:bits=8", "grad_codec": "identity"}))
+    record = results(tmp_path)
+    assert {row["codec"] for row in record["compression"]} == {"uniform:bits=8", "identity"}
+    assert record["image_size"] == 32
+    assert record["metrics"]["accuracy"].keys() == {"compressed"}
+
+
+def test_cifar_with_another_model_and_local_data(tmp_path, options):
+    folder = SHARED / "tiny" / "cifar10"
+    data = {"dataset": folder} if folder.is_dir() else {}
+    run(CIFAR, *options({**IMAGES, "model": "mobilenetv2_100", **data, "first": 2, "layers": '{"blocks.3.0": "float8"}'}))
+    record = results(tmp_path)
+    check(record, 4)
+    assert {row["boundary"] for row in record["compression"]} >= {"conv_stem", "blocks.0.0", "blocks.3.0"}
+
+
+@pytest.mark.parametrize(("script", "values", "message"), [
+    (GLUE, {**TEXT, "dataset": "./no/such/folder"}, "is not a local folder"),
+    (GLUE, {**TEXT, "codec": "blok:bits=4"}, "Did you mean 'block'?"),
+    (CIFAR, {**IMAGES, "dataset": "/no/such/folder"}, "is not a local folder"),
+])  # fmt: skip
+def test_errors_end_with_what_to_do(options, script, values, message):
+    result = run(script, *options(values), check=False)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: ")
+    assert message in last
+
+
+# In this process: what the scripts share
+
+
+@pytest.fixture
+def parse():
+    from transformers import TrainingArguments
+
+    from hf_actcompress.recipes.run import parse_arguments
+
+    return lambda *argv: parse_arguments([TrainingArguments], list(argv), {"learning_rate": 0.5, "output_dir": "x"})
+
+
+@pytest.mark.parametrize("form", ["options", "json text", "json file", "yaml file"])
+def test_every_form_of_arguments_has_the_recipes_defaults(parse, tmp_path, form):
+    values = {"codec": "sort:bits=8", "max_steps": 3}
+    argv = [json.dumps(values)]
+    if form == "options":
+        argv = ["--codec", "sort:bits=8", "--max_steps", "3"]
+    elif form != "json text":
+        path = tmp_path / f"a.{form.split()[0]}"
+        path.write_text(json.dumps(values))  # JSON is YAML
+        argv = [str(path)]
+    args, compression = parse(*argv)
+    assert (args.learning_rate, args.max_steps, args.logging_steps) == (0.5, 3, 20)
+    assert args.use_cpu == (not torch.accelerator.is_available())
+    assert compression.codec == "sort:bits=8"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"codek": "sort"}', "codek"),
+    ("[1]", r"holds a list, where a mapping of argument to value is needed"),
+    ('{"codec": }', r"is not JSON"),
+])  # fmt: skip
+def test_argument_files_that_cannot_be_used(parse, tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(str(path))
+
+
+def test_an_argument_file_that_is_not_there(parse, tmp_path):
+    with pytest.raises(ValueError, match="There is no argument file at "):
+        parse(str(tmp_path / "a.json"))
