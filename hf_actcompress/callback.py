@@ -67,7 +67,9 @@ class ActCompressCallback(TrainerCallback):
             yield handle
 
     # -- Trainer events ---------------------------------------------------------------------------------------
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._go_first()
 
     def on_train_begin(

@@ -74,7 +74,7 @@ class ActCompressConfig:
 
     def _checked_schedule(self, schedule: Any) -> dict[int, Any]:
         if not isinstance(schedule, dict):
-            raise ValueError(f"schedule={schedule!r} is not a mapping of epoch to codec, such as {{0: 'sort:bits=8'}}.")
+            raise ValueError(f"schedule={schedule!r} is not a mapping of epoch to codec: {{0: 'sort:bits=8'}}.")
         result = {}
         for epoch, value in schedule.items():
             try:
@@ -174,7 +174,7 @@ class CompressionArguments:
     )
     stack: str | None = field(default=None, metadata={"help": "Only this stack of an encoder-decoder."})
     schedule: str | None = field(
-        default=None, metadata={"help": "Codecs by epoch as JSON, e.g. '{\"0\": \"sort:bits=8\", \"40\": \"sort:bits=12\"}'."}
+        default=None, metadata={"help": "Codecs by epoch as JSON, e.g. '{\"0\": \"sort:bits=8\", \"40\": \"block\"}'."}
     )
     evaluate: str = field(default="on", metadata={"help": "Whether evaluation runs compressed: on, off or both."})
     nonfinite: str = field(default="pass", metadata={"help": "NaN and Inf: 'pass' them on and count, or 'raise'."})

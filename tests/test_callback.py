@@ -64,8 +64,8 @@ def test_the_trainer_does_what_a_plain_loop_does(tmp_path):
 
     config = ActCompressConfig("block:bits=2,round=stochastic", seed=3)
     trainer = make_trainer(
-        tmp_path, ActCompressCallback(config), model=model, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
-        num_train_epochs=1, seed=1,
+        tmp_path, ActCompressCallback(config), model=model, optim="sgd", lr_scheduler_type="constant",
+        max_grad_norm=0.0, num_train_epochs=1, seed=1,
     )  # fmt: skip
     trainer.data_collator = collate
     trainer.train()
@@ -90,8 +90,9 @@ def test_the_callback_may_be_a_class_or_be_added_later(tmp_path):
     assert calls(compression)["forward"] == STEPS
 
 
-@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 3, "bf16": True}])
-def test_gradient_accumulation_and_bf16(tmp_path, options):
+@pytest.mark.parametrize(("steps", "bf16"), [(2, False), (3, True)])
+def test_gradient_accumulation_and_bf16(tmp_path, steps, bf16):
+    options = {"gradient_accumulation_steps": steps, "bf16": bf16}
     plain = trained(tmp_path, **options)
     compression = callback("identity")
     trainer = trained(tmp_path, compression, **options)
@@ -246,7 +247,8 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, codec, restore):
     assert same(weights(whole), weights(resumed))
     assert losses(whole) == losses(resumed)
     keys = ("boundary", "direction", "calls", "raw_bytes", "payload_bytes", "rel_error")
-    assert [[row[key] for key in keys] for row in again.stats] == [[row[key] for key in keys] for row in compression.stats]
+    for one, other in zip(again.stats, compression.stats, strict=True):
+        assert {key: one[key] for key in keys} == {key: other[key] for key in keys}
 
 
 def losses(trainer):
@@ -363,6 +365,15 @@ def test_attached_uses_the_codec_that_training_ended_with(tmp_path):
 # Evaluation
 
 
+def merged(trainer):
+    """The evaluation metrics of each epoch."""
+    epochs = {}
+    for entry in trainer.state.log_history:
+        if any(name.startswith("eval_") for name in entry):
+            epochs.setdefault(entry["epoch"], {}).update(entry)
+    return list(epochs.values())
+
+
 @pytest.mark.parametrize("mode", ["on", "off", "both"])
 def test_what_evaluation_reports(tmp_path, mode):
     results = {}
@@ -371,7 +382,7 @@ def test_what_evaluation_reports(tmp_path, mode):
             tmp_path, callback(codec, grad_codec="identity", evaluate=mode), eval_strategy="epoch", learning_rate=0.0,
             compute_metrics=accuracy, num_train_epochs=1,
         )  # fmt: skip
-        results[codec] = {k: v for entry in trainer.state.log_history for k, v in entry.items() if k.startswith("eval_")}
+        (results[codec],) = merged(trainer)
         assert ("eval_uncompressed_accuracy" in results[codec]) == (mode == "both")
         assert set(trainer.evaluate()) & {"eval_uncompressed_loss"} == set()
     plain, coarse = results["identity"], results[COARSE]
@@ -399,7 +410,7 @@ def test_the_best_model_is_chosen_by_either_metric(tmp_path):
         tmp_path, callback(evaluate="both"), eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
         metric_for_best_model="eval_uncompressed_loss",
     )  # fmt: skip
-    best = min(entry["eval_uncompressed_loss"] for entry in trainer.state.log_history if "eval_uncompressed_loss" in entry)
+    best = min(entry["eval_uncompressed_loss"] for entry in merged(trainer))
     assert trainer.state.best_metric == best
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best)
 

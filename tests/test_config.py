@@ -40,7 +40,8 @@ def test_codecs_given_as_objects_are_saved_too(tmp_path):
     )
     again = ActCompressConfig.from_pretrained(config.save_pretrained(tmp_path))
     assert again == config
-    assert again.codecs_of(again.layers["a"])[0] == again.codecs_of(again.layers["b"])[1] == again.scheduled(0)[0] == codec
+    assert again.codecs_of(again.layers["a"])[0] == again.codecs_of(again.layers["b"])[1] == codec
+    assert again.scheduled(0)[0] == codec
 
 
 def test_the_schedule_is_sorted_and_its_latest_entry_counts():
@@ -86,9 +87,9 @@ def test_which_codec_serves_which_direction(grad_codec, value, expected):
     ({"nonfinite": "warn"}, r"nonfinite='warn' is not known; choose one of: pass, raise"),
     ({"layers": ["a"]}, r"layers=\['a'\] is not a mapping of glob to codec"),
     ({"layers": {"a": "blok"}}, r"layers\['a'\]: Unknown codec 'blok'"),
-    ({"layers": {"a": {"forward": "block"}}}, r"layers\['a'\]: unknown entries \['forward'\]; use 'codec' and 'grad_codec'"),
+    ({"layers": {"a": {"forward": "block"}}}, r"layers\['a'\]: unknown entries \['forward'\]; use 'codec' and"),
     ({"layers": {"a": {"codec": "block", "grad_codec": "x"}}}, r"layers\['a'\]: Unknown codec 'x'"),
-    ({"schedule": "sort"}, r"schedule='sort' is not a mapping of epoch to codec, such as \{0: 'sort:bits=8'\}"),
+    ({"schedule": "sort"}, r"schedule='sort' is not a mapping of epoch to codec: \{0: 'sort:bits=8'\}"),
     ({"schedule": {-1: "sort"}}, r"schedule: the key -1 is not an epoch \(a whole number of 0 or more\)"),
     ({"schedule": {0.5: "sort"}}, r"the key 0\.5 is not an epoch"),
     ({"schedule": {"first": "sort"}}, r"the key 'first' is not an epoch"),
@@ -101,7 +102,7 @@ def test_wrong_values_are_refused_with_a_remedy(values, message):
 
 
 def test_unknown_entries_are_refused():
-    with pytest.raises(ValueError, match=r"Unknown configuration entries \['codecs'\]; known are: codec, grad_codec, "):
+    with pytest.raises(ValueError, match=r"Unknown configuration entries \['codecs'\]; known are: codec, grad_"):
         ActCompressConfig.from_dict({"codecs": "block"})
 
 
@@ -149,5 +150,6 @@ def test_json_of_another_shape():
 
 
 def test_a_json_file_may_nest_layers_and_schedule():
-    (arguments,) = HfArgumentParser(CompressionArguments).parse_dict({"layers": FULL["layers"], "schedule": {"1": "sort"}})
+    values = {"layers": FULL["layers"], "schedule": {"1": "sort"}}
+    (arguments,) = HfArgumentParser(CompressionArguments).parse_dict(values)
     assert arguments.to_config() == ActCompressConfig(layers=FULL["layers"], schedule={1: "sort"})

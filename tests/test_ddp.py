@@ -1,4 +1,4 @@
-"""Two processes on gloo: the boundaries are transparent under DistributedDataParallel, and every rank has its own state."""
+"""Two processes on gloo: transparent under DistributedDataParallel, with a state of each rank's own."""
 
 import json
 

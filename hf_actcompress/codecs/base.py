@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Beyond this magnitude max - min would overflow fp32: such tensors are treated like NaN and Inf and passed on as
-# they are.
-LARGEST = 2.0**126
+# Beyond this magnitude sums of squares (norms, rotations) could overflow fp32: such tensors are treated like NaN and
+# Inf and passed on as they are.
+LARGEST = 2.0**48
 # The shape and dtype of each payload tensor that a chain's second codec compresses.
 LeafShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -30,7 +30,7 @@ class Payload:
 
     `tensors` hold everything that would travel or be stored (codes, scales, positions, codebooks); `parts` hold
     the payloads of a chain's second codec.  `raw` marks a tensor that was passed on uncompressed because it held
-    NaN, Inf or values beyond 2**126.
+    NaN, Inf or values beyond 2**48.
     """
 
     codec: str
@@ -91,7 +91,7 @@ class Codec:
     def encode(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Payload:
         """Compress `x` (any shape; fp32, bf16, fp16 or fp64; contiguous or not).
 
-        A tensor with NaN, Inf or a magnitude above 2**126 comes back as a raw payload and leaves `state` as it
+        A tensor with NaN, Inf or a magnitude above 2**48 comes back as a raw payload and leaves `state` as it
         was.  `check=False` skips that scan, for callers who have done it.
         Raises ValueError for a tensor that is not floating point.
         """
@@ -186,7 +186,7 @@ def raw_nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def representable(x: Tensor) -> bool:
-    """True if every value is finite and within +-2**126.  One read of `x`; on a GPU this synchronises."""
+    """True if every value is finite and within +-2**48.  One read of `x`; on a GPU this synchronises."""
     # In fp16 the bound itself would be Inf, hence fp32.
     lo, hi = (v.float() for v in torch.aminmax(x))
     # A comparison with NaN is False, and NaN propagates through aminmax.

@@ -129,7 +129,7 @@ class Block(Codec):
         return torch.cat([p.view(-1) for p in pieces])[:n].view(shape)
 
     # -- one tile of groups -----------------------------------------------------------------------------------
-    def _quantize(self, rows: Tensor, key: int | None, row0: int) -> tuple[Tensor, Tensor]:
+    def _quantize(self, rows: Tensor, key: int | None, index: int) -> tuple[Tensor, Tensor]:
         """rows [R, C] -> codes as fp32 [R, C], scales fp32 [R, 2] (already rounded to their stored precision)."""
         top = 2**self.bits - 1
         x = rows.float()
@@ -148,7 +148,7 @@ class Block(Codec):
                 return codes, torch.stack([center, spread], 1)
             step = high(torch.linalg.vector_norm(x, torch.inf, dim=1) * (2 * self.clip / top))
             y = x * safe_inverse(step)[:, None] + top / 2
-            return round_codes(y, top, key, row0), torch.stack([center, step], 1)
+            return round_codes(y, top, key, index), torch.stack([center, step], 1)
         lo, hi = torch.aminmax(x, dim=1)
         if self.clip < 1:
             cut = (hi - lo) * ((1 - self.clip) / 2)
@@ -156,7 +156,7 @@ class Block(Codec):
         lo = low(lo)
         step = high(hi / top - lo / top)
         y = (x - lo[:, None]) * safe_inverse(step)[:, None]
-        return round_codes(y, top, key, row0), torch.stack([lo, step], 1)
+        return round_codes(y, top, key, index), torch.stack([lo, step], 1)
 
     def _dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
         """codes fp32 [R, C], scales fp32 [R, 2] -> fp32 [R, C]."""
@@ -173,11 +173,11 @@ class Block(Codec):
     def _tiles(self, x: Tensor, state: CodecState | None) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
         """(piece, start, stop, codes, scales) for every tile, in order."""
         key = next_key(state) if self.round == "stochastic" else None
-        row0 = 0
+        index = 0
         for i, piece in enumerate(self._pieces(x)):
             for start, stop in tiles(*piece.shape, x.device):
-                yield i, start, stop, *self._quantize(piece[start:stop], key, row0)
-                row0 += stop - start
+                yield i, start, stop, *self._quantize(piece[start:stop], key, index)
+                index += (stop - start) * piece.shape[1]
 
     def _equalizes(self, shape: tuple[int, ...]) -> bool:
         return self.equalize is not None and applies(shape)

@@ -36,7 +36,7 @@ class KMeans(Codec):
     """
 
     bits: int = 4
-    iters: int = 3
+    iters: int = 8
     name: ClassVar[str] = "kmeans"
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ def initial_codebook(points: Tensor, k: int) -> Tensor:
     values, counts = torch.unique_consecutive(points, return_counts=True)
     if values.numel() <= k:
         return torch.cat([values, values[-1:].expand(k - values.numel())])
-    if k > 32 and values.numel() > EXACT:
+    if k > 64 and values.numel() > EXACT:
         # Panter and Dite, 1951: the optimal density of centroids goes with the cube root of the density of points.
         spread = torch.linspace(0, 1, 4 * k + 1, dtype=points.dtype, device=points.device)
         knots = torch.quantile(points, spread) if points.numel() < 2**24 else values

@@ -67,7 +67,7 @@ class LowRank(Codec):
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         m, n, r = self._matrix_shape(tuple(x.shape))
         matrix = self._fold(x)
-        # Norms of values near 2**126 would overflow, so the factors are found at a scale of one; the scale is a
+        # Norms of values near 2**48 would overflow, so the factors are found at a scale of one; the scale is a
         # power of two, which is exact, and both factors carry a part of it.
         exponent = math.floor(math.log2(max(float(matrix.abs().amax()), 2.0**-126)))
         matrix = matrix * 2.0**-exponent

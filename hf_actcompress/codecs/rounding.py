@@ -38,14 +38,14 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def hash_noise(rows: int, cols: int, key: int, row0: int, device: torch.device) -> Tensor:
-    """fp32 [rows, cols], uniform on [0, 1) in steps of 2**-24, for rows row0 .. row0 + rows - 1 of a matrix.
+def hash_noise(rows: int, cols: int, key: int, start: int, device: torch.device) -> Tensor:
+    """fp32 [rows, cols], uniform on [0, 1) in steps of 2**-24, for the elements from flat index `start` on.
 
     The counter is the element's flat index modulo 2**32.
     """
-    start = torch.arange(row0, row0 + rows, device=device, dtype=torch.int64) * cols
-    start = (start & 0xFFFFFFFF).to(torch.int32)  # wraps: int64 -> int32 keeps the low bits
-    index = start[:, None] + torch.arange(cols, device=device, dtype=torch.int32)
+    first = start + torch.arange(rows, device=device, dtype=torch.int64) * cols
+    first = (first & 0xFFFFFFFF).to(torch.int32)  # wraps: int64 -> int32 keeps the low bits
+    index = first[:, None] + torch.arange(cols, device=device, dtype=torch.int32)
     h = _mix(index ^ key)
     return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24
 

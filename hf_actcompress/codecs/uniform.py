@@ -18,11 +18,14 @@ from .rows import piece_shapes, row_pieces, tiles
 COLS = 1024  # only a unit of packing: no scale depends on it
 
 
-def round_codes(y: Tensor, top: int, key: int | None, row0: int) -> Tensor:
-    """y [R, C] in units of the step -> whole numbers 0 .. top as fp32; stochastic where a key is given."""
+def round_codes(y: Tensor, top: int, key: int | None, index: int) -> Tensor:
+    """y [R, C] in units of the step -> whole numbers 0 .. top as fp32; stochastic where a key is given.
+
+    index: the flat index of y's first element, where its noise begins.
+    """
     if key is None:
         return torch.round(y).clamp_(0, top)
-    noise = hash_noise(y.shape[0], y.shape[1], key, row0, y.device)
+    noise = hash_noise(y.shape[0], y.shape[1], key, index, y.device)
     return torch.floor(y + noise).clamp_(0, top)
 
 
@@ -52,9 +55,9 @@ class Uniform(Codec):
         top = 2**self.bits - 1
         return torch.stack([lo, hi / top - lo / top])  # hi - lo could overflow
 
-    def _codes(self, rows: Tensor, scale: Tensor, key: int | None, row0: int) -> Tensor:
+    def _codes(self, rows: Tensor, scale: Tensor, key: int | None, index: int) -> Tensor:
         y = (rows.float() - scale[0]) * safe_inverse(scale[1])
-        return round_codes(y, 2**self.bits - 1, key, row0)
+        return round_codes(y, 2**self.bits - 1, key, index)
 
     def _key(self, state: CodecState | None) -> int | None:
         return next_key(state) if self.round == "stochastic" else None
@@ -62,13 +65,13 @@ class Uniform(Codec):
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         flat, key, scale = x.reshape(-1), self._key(state), self._scale(x)
         codes = torch.empty(packed_nbytes_of(x.numel(), self.bits), dtype=torch.uint8, device=x.device)
-        at = row0 = 0
+        at = index = 0
         for piece in row_pieces(flat, COLS):
             for start, stop in tiles(*piece.shape, x.device):
-                q = self._codes(piece[start:stop], scale, key, row0)
+                q = self._codes(piece[start:stop], scale, key, index)
                 packed = pack(q.to(code_dtype(self.bits)), self.bits).reshape(-1)
                 codes[at : at + packed.numel()] = packed
-                at, row0 = at + packed.numel(), row0 + stop - start
+                at, index = at + packed.numel(), index + q.numel()
         return self._payload(x, {"codes": codes, "scale": scale})
 
     def _decode(self, payload: Payload) -> Tensor:
@@ -88,13 +91,13 @@ class Uniform(Codec):
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         flat, key, scale = x.reshape(-1), self._key(state), self._scale(x)
         out = torch.empty_like(flat)
-        done = row0 = 0
+        done = 0
         for piece in row_pieces(flat, COLS):
             for start, stop in tiles(*piece.shape, x.device):
-                y = scale[0] + self._codes(piece[start:stop], scale, key, row0) * scale[1]
+                y = scale[0] + self._codes(piece[start:stop], scale, key, done) * scale[1]
                 take = min(y.numel(), out.numel() - done)
                 out[done : done + take] = y.view(-1)[:take]
-                done, row0 = done + take, row0 + stop - start
+                done += take
         return out.view(x.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -31,7 +31,7 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str] | None, defaults:
     """Dataclasses from the command line, or from a single JSON (or YAML) file or JSON text given instead.
 
     `defaults` replace those of TrainingArguments and the like, for both forms.
-    Raises ValueError for a JSON file that is not there or holds unknown keys.
+    Raises ValueError for a file that is not there, is no JSON or holds unknown keys, and for a wrong codec.
     """
     import torch
     from transformers import HfArgumentParser
@@ -41,20 +41,36 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str] | None, defaults:
     # Without it bf16 and torchrun on a machine without an accelerator end in an error about GPUs.
     defaults = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **defaults}
     if len(argv) == 1 and argv[0].lstrip().startswith("{"):
-        return parser.parse_dict({**defaults, **json.loads(argv[0])})
-    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        parsed = parser.parse_dict({**defaults, **_values(argv[0], "the argument")})
+    elif len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         path = Path(argv[0])
         if not path.is_file():
             raise ValueError(f"There is no argument file at {path.absolute()}.")
-        if path.suffix == ".json":
-            values = json.loads(path.read_text())
-        else:
-            import yaml
+        parsed = parser.parse_dict({**defaults, **_values(path.read_text(), str(path), path.suffix)})
+    else:
+        parser.set_defaults(**defaults)
+        parsed = parser.parse_args_into_dataclasses(argv)
+    # A misspelt codec should not cost the loading of data and model first.
+    parsed[-1].to_config()
+    return parsed
 
-            values = yaml.safe_load(path.read_text())
-        return parser.parse_dict({**defaults, **values})
-    parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
+
+def _values(text: str, where: str, suffix: str = ".json") -> dict[str, Any]:
+    if suffix == ".json":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}.") from None
+    else:
+        import yaml
+
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{where} is not YAML: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds a {type(values).__name__}, where a mapping of argument to value is needed.")
+    return values
 
 
 def train_and_report(
@@ -129,7 +145,8 @@ def _evaluate(trainer: Any, callback: Any, model: Any) -> dict[str, dict[str, fl
         with callback.attached(model) as handle:
             variants["compressed"] = trainer.evaluate()
             callback.stats = callback.stats or handle.stats()
-    skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "eval_model_preparation_time")
+    times = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    skipped = ("epoch", *(f"eval_{name}" for name in times))
     names = dict.fromkeys(name for metrics in variants.values() for name in metrics if name not in skipped)
     return {
         name.removeprefix("eval_"): {variant: metrics.get(name) for variant, metrics in variants.items()}

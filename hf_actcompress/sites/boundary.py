@@ -48,7 +48,7 @@ class Channel:
             self.meter.nonfinite += 1
             if self.nonfinite == "raise":
                 raise FloatingPointError(
-                    f"{self.name}: NaN, Inf or a magnitude above 2**126 among the {x.numel()} values of a tensor of "
+                    f"{self.name}: NaN, Inf or a magnitude above 2**48 among the {x.numel()} values of a tensor of "
                     f"shape {tuple(x.shape)}. With nonfinite='pass' it would be passed on uncompressed and counted."
                 )
             self.meter.count(raw := raw_nbytes(x.shape, x.dtype), raw, 0.0)

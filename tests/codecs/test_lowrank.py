@@ -31,7 +31,7 @@ def test_reaches_the_error_of_the_svd(rank, shape, codec):
 
 
 @pytest.mark.parametrize("codec", [dict(), dict(method="svd")])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e12])
 def test_a_matrix_of_that_rank_is_exact(codec, scale):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(50, 4, generator=g) @ torch.randn(4, 30, generator=g) * scale

@@ -36,7 +36,9 @@ TEXT_MODELS = {
     "bert": lambda: _classifier(transformers.BertConfig(**TEXT)),
     "roberta": lambda: _classifier(transformers.RobertaConfig(**TEXT)),
     "distilbert": lambda: _classifier(
-        transformers.DistilBertConfig(vocab_size=VOCABULARY, dim=16, n_layers=4, n_heads=2, hidden_dim=32, num_labels=3)
+        transformers.DistilBertConfig(
+            vocab_size=VOCABULARY, dim=16, n_layers=4, n_heads=2, hidden_dim=32, num_labels=3
+        )
     ),
     "deberta-v2": lambda: _classifier(
         transformers.DebertaV2Config(**TEXT, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"])

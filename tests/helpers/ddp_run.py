@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa: E402
-from helpers.trainers import STEPS, make_trainer, weights  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa: E402
+from helpers.trainers import STEPS, make_trainer, weights  # noqa: E402
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model  # noqa: E402
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def environment(**extra: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "TOKENIZERS_PARALLELISM": "false", **extra}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **extra}
 
 
 def free_port() -> int:
@@ -29,7 +29,8 @@ def run(*command: object, timeout: int = 240, check: bool = True, **extra: str) 
         timeout=timeout,
     )  # fmt: skip
     if check and result.returncode:
-        raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+        words = f"{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        raise AssertionError(f"{command} ended with {result.returncode}:\n{words}")
     return result
 
 

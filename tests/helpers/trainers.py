@@ -33,7 +33,8 @@ def make_trainer(folder: Any, *callbacks: Any, model: Any = None, data: Any = No
     """Options go to TrainingArguments, except `model_init`, `eval_dataset` and `compute_metrics`."""
     own = {name: options.pop(name) for name in ("model_init", "eval_dataset", "compute_metrics") if name in options}
     values = {
-        "num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 1e-2,
+        "num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8,
+        "learning_rate": 1e-2,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, **options,
     }  # fmt: skip
     if model is None and "model_init" not in own:
