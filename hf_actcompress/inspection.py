@@ -89,7 +89,7 @@ def describe(layer: Layer) -> dict[str, Any]:
 
 def _marks(layer: Layer, layers: list[Layer], config: ActCompressConfig) -> list[str]:
     total = sum(other.stack == layer.stack for other in layers)
-    early, late = range(config.first), range(total - config.last, total)
+    early, late = range(config.first), range(total - config.last - 1, total - 1)
     if config.placement == "cuts":
         early, late = early[-1:], late[:1]
     marks = [f"output of first {config.first}"] if layer.index in early else []
@@ -115,7 +115,7 @@ def _grown(one: Layer, two: Layer, batch: int) -> Layer:
     """The layer at `batch`, from batches of 1 and 2: every dimension that grows does so linearly."""
     if one.shape is None or two.shape is None or len(one.shape) != len(two.shape):
         return one
-    shape = tuple(a + batch * (b - a) for a, b in zip(one.shape, two.shape, strict=True))
+    shape = tuple(a + (batch - 1) * (b - a) for a, b in zip(one.shape, two.shape, strict=True))
     return dataclasses.replace(one, shape=shape)
 
 

@@ -68,7 +68,8 @@ class KMeans(Codec):
                 table = None
         if table is None:
             table = lloyd(points, initial_codebook(points, 2**self.bits), 50)
-        if isinstance(state, CodebookState):
+        # Nor is a codebook that its own tensor did not fill a start for the next one.
+        if isinstance(state, CodebookState) and unused(points, table) <= 2**self.bits // 8:
             state.centroids = ((table - mean) / std).float()
         return table.float().sort().values
 
