@@ -121,6 +121,21 @@ def test_a_model_without_layers():
         compress_model(nn.Linear(4, 4))
 
 
+def test_blocks_may_be_named_where_none_are_found():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.three(self.two(self.one(x)))
+
+    with pytest.raises(ValueError, match="no layers in Odd"):
+        compress_model(Odd())
+    with compress_model(Odd(), config(blocks=["one", "two"])) as handle:
+        assert list(handle.boundaries) == ["one", "two"]
+
+
 def test_attaching_twice_is_refused_and_says_what_to_do():
     model = build("bert")
     with compress_model(model, config()) as handle:

@@ -95,8 +95,8 @@ def test_tables_show_the_same(run, bert):
 def test_rank_above_the_features_is_a_reason_and_no_crash(run, bert):
     row = inspect(run, bert, "--last", 0, "--seq-len", 8, "--codec", "lowrank:rank=17")["cuts"][0]["codecs"][0]
     assert row["payload_bytes"] is None and "rank=17 is above the 16 features" in row["reason"]
-    code, out, _ = run("inspect", bert, "--seq-len", 8, "--codec", "lowrank:rank=17", "block:bits=4")
-    assert code == 0 and "rank=17 is above the 16 features" in out and "7.53" in out
+    code, out, _ = run("inspect", bert, "--seq-len", 8, "--codec", "lowrank:rank=17", "uniform:bits=8")
+    assert code == 0 and "rank=17 is above the 16 features" in out and "3.99" in out
 
 
 def test_named_layers_have_their_own_codec(run, bert):

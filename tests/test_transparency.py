@@ -175,8 +175,7 @@ def compiled_trace(model, batches, backend, config=None):
     return trace
 
 
-@pytest.mark.parametrize("codec", ["identity", "block:bits=3,round=stochastic"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("backend", "codec"), [("eager", "identity"), ("aot_eager", "kmeans:bits=2")])
 def test_compiled_models(backend, codec):
     """Dropout draws the same numbers in these backends, so the model that is not compiled is the measure."""
     batches, config = [batch_of("bert", seed) for seed in range(2)], ActCompressConfig(codec, first=2, last=1)
@@ -193,7 +192,7 @@ def test_compiled_models(backend, codec):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch.compile is not installed")
 def test_inductor():
-    """Inductor fuses what the boundaries keep apart, so the measure is itself with another codec-free graph break."""
+    """Inductor fuses what the boundaries keep apart, hence a tolerance."""
     batches = [points(seed=seed) for seed in range(2)]
     plain = compiled_trace(stack(blocks=3, dropout=0.0), batches, "inductor")
     again = compiled_trace(stack(blocks=3, dropout=0.0), batches, "inductor", ActCompressConfig("identity"))

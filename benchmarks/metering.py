@@ -1,0 +1,83 @@
+"""What the metrics cost: time spent sampling errors, as a share of training steps.
+
+    python benchmarks/metering.py
+
+Trains the packaged MiniLM on random tokens (32 x 128 and 32 x 16) with boundaries that do nothing (identity), so that
+the codec's own time is not in the way, and times every call of the meter.  Writes benchmarks/results/metering.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.metering import Meter
+from hf_actcompress.recipes import load_text_model
+from hf_actcompress.recipes.results import environment
+from hf_actcompress.sites import boundary
+
+PATH = Path(__file__).parent / "results" / "metering.json"
+STEPS = 20
+
+
+def measure(tokens: int) -> dict[str, float]:
+    model, _ = load_text_model("minilm", 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    batch = {
+        "input_ids": torch.randint(1000, 30000, (32, tokens)),
+        "attention_mask": torch.ones(32, tokens, dtype=torch.long),
+        "labels": torch.randint(0, 2, (32,)),
+    }
+    spent, plain_sample, plain_pick = [0.0], Meter.sample, boundary.pick
+
+    def timed(function):
+        def run(*args):
+            began = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                spent[0] += time.perf_counter() - began
+        return run
+
+    steps = []
+    try:
+        Meter.sample, boundary.pick = timed(plain_sample), timed(plain_pick)
+        with compress_model(model, ActCompressConfig("identity", first=1, last=2)):
+            for step in range(STEPS + 2):
+                if step == 2:
+                    spent[0] = 0.0
+                began = time.perf_counter()
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if step >= 2:
+                    steps.append(time.perf_counter() - began)
+    finally:
+        Meter.sample, boundary.pick = plain_sample, plain_pick
+    return {
+        "tokens": tokens,
+        "steps": STEPS,
+        "median_step_s": round(statistics.median(steps), 4),
+        "metering_s_per_step": round(spent[0] / STEPS, 6),
+        "share": round(spent[0] / sum(steps), 6),
+    }
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    rows = [measure(tokens) for tokens in (16, 128)]
+    PATH.write_text(
+        json.dumps({"command": "python benchmarks/metering.py", "environment": environment(), "rows": rows}, indent=2)
+        + "\n"
+    )
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
