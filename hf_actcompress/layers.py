@@ -296,7 +296,10 @@ def _listing(pattern: str, candidates: list[str]) -> str:
 
 def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], why: str) -> str:
     children = [path for path, module in modules.items() if path and _has_parameters(module)]
-    return (f"no layers in {type(model).__name__}: looked for transformers GradientCheckpointingLayer blocks and for "
-            f"members of nn.ModuleList/nn.Sequential with at least two parametrised leaves, and {why}. Name the "
-            f"blocks yourself, in run order: find_layers(names=[...]) or ActCompressConfig(blocks=[...]) from {', '.join(children[:20]) or 'a larger model'}"
-            + (", ..." if len(children) > 20 else ""))
+    listed = ", ".join(children[:20]) + (", ..." if len(children) > 20 else "")
+    return (
+        f"no layers in {type(model).__name__}: looked for transformers GradientCheckpointingLayer blocks and for "
+        f"members of nn.ModuleList/nn.Sequential with at least two parametrised leaves, and {why}. Name the blocks "
+        "yourself, in run order, with find_layers(names=[...]) or ActCompressConfig(blocks=[...]), from "
+        f"{listed or 'a larger model'}"
+    )

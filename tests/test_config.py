@@ -10,7 +10,8 @@ from hf_actcompress import ActCompressConfig, CompressionArguments, parse_codec
 FULL = {
     "codec": "sort:bits=8", "grad_codec": "block:bits=8,round=stochastic", "first": 2, "last": 3, "placement": "cuts",
     "layers": {"blocks.*": "kmeans:bits=2", "head": {"codec": "float8", "grad_codec": "identity"}},
-    "blocks": ["net.*", "other"], "stack": "encoder", "schedule": {0: "uniform:bits=8", 4: {"grad_codec": "identity"}}, "evaluate": "both",
+    "blocks": ["net.*", "other"], "stack": "encoder",
+    "schedule": {0: "uniform:bits=8", 4: {"grad_codec": "identity"}}, "evaluate": "both",
     "nonfinite": "raise", "seed": 7, "meter_every": 3,
 }  # fmt: skip
 
@@ -126,7 +127,8 @@ def test_no_option_means_the_defaults():
 def test_every_option_reaches_the_configuration():
     config = parsed(
         "--codec", "sort:bits=8", "--grad_codec", "block:bits=8,round=stochastic", "--first", "2", "--last", "3",
-        "--placement", "cuts", "--layers", json.dumps(FULL["layers"]), "--blocks", "net.*", "other", "--stack", "encoder",
+        "--placement", "cuts", "--layers", json.dumps(FULL["layers"]), "--blocks", "net.*", "other",
+        "--stack", "encoder",
         "--schedule", json.dumps(FULL["schedule"]), "--evaluate", "both", "--nonfinite", "raise",
         "--codec_seed", "7", "--meter_every", "3",
     )  # fmt: skip

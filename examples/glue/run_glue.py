@@ -45,7 +45,7 @@ class DataArguments:
     task: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: cola, rte, sst2, ..."})
     max_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
     pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad every batch to max_length (static shapes: torch_compile, error feedback)."}
+        default=False, metadata={"help": "Pad every batch to max_length (static shapes for torch_compile, ef+)."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows only."})

@@ -91,8 +91,8 @@ class LowRank(Codec):
         for _ in range(iters):
             left = torch.linalg.qr(matrix @ right).Q
             right = matrix.T @ left
-            right_basis = right
-        state.basis = torch.linalg.qr(right_basis).Q if right.shape[0] >= r else right
+        # Strides, too, decide the last bits of a product: a basis that comes back from a checkpoint is contiguous.
+        state.basis = torch.linalg.qr(right).Q.contiguous()
         return left, right
 
     def _decode(self, payload: Payload) -> Tensor:
