@@ -102,6 +102,7 @@ class Boundary:
         nonfinite: str = "pass",
         meter_every: int = 10,
     ) -> None:
+        _hide_from_compiler()
         self.name = name
         self.forward = Channel(f"{name}/forward", codec, seed, meter_every, nonfinite)
         self.backward = Channel(f"{name}/backward", grad_codec, seed, meter_every, nonfinite)
@@ -115,8 +116,10 @@ class Boundary:
         if grad_codec != self.backward.codec:
             self.backward.set_codec(grad_codec)
 
-    # The compiler breaks the graph here: codecs keep state and meters on the Python side.
-    @torch.compiler.disable
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _hide_from_compiler()
+        self.__dict__.update(state)
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.enabled or not (module.training or self.evaluate):
             return None
@@ -129,6 +132,17 @@ class Boundary:
         # A layer may be kept in eval mode inside a model that trains (frozen batch norms).
         training = module.training or (x.requires_grad and torch.is_grad_enabled())
         return replace_first_tensor(output, _Compress.apply(x, self, training))
+
+
+def _hide_from_compiler() -> None:
+    """Break the graph at boundaries: codecs keep state and meters on the Python side.
+
+    Done with the first boundary and not by a decorator, because the decorator loads the compiler (a second and more),
+    which `import hf_actcompress` should not.
+    """
+    if not hasattr(Boundary.__call__, "hidden"):
+        Boundary.__call__ = torch.compiler.disable(Boundary.__call__)
+        Boundary.__call__.hidden = True
 
 
 class _Compress(torch.autograd.Function):
