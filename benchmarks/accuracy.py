@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -105,6 +106,8 @@ def execute(run: Run, data: Path, extra: list[str]) -> dict[str, Any]:
     record["data"] = re.sub(r"(/[^ ]*)/(?=shared|data)", "", str(record["data"]))
     record["seconds"] = round(time.time() - began, 1)
     record["command"] = f"python benchmarks/accuracy.py --tasks {run.task} --only '{run.codec}'"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    record["commit"] = commit.stdout.strip() or None  # which code a figure stands for
     record["history"] = [
         {k: h[k] for k in ("step", "loss", "grad_norm") if k in h} for h in record["history"] if "loss" in h
     ]

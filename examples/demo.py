@@ -42,6 +42,7 @@ from hf_actcompress.recipes import (
     load_text,
     load_text_model,
     prepare_images,
+    tokenize_splits,
     write_results,
 )
 from hf_actcompress.recipes.run import train_and_report
@@ -72,21 +73,13 @@ def text_task(quick: bool) -> Task:
     tiny = name == "tiny-bert"
     data = load_text(max_train=64 if quick else 3200 if tiny else 800, max_eval=32 if quick else 300)
     model, tokenizer = load_text_model(name, data.num_labels, label_names=data.label_names, texts=data.texts())
-
-    def prepare(split: Any) -> Any:
-        def tokenize(batch: dict[str, list]) -> dict[str, list]:
-            return tokenizer(*(batch[column] for column in data.text_columns), truncation=True, max_length=64)
-
-        return split.rename_column(data.label_column, "labels").map(
-            tokenize, batched=True, remove_columns=[c for c in split.column_names if c != data.label_column]
-        )
-
+    train, evaluation = tokenize_splits(data, tokenizer, 64)
     options = {"learning_rate": 1e-3 if tiny else 3e-4, "num_train_epochs": 1 if quick else 4 if tiny else 1,
                "train_sampling_strategy": "group_by_length"}  # fmt: skip
     shared = {"processing_class": tokenizer, "data_collator": DataCollatorWithPadding(tokenizer)}
     shared |= _about(data, name)
     rank = model.config.hidden_size // 4
-    return Task(model, prepare(data.train), prepare(data.eval), options, shared, rank, last=2)
+    return Task(model, train, evaluation, options, shared, rank, last=2)
 
 
 def image_task(quick: bool) -> Task:

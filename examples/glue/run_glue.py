@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from hf_actcompress.recipes import build_compute_metrics, load_text, load_text_model
+from hf_actcompress.recipes import build_compute_metrics, load_text, load_text_model, tokenize_splits
 from hf_actcompress.recipes.run import parse_arguments, train_and_report
 
 DEFAULTS = {
@@ -69,26 +69,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model_args.model, data.num_labels, label_names=data.label_names, texts=data.texts()
     )
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        texts = [batch[column] for column in data.text_columns]
-        return tokenizer(
-            *texts,
-            truncation=True,
-            max_length=data_args.max_length,
-            padding="max_length" if data_args.pad_to_max_length else False,
-        )
-
-    def prepare(split: Any) -> Any:
-        split = split.rename_column(data.label_column, "labels") if data.label_column != "labels" else split
-        drop = [column for column in split.column_names if column != "labels"]
-        return split.map(tokenize, batched=True, remove_columns=drop, desc="tokenizing")
-
+    train, evaluation = tokenize_splits(data, tokenizer, data_args.max_length, pad=data_args.pad_to_max_length)
     return train_and_report(
         model=model,
         training_args=training_args,
         compression=compression,
-        train=prepare(data.train),
-        evaluation=prepare(data.eval),
+        train=train,
+        evaluation=evaluation,
         compute_metrics=build_compute_metrics(data.task, data.num_labels),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),

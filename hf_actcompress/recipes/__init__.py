@@ -5,7 +5,7 @@ machine without a network (`embedded`, "minilm", "tiny-bert", "efficientnet-lite
 where they are used: importing this package loads none of them.
 """
 
-from hf_actcompress.recipes.data import TaskData, load_images, load_text
+from hf_actcompress.recipes.data import TaskData, load_images, load_text, tokenize_splits
 from hf_actcompress.recipes.embedded import digits, docstrings
 from hf_actcompress.recipes.images import (
     CachedImages,
@@ -35,6 +35,7 @@ __all__ = [
     "load_text_model",
     "prepare_images",
     "print_results",
+    "tokenize_splits",
     "with_transform",
     "write_results",
 ]

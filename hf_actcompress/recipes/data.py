@@ -228,3 +228,24 @@ def _subsample(splits: dict[str, Any], max_train: int | None, max_eval: int | No
             split = split.shuffle(seed=seed).select(range(limit))
         kept.append(split)
     return kept[0], kept[1]
+
+
+def tokenize_splits(
+    data: TaskData, tokenizer: Any, max_length: int = 128, *, pad: bool = False
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(train, eval) as token ids with a `labels` column, cut to `max_length` tokens.
+
+    pad: pad every row to `max_length`, so that all batches have one shape; else the collator pads.
+    """
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        texts = [batch[column] for column in data.text_columns]
+        return tokenizer(*texts, truncation=True, max_length=max_length, padding="max_length" if pad else False)
+
+    def prepare(split: datasets.Dataset) -> datasets.Dataset:
+        if data.label_column != "labels":
+            split = split.rename_column(data.label_column, "labels")
+        drop = [column for column in split.column_names if column != "labels"]
+        return split.map(tokenize, batched=True, remove_columns=drop, desc="tokenizing")
+
+    return prepare(data.train), prepare(data.eval)
