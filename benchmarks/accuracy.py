@@ -30,8 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 GRADIENT = "block:bits=8,round=stochastic"
 
 TEXT = (
-    "--num_train_epochs 2 --learning_rate 5e-5 --per_device_train_batch_size 32 --first 1 --last 2 --placement cuts "
-    "--train_sampling_strategy group_by_length"
+    "--num_train_epochs 2 --learning_rate 5e-5 --per_device_train_batch_size 32 --first 1 --last 2 --placement cuts"
 )
 TASKS = {
     "cola": ("glue", "glue/cola", TEXT),

@@ -209,7 +209,7 @@ def _classifier(name: str) -> tuple[Any, Any]:
         close = difflib.get_close_matches(name, timm.list_models(), 3) if timm else []
         hint = f" Did you mean timm's {' or '.join(close)}?" if close else ""
         raise ValueError(
-            f"{name!r} is no timm model{'' if timm else ' (timm is not installed)'} and no folder, and its "
+            f"{name!r} is no timm model{'' if timm else ' (timm is not installed: pip install 'hf_actcompress[examples]')'} and no folder, and its "
             f"configuration could not be loaded (hub: {state}).{hint} {str(error).strip().splitlines()[0]}"
         ) from None
     # Some classes choose by this list and do not expect None.
