@@ -199,6 +199,7 @@ def _classifier(name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
     from transformers.models.auto import modeling_auto as auto
 
+    from .recipes import models
     from .recipes.hub import hub_state
 
     state = hub_state()
@@ -208,8 +209,9 @@ def _classifier(name: str) -> tuple[Any, Any]:
         timm = _timm()
         close = difflib.get_close_matches(name, timm.list_models(), 3) if timm else []
         hint = f" Did you mean timm's {' or '.join(close)}?" if close else ""
+        missing = "" if timm else f" (timm is not installed: {models.EXAMPLES_INSTALL})"
         raise ValueError(
-            f"{name!r} is no timm model{'' if timm else ' (timm is not installed: pip install 'hf_actcompress[examples]')'} and no folder, and its "
+            f"{name!r} is no timm model{missing} and no folder, and its "
             f"configuration could not be loaded (hub: {state}).{hint} {str(error).strip().splitlines()[0]}"
         ) from None
     # Some classes choose by this list and do not expect None.
