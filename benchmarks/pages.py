@@ -58,7 +58,7 @@ def schedule(record: dict) -> str:
         accuracy = ", ".join(f"{value:.3f}" for value in run["accuracy_by_epoch"])
         ratios = "; ".join(f"{e}: {', '.join(map(str, v))}" for e, v in run["forward_ratios_by_epoch"].items())
         lines.append(f"| {name} | {accuracy} | {ratios or '-'} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n\nA log line that spans the switch shows a ratio between the two."
 
 
 def metering(record: dict) -> str:

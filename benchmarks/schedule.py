@@ -41,7 +41,8 @@ def main() -> None:
                     ratios.setdefault(int(line["epoch"] - 1e-6), set()).add(round(value, 2))
         results[name] = {
             "metrics": record["metrics"],
-            "accuracy_by_epoch": [h["eval_accuracy"] for h in record["history"] if "eval_accuracy" in h],
+            # the last evaluation repeats the last epoch's
+            "accuracy_by_epoch": [h["eval_accuracy"] for h in record["history"] if "eval_accuracy" in h][:EPOCHS],
             "forward_ratios_by_epoch": {epoch: sorted(values) for epoch, values in sorted(ratios.items())},
         }
     path = Path(RESULTS).parent / "schedule.json"
