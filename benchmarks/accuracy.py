@@ -39,7 +39,7 @@ TASKS = {
         "cifar",
         "cifar10",
         "--num_train_epochs 2 --learning_rate 1e-3 --per_device_train_batch_size 64 --first 1 --last 1 "
-        "--placement cuts --max_train_samples 5000 --max_eval_samples 2000 --image_size 96",
+        "--placement cuts --max_train_samples 5000 --max_eval_samples 5000 --image_size 96",
     ),
 }
 ROTATED = "rotate=hadamard,levels=gauss"
