@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .codecs import Codec
 from .config import ActCompressConfig
 from .layers import Layer, find_layers, match_layers, select_boundaries
 from .sites.boundary import Boundary, Channel
@@ -123,8 +124,8 @@ def compress_model(
     config: an ActCompressConfig, or just a codec spec.
     example_inputs: inputs of one forward pass, for models whose input cannot be guessed.
 
-    Raises ValueError for a model without layers, `first` or `last` beyond them, a glob that matches nothing, and a
-    model that is compressed already.
+    Raises ValueError for a model without layers, `first` or `last` beyond them, a glob that matches nothing, a codec
+    that cannot take a layer's output (a rank above its features), and a model that is compressed already.
     """
     if not isinstance(config, ActCompressConfig):
         config = ActCompressConfig() if config is None else ActCompressConfig(codec=config)
@@ -134,7 +135,7 @@ def compress_model(
             raise ValueError(
                 f"The model is compressed already (a boundary sits at '{name}'). Call handle.remove() on the handle "
                 "that compress_model returned, or leave its `with` block, before attaching again. Where the handle is "
-                "lost (a copied model, a run that was stopped): hf_actcompress.attach.remove_compression(model)."
+                "lost (a copied model, a run that was stopped): hf_actcompress.remove_compression(model)."
             )
     layers = find_layers(inner, example_inputs, config.blocks)
     cuts = select_boundaries(layers, config.first, config.last, config.placement, config.stack)
@@ -144,6 +145,9 @@ def compress_model(
         for layer in match_layers(layers, pattern):
             named[layer.module] = layer
             codecs[layer.module] = config.codecs_of(value)
+    for layer in layers:
+        if layer.module in codecs and layer.shape is not None:
+            _check_fits(layer, *codecs[layer.module])
     handle = Handle(inner, config, layers)
     # Ranks draw different noise.  The launchers' variable is used, so that nothing here needs torch.distributed.
     seed = config.seed + 1_000_003 * int(os.environ.get("RANK", 0))
@@ -166,6 +170,15 @@ def compress_model(
     if not handle.boundaries:
         logger.warning("first=0, last=0 and no layers: nothing is compressed.")
     return handle
+
+
+def _check_fits(layer: Layer, *codecs: Codec) -> None:
+    """Refuse a codec that cannot take a layer's output (a rank above its features) now, not in the first step."""
+    for codec in codecs:
+        try:
+            codec.payload_nbytes(layer.shape, layer.dtype)
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from None
 
 
 def remove_compression(model: nn.Module) -> list[str]:

@@ -421,3 +421,14 @@ def test_flatten_state_round_trips():
     again = unflatten_state(tensors, rest)
     assert repr(again) == repr(state)
     assert again["a/forward"]["state"]["in"]["t"].stride() == (1, 2)
+
+
+def test_a_rank_above_the_features_is_refused_at_once_and_leaves_no_hook():
+    model = build("bert")
+    features = model.config.hidden_size
+    with pytest.raises(ValueError, match=rf"bert\.encoder\.layer\.0: lowrank: rank={features + 1} .* Use rank <= "):
+        compress_model(model, f"lowrank:rank={features + 1}")
+    with pytest.raises(ValueError, match="rank=999"):
+        compress_model(model, ActCompressConfig("block:bits=4", grad_codec="lowrank:rank=999"))
+    assert not hooks_on(model)
+    compress_model(model, f"lowrank:rank={features}").remove()

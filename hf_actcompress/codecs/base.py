@@ -92,7 +92,8 @@ class Codec:
         """Compress `x` (any shape; fp32, bf16, fp16 or fp64; contiguous or not).
 
         A tensor with NaN, Inf or a magnitude above 2**48 comes back as a raw payload and leaves `state` as it
-        was.  `check=False` skips that scan, for callers who have done it.
+        was.  `check=False` skips that scan, for callers who have done it.  Raw payloads and those of `identity` may
+        share the memory of `x`.
         Raises ValueError for a tensor that is not floating point.
         """
         self._accepts(x)
