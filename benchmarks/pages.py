@@ -71,6 +71,12 @@ def metering(record: dict) -> str:
     return "\n".join(lines)
 
 
+def gradient_noise(record: dict) -> str:
+    lines = ["| what differs | change of the gradient | cosine |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {row['change']:.2f} | {row['cosine']:.2f} |" for name, row in record["rows"].items()]
+    return "\n".join(lines)
+
+
 def summary() -> str:
     """The README's table: the forward ratio of each codec and the metric of each task."""
     rows = accuracy_table(load_records(RESULTS / "accuracy"))
@@ -105,7 +111,7 @@ def _metric(row: dict, task: str, variant: str) -> str:
 def main() -> None:
     page, readme = ROOT / "docs" / "results.md", ROOT / "README.md"
     report(["--results", str(RESULTS / "accuracy"), "--page", str(page), "--figures", str(ROOT / "docs" / "figures")])
-    for name, make in (("codec_error", codec_error), ("schedule", schedule), ("metering", metering)):
+    for name, make in (("codec_error", codec_error), ("gradient_noise", gradient_noise), ("schedule", schedule), ("metering", metering)):
         record = load(name)
         if record is not None:
             fill(page, name.replace("_", " "), make(record))
