@@ -111,7 +111,8 @@ def _metric(row: dict, task: str, variant: str) -> str:
 def main() -> None:
     page, readme = ROOT / "docs" / "results.md", ROOT / "README.md"
     report(["--results", str(RESULTS / "accuracy"), "--page", str(page), "--figures", str(ROOT / "docs" / "figures")])
-    for name, make in (("codec_error", codec_error), ("gradient_noise", gradient_noise), ("schedule", schedule), ("metering", metering)):
+    parts = {"codec_error": codec_error, "gradient_noise": gradient_noise, "schedule": schedule, "metering": metering}
+    for name, make in parts.items():
         record = load(name)
         if record is not None:
             fill(page, name.replace("_", " "), make(record))
