@@ -87,6 +87,26 @@ def test_glue_on_two_processes_from_one_json_file(tmp_path):
     assert process.stdout.count("Results: ") == 1  # one process reports
 
 
+AS_MAIN = """
+import runpy, sys
+import torch.distributed as dist
+
+seen, leave = [], dist.destroy_process_group
+dist.destroy_process_group = lambda *args: (seen.append(dist.is_initialized()), leave(*args))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("left", seen, dist.is_initialized())
+"""
+
+
+def test_scripts_leave_their_process_group(tmp_path):
+    """Threads of a group that outlives the interpreter abort it now and then."""
+    arguments, script = tmp_path / "arguments.json", tmp_path / "as_main.py"
+    arguments.write_text(json.dumps({**TEXT, "use_cpu": True, "output_dir": str(tmp_path / "out")}))
+    script.write_text(AS_MAIN)
+    assert torchrun(script, GLUE, arguments).stdout.count("left [True] False") == 2
+
+
 def test_cifar_with_accelerate_launch(tmp_path, options):
     launch = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no".split()
     values = {**IMAGES, "codec": "uniform:bits=8", "grad_codec": "identity"}

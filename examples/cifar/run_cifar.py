@@ -23,7 +23,7 @@ from hf_actcompress.recipes import (
     load_images,
     prepare_images,
 )
-from hf_actcompress.recipes.run import parse_arguments, train_and_report
+from hf_actcompress.recipes.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
     "output_dir": "outputs/cifar",
@@ -95,3 +95,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

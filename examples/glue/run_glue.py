@@ -17,7 +17,7 @@ from typing import Any
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from hf_actcompress.recipes import build_compute_metrics, load_text, load_text_model, tokenize_splits
-from hf_actcompress.recipes.run import parse_arguments, train_and_report
+from hf_actcompress.recipes.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
     "output_dir": "outputs/glue",
@@ -85,3 +85,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -152,3 +152,15 @@ def _evaluate(trainer: Any, callback: Any, model: Any) -> dict[str, dict[str, fl
         name.removeprefix("eval_"): {variant: metrics.get(name) for variant, metrics in variants.items()}
         for name in names
     }
+
+
+def leave_process_group() -> None:
+    """End of a script that ran on several processes; nothing where there is no process group.
+
+    An interpreter that exits with the group's threads running is at times aborted by them, and torchrun then reports
+    a failure after all results are written (https://github.com/pytorch/pytorch/issues/190489).  Not for a script
+    that failed: waiting for the others then hangs.
+    """
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
