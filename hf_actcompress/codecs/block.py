@@ -34,6 +34,10 @@ class Block(Codec):
     rotate: None or "hadamard": the group's mean is taken out and kept, the rest is turned by a randomised
         Walsh-Hadamard transform, which spreads outliers.  The group must be a power of two.
     levels: "uniform" (equal steps) or "gauss" (Lloyd-Max levels of a Gaussian of the group's variance).
+    fit: how the scale of gauss levels is chosen in each group: "unbiased" (the decoded group's product with the
+        original is the original's square, so that nothing shrinks; default after a rotation) or "error" (least
+        squares; default without one, where a spiky group would be blown up).  Least squares shrinks a group of
+        2 bits by an eighth, which a network sees as a shift of all its inputs.
     clip: the share of the range that equal steps cover (nearest only); below 1 the tails are cut for a finer step.
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
         first, and both are kept (4 bytes per feature); tensors of fewer than 256 rows stay as they are.  On the
@@ -43,7 +47,8 @@ class Block(Codec):
     Payload: bits / 8 bytes per element, rounded up to 8 elements in the last group (to the whole group when
     rotated), + 2 scales per group.
     With `equalize`, 4 bytes per feature more.
-    Sources: per-group quantization as in ActNN (Chen et al., 2021); rotation as in QuaRot (Ashkboos et al., 2024).
+    Sources: per-group quantization as in ActNN (Chen et al., 2021); rotation as in QuaRot (Ashkboos et al., 2024);
+    the unbiased scale as in EDEN (Vargaftik et al., 2022).
     """
 
     bits: int = 4
@@ -53,6 +58,7 @@ class Block(Codec):
     round: str = "nearest"
     rotate: str | None = None
     levels: str = "uniform"
+    fit: str | None = None
     clip: float = 1.0
     equalize: str | None = "feature"
     scale: int = 16
@@ -63,6 +69,7 @@ class Block(Codec):
         check_choice(self.name, "round", self.round, ("nearest", "stochastic"))
         check_choice(self.name, "rotate", self.rotate, (None, "hadamard"))
         check_choice(self.name, "levels", self.levels, ("uniform", "gauss"))
+        check_choice(self.name, "fit", self.fit, (None, "unbiased", "error"))
         check_choice(self.name, "dim", self.dim, (None, "channel"))
         check_choice(self.name, "equalize", self.equalize, (None, "feature"))
         check_choice(self.name, "scale", self.scale, (16, 32))
@@ -88,6 +95,8 @@ class Block(Codec):
                 "block: round=stochastic is unbiased only with clip=1 and levels=uniform; got "
                 f"clip={self.clip:g}, levels={self.levels}. Use round=nearest or drop those options."
             )
+        if self.fit is not None and self.levels != "gauss":
+            raise ValueError(f"block: fit={self.fit} belongs to levels=gauss; got levels={self.levels}. Drop one.")
         if self.levels == "gauss" and self.bits > 8:
             raise ValueError(f"block: levels=gauss goes up to 8 bits; got bits={self.bits}. Use levels=uniform.")
 
@@ -141,11 +150,11 @@ class Block(Codec):
             if self.rotate:
                 x = rotate(x)
             if self.levels == "gauss":
-                spread = high(torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5)
-                edges = _edges(self.bits, x.device)
+                spread = torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5
                 y = x * safe_inverse(spread)[:, None]
-                codes = torch.bucketize(y, edges, out_int32=True).float()
-                return codes, torch.stack([center, spread], 1)
+                codes = torch.bucketize(y, _edges(self.bits, x.device), out_int32=True)
+                factor = self._fit(y, _levels(self.bits, x.device)[codes])
+                return codes.float(), torch.stack([center, high(spread * factor)], 1)
             step = high(torch.linalg.vector_norm(x, torch.inf, dim=1) * (2 * self.clip / top))
             y = x * safe_inverse(step)[:, None] + top / 2
             return round_codes(y, top, key, index), torch.stack([center, step], 1)
@@ -157,6 +166,13 @@ class Block(Codec):
         step = high(hi / top - lo / top)
         y = (x - lo[:, None]) * safe_inverse(step)[:, None]
         return round_codes(y, top, key, index), torch.stack([lo, step], 1)
+
+    def _fit(self, y: Tensor, q: Tensor) -> Tensor:
+        """The factor [R] on the levels q that were chosen for the rows y (mean square 1, or 0)."""
+        dot = (y * q).sum(1)  # never negative: a level has the sign of its value
+        if self.fit == "unbiased" or (self.fit is None and self.rotate):
+            return torch.where(dot > 0, y.shape[1] / dot.clamp_min(torch.finfo(dot.dtype).tiny), dot)
+        return dot / (q * q).sum(1)
 
     def _dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
         """codes fp32 [R, C], scales fp32 [R, 2] -> fp32 [R, C]."""

@@ -103,6 +103,8 @@ ERRORS = {
     "block:clip=nan": ["clip=nan", "outside (0, 1]"],
     "block:clip=0.9,round=stochastic": ["round=stochastic", "clip=0.9", "Use round=nearest"],
     "block:levels=gauss,round=stochastic": ["round=stochastic", "levels=gauss", "Use round=nearest"],
+    "block:fit=error": ["fit=error belongs to levels=gauss", "levels=uniform"],
+    "block:levels=gauss,fit=mse": ["block: fit='mse'", "none, unbiased, error"],
     "block:levels=gauss,bits=9": ["levels=gauss goes up to 8", "bits=9", "Use levels=uniform"],
     "sort:bits=1": ["sort: bits=1", "from 2 to 16"],
     "sort:bits=4,splits=4": ["splits=4 leaves 0 of bits=4", "Use splits from 1 to 3"],
