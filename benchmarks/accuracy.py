@@ -42,7 +42,7 @@ TASKS = {
         "--placement cuts --max_train_samples 5000 --max_eval_samples 5000 --image_size 96",
     ),
 }
-ROTATED = "rotate=hadamard,levels=gauss"
+ROTATED = "rotate=hadamard,levels=gauss,allocate=energy"
 
 
 @dataclass(frozen=True)

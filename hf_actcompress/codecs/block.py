@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .allocation import Regions, allocate
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .equalize import applies, equalize, feature_dim, feature_scales, restore
 from .hadamard import rotate, rotate_back
-from .levels import ceil16, floor16, gauss_levels, safe_inverse
+from .levels import bucket, ceil16, floor16, gauss_distortion, level_table, safe_inverse
 from .packing import MAX_BITS, ceil8, code_dtype, pack, unpack
 from .rounding import RoundingState, next_key
 from .rows import piece_shapes, row_pieces, tiles
@@ -34,10 +35,11 @@ class Block(Codec):
     rotate: None or "hadamard": the group's mean is taken out and kept, the rest is turned by a randomised
         Walsh-Hadamard transform, which spreads outliers.  The group must be a power of two.
     levels: "uniform" (equal steps) or "gauss" (Lloyd-Max levels of a Gaussian of the group's variance).
-    fit: how the scale of gauss levels is chosen in each group: "unbiased" (the decoded group's product with the
-        original is the original's square, so that nothing shrinks; default after a rotation) or "error" (least
-        squares; default without one, where a spiky group would be blown up).  Least squares shrinks a group of
-        2 bits by an eighth, which a network sees as a shift of all its inputs.
+    fit: what gauss levels are best for: "unbiased" (a decoded value is on average the original; default after a
+        rotation) or "error" (least squares; default without one, where a spiky group would be blown up).  Least
+        squares shrinks 2-bit values by an eighth, which a network sees as a shift of all its inputs.
+    allocate: None or "energy": groups of large deviation get up to two bits more and small ones less, at the same
+        average and with nothing more to send (rotate and levels=gauss only).
     clip: the share of the range that equal steps cover (nearest only); below 1 the tails are cut for a finer step.
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
         first, and both are kept (4 bytes per feature); tensors of fewer than 256 rows stay as they are.  On the
@@ -59,6 +61,7 @@ class Block(Codec):
     rotate: str | None = None
     levels: str = "uniform"
     fit: str | None = None
+    allocate: str | None = None
     clip: float = 1.0
     equalize: str | None = "feature"
     scale: int = 16
@@ -70,6 +73,7 @@ class Block(Codec):
         check_choice(self.name, "rotate", self.rotate, (None, "hadamard"))
         check_choice(self.name, "levels", self.levels, ("uniform", "gauss"))
         check_choice(self.name, "fit", self.fit, (None, "unbiased", "error"))
+        check_choice(self.name, "allocate", self.allocate, (None, "energy"))
         check_choice(self.name, "dim", self.dim, (None, "channel"))
         check_choice(self.name, "equalize", self.equalize, (None, "feature"))
         check_choice(self.name, "scale", self.scale, (16, 32))
@@ -97,6 +101,11 @@ class Block(Codec):
             )
         if self.fit is not None and self.levels != "gauss":
             raise ValueError(f"block: fit={self.fit} belongs to levels=gauss; got levels={self.levels}. Drop one.")
+        if self.allocate and not (self.rotate and self.levels == "gauss"):
+            raise ValueError(
+                f"block: allocate={self.allocate} needs rotate=hadamard and levels=gauss; got rotate="
+                f"{str(self.rotate).lower()}, levels={self.levels}."
+            )
         if self.levels == "gauss" and self.bits > 8:
             raise ValueError(f"block: levels=gauss goes up to 8 bits; got bits={self.bits}. Use levels=uniform.")
 
@@ -143,18 +152,13 @@ class Block(Codec):
         top = 2**self.bits - 1
         x = rows.float()
         low, high = (floor16, ceil16) if self.scale == 16 else (_same, _same)
-        if self.rotate or self.levels == "gauss":
+        if self.levels == "gauss":
+            scales = self._gauss_scales(x)
+            return bucket(self._gauss_units(x, scales), self.bits).float(), scales
+        if self.rotate:
             center = x.mean(1)
             center = center.bfloat16().float() if self.scale == 16 else center
-            x = x - center[:, None]
-            if self.rotate:
-                x = rotate(x)
-            if self.levels == "gauss":
-                spread = torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5
-                y = x * safe_inverse(spread)[:, None]
-                codes = torch.bucketize(y, _edges(self.bits, x.device), out_int32=True)
-                factor = self._fit(y, _levels(self.bits, x.device)[codes])
-                return codes.float(), torch.stack([center, high(spread * factor)], 1)
+            x = rotate(x - center[:, None])
             step = high(torch.linalg.vector_norm(x, torch.inf, dim=1) * (2 * self.clip / top))
             y = x * safe_inverse(step)[:, None] + top / 2
             return round_codes(y, top, key, index), torch.stack([center, step], 1)
@@ -167,18 +171,28 @@ class Block(Codec):
         y = (x - lo[:, None]) * safe_inverse(step)[:, None]
         return round_codes(y, top, key, index), torch.stack([lo, step], 1)
 
-    def _fit(self, y: Tensor, q: Tensor) -> Tensor:
-        """The factor [R] on the levels q that were chosen for the rows y (mean square 1, or 0)."""
-        dot = (y * q).sum(1)  # never negative: a level has the sign of its value
-        if self.fit == "unbiased" or (self.fit is None and self.rotate):
-            return torch.where(dot > 0, y.shape[1] / dot.clamp_min(torch.finfo(dot.dtype).tiny), dot)
-        return dot / (q * q).sum(1)
+    def _gauss_scales(self, x: Tensor) -> Tensor:
+        """fp32 rows [R, C] -> mean and deviation [R, 2], as they are stored."""
+        center = x.mean(1)
+        center = center.bfloat16().float() if self.scale == 16 else center
+        spread = torch.linalg.vector_norm(x - center[:, None], dim=1) / x.shape[1] ** 0.5
+        return torch.stack([center, ceil16(spread) if self.scale == 16 else spread], 1)
+
+    def _gauss_units(self, x: Tensor, scales: Tensor) -> Tensor:
+        """fp32 rows and their scales -> rows of mean 0 and deviation 1, turned if the codec turns."""
+        x = x - scales[:, :1]
+        return (rotate(x) if self.rotate else x) * safe_inverse(scales[:, 1:])
+
+    def _gain(self, bits: int) -> float:
+        """What levels are multiplied by: the centroid of a cell is a share 1 - distortion of what fell there."""
+        unbiased = self.fit == "unbiased" or (self.fit is None and self.rotate is not None)
+        return 1 / (1 - gauss_distortion(bits)) if unbiased else 1.0
 
     def _dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
         """codes fp32 [R, C], scales fp32 [R, 2] -> fp32 [R, C]."""
         base, step = scales[:, :1], scales[:, 1:]
         if self.levels == "gauss":
-            y = _levels(self.bits, codes.device)[codes.int()] * step
+            y = level_table(self.bits, self._gain(self.bits), codes.device)[codes.int()] * step
         elif self.rotate:
             y = (codes - (2**self.bits - 1) / 2) * step
         else:
@@ -203,6 +217,8 @@ class Block(Codec):
         if self._equalizes(tuple(x.shape)):
             features["features"] = feature_scales(x)
             x = equalize(x, features["features"])
+        if self.allocate:
+            return self._payload(original, {**self._encode_allocated(x), **features})
         shapes = self._piece_shapes(tuple(x.shape))
         groups = sum(rows for rows, _ in shapes)
         nbytes = sum(rows * cols * self.bits // 8 for rows, cols in shapes)
@@ -216,12 +232,47 @@ class Block(Codec):
             at, row = at + out.numel(), row + stop - start
         return self._payload(original, {"codes": packed, "scales": scales, **features})
 
+    # -- groups of different widths ---------------------------------------------------------------------------
+    def _encode_allocated(self, x: Tensor) -> dict[str, Tensor]:
+        spans = [
+            (piece, *span) for piece in self._pieces(x) for span in tiles(*piece.shape, x.device)
+        ]  # fmt: skip
+        scales = torch.cat([self._gauss_scales(piece[a:b].float()) for piece, a, b in spans]).to(self._scale_dtype)
+        regions = Regions(allocate(scales[:, 1].float(), self.bits), self._cols(tuple(x.shape)))
+        packed, row = torch.empty(regions.nbytes, dtype=torch.uint8, device=x.device), 0
+        for piece, start, stop in spans:
+            units = self._gauss_units(piece[start:stop].float(), scales[row : row + stop - start].float())
+            for bits, rows, at in regions.parts(row, row + stop - start):
+                packed[at] = pack(bucket(units[rows], bits).to(torch.uint8), bits).view(-1)
+            row += stop - start
+        return {"codes": packed, "scales": scales}
+
+    def _decode_allocated(
+        self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> list[Tensor]:
+        scales, pieces, row = scales.float(), [], 0
+        regions = Regions(allocate(scales[:, 1], self.bits), self._cols(shape))
+        for rows, cols in self._piece_shapes(shape):
+            out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
+            for start, stop in tiles(rows, cols, codes.device):
+                units = torch.zeros(stop - start, cols, dtype=torch.float32, device=codes.device)
+                own = scales[row : row + stop - start]
+                for bits, where, at in regions.parts(row, row + stop - start):
+                    levels = level_table(bits, self._gain(bits), codes.device)
+                    units[where] = levels[unpack(codes[at].view(where.numel(), -1), bits, cols).int()]
+                out[start:stop] = rotate_back(units * own[:, 1:]) + own[:, :1]
+                row += stop - start
+            pieces.append(out)
+        return pieces
+
     def _decode(self, payload: Payload) -> Tensor:
         packed, scales = payload.tensors["codes"], payload.tensors["scales"]
         features = payload.tensors.get("features")
         dtype = payload.dtype if features is None else torch.float32
         pieces, at, row = [], 0, 0
-        for rows, cols in self._piece_shapes(payload.shape):
+        if self.allocate:
+            pieces = self._decode_allocated(packed, scales.float(), payload.shape, dtype)
+        for rows, cols in [] if self.allocate else self._piece_shapes(payload.shape):
             out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
             width = cols * self.bits // 8
             for start, stop in tiles(rows, cols, packed.device):
@@ -243,7 +294,9 @@ class Block(Codec):
         pieces = [
             torch.empty(shape, dtype=x.dtype, device=x.device) for shape in self._piece_shapes(tuple(x.shape))
         ]
-        for i, start, stop, codes, scale in self._tiles(x, state):
+        if self.allocate:
+            pieces = self._decode_allocated(**self._encode_allocated(x), shape=tuple(x.shape), dtype=x.dtype)
+        for i, start, stop, codes, scale in () if self.allocate else self._tiles(x, state):
             pieces[i][start:stop] = self._dequantize(codes, scale)
         return self._unite(pieces, tuple(x.shape))
 
@@ -261,12 +314,3 @@ class Block(Codec):
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _levels(bits: int, device: torch.device) -> Tensor:
-    return torch.tensor(gauss_levels(bits), dtype=torch.float32, device=device)
-
-
-def _edges(bits: int, device: torch.device) -> Tensor:
-    levels = _levels(bits, device)
-    return (levels[1:] + levels[:-1]) / 2

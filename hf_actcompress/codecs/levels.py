@@ -40,6 +40,17 @@ def gauss_distortion(bits: int) -> float:
     return 1 + float((levels**2 * cdf.diff() + 2 * levels * pdf.diff()).sum())
 
 
+def level_table(bits: int, gain: float, device: torch.device) -> Tensor:
+    """fp32 [2**bits]: the levels times `gain`."""
+    return torch.tensor([gain * level for level in gauss_levels(bits)], dtype=torch.float32, device=device)
+
+
+def bucket(y: Tensor, bits: int) -> Tensor:
+    """int32 index of the level nearest to each value."""
+    levels = level_table(bits, 1.0, y.device)
+    return torch.bucketize(y, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+
+
 def floor16(x: Tensor) -> Tensor:
     """fp32 -> the largest bf16 value that is not above, as fp32."""
     bits = x.view(torch.int32)
