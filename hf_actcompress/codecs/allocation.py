@@ -48,22 +48,27 @@ def distortion(bits: int) -> float:
 class Regions:
     """Where the codes of each width lie in a payload: those of the least width first, each in the order of groups.
 
-    given: int32 bits per group.  cols: elements per group.
+    given: int32 bits per group, all groups of `size` elements; or one number of bits for `size` elements in all.
     """
 
-    def __init__(self, given: Tensor, cols: int) -> None:
-        self.given, self.cols, self.nbytes = given, cols, 0
+    def __init__(self, given: Tensor | int, size: int) -> None:
+        self.given, self.nbytes = given, 0
         self.at: dict[int, int] = {}
+        if isinstance(given, int):
+            self.at[given], self.nbytes = 0, size * given // 8
+            return
         for bits, count in enumerate(torch.bincount(given, minlength=1).tolist()):
             self.at[bits] = self.nbytes
-            self.nbytes += count * cols * bits // 8
+            self.nbytes += count * size * bits // 8
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, slice]]:
-        """(bits, which of the groups start .. stop, bytes) of each width, for runs of groups in ascending order."""
-        given = self.given[start:stop]
+    def parts(self, start: int, stop: int, cols: int) -> Iterator[tuple[int, Tensor | None, slice]]:
+        """(bits, which of the groups start .. stop (None: all), bytes), for runs of groups in ascending order."""
         for bits in self.at:
-            rows = (given == bits).nonzero().view(-1)
-            if bits and rows.numel():
+            rows, count = None, stop - start
+            if isinstance(self.given, Tensor):
+                rows = (self.given[start:stop] == bits).nonzero().view(-1)
+                count = rows.numel()
+            if bits and count:
                 begin = self.at[bits]
-                self.at[bits] += rows.numel() * self.cols * bits // 8
+                self.at[bits] += count * cols * bits // 8
                 yield bits, rows, slice(begin, self.at[bits])

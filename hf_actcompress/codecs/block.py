@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .allocation import Regions, allocate
+from . import turned
 from .base import Codec, CodecState, Payload, check_choice, check_int
-from .equalize import applies, equalize, feature_dim, feature_scales, restore
-from .hadamard import rotate, rotate_back
-from .levels import bucket, ceil16, floor16, gauss_distortion, level_table, safe_inverse
-from .packing import MAX_BITS, ceil8, code_dtype, pack, unpack
-from .rounding import RoundingState, next_key
-from .rows import piece_shapes, row_pieces, tiles
-from .uniform import round_codes
+from .equalize import applies, feature_dim, feature_scales, period, tables
+from .kernels import group_decode, group_encode, group_roundtrip
+from .packing import MAX_BITS, ceil8
+from .rounding import RoundingState, noise_source
+from .rows import Part, apply, counters, join, parts
 
 DEFAULT_GROUP = 128
 
@@ -113,204 +110,126 @@ class Block(Codec):
         return RoundingState(site, seed) if self.round == "stochastic" else None
 
     # -- groups -----------------------------------------------------------------------------------------------
+    def _channels(self, shape: tuple[int, ...]) -> bool:
+        return self.dim == "channel" and len(shape) > 1
+
     def _cols(self, shape: tuple[int, ...]) -> int:
+        """Elements per group, a multiple of 8."""
         n = math.prod(shape)
-        if self.dim == "channel" and len(shape) > 1:
-            return n // shape[feature_dim(shape)]
+        if self._channels(shape):
+            return ceil8(n // shape[feature_dim(shape)])
         if self.splits is not None:
             return ceil8(-(-n // self.splits))
         return self.group or DEFAULT_GROUP
 
-    def _pieces(self, x: Tensor) -> list[Tensor]:
-        cols = self._cols(tuple(x.shape))
-        if self.dim == "channel" and x.dim() > 1:
-            rows = x.movedim(feature_dim(x.shape), 0).reshape(-1, cols)
-            pad = ceil8(cols) - cols
-            return [torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1) if pad else rows]
-        return row_pieces(x.reshape(-1), cols, cols if self.rotate else 0)
+    def _equalizes(self, shape: tuple[int, ...]) -> bool:
+        if self.equalize is None or not applies(shape) or self._channels(shape):
+            return False
+        # A group within one feature is coded the same either way; only shares of bits would differ.
+        return bool(self.allocate) or len(shape) != 4 or shape[2] * shape[3] % self._cols(shape) != 0
 
-    def _piece_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        n, cols = math.prod(shape), self._cols(shape)
-        if self.dim == "channel" and len(shape) > 1:
-            return [(n // cols, ceil8(cols))]
-        return piece_shapes(n, cols, cols if self.rotate else 0)
+    def _parts(self, shape: tuple[int, ...]) -> list[Part]:
+        cols = self._cols(shape)
+        if self._channels(shape):
+            return parts(shape[feature_dim(shape)] * cols, cols)
+        repeat = period(shape, cols) if self._equalizes(shape) else 1
+        return parts(math.prod(shape), cols, min(repeat, max(1, math.prod(shape) // cols)), cols if self.rotate else 0)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if not self._channels(tuple(x.shape)):
+            return x.reshape(-1)
+        rows = x.movedim(feature_dim(x.shape), 0).reshape(x.shape[feature_dim(x.shape)], -1)
+        pad = -rows.shape[1] % 8
+        return (torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1) if pad else rows).reshape(-1)
 
     def _unite(self, pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Inverse of `_pieces`."""
-        if self.dim == "channel" and len(shape) > 1:
-            dim = feature_dim(shape)
-            moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]
-            return pieces[0][:, : self._cols(shape)].reshape(moved).movedim(0, dim).contiguous()
+        """Inverse of `_flat`, from what was decoded of each part."""
         n = math.prod(shape)
-        if len(pieces) == 1:
-            return pieces[0].view(-1)[:n].view(shape)
-        return torch.cat([p.view(-1) for p in pieces])[:n].view(shape)
+        flat = pieces[0].view(-1) if len(pieces) == 1 else torch.cat([piece.view(-1) for piece in pieces])
+        if not self._channels(shape):
+            return flat[:n].view(shape)
+        dim = feature_dim(shape)
+        moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]
+        return flat.view(shape[dim], -1)[:, : n // shape[dim]].reshape(moved).movedim(0, dim).contiguous()
 
-    # -- one tile of groups -----------------------------------------------------------------------------------
-    def _quantize(self, rows: Tensor, key: int | None, index: int) -> tuple[Tensor, Tensor]:
-        """rows [R, C] -> codes as fp32 [R, C], scales fp32 [R, 2] (already rounded to their stored precision)."""
-        top = 2**self.bits - 1
-        x = rows.float()
-        low, high = (floor16, ceil16) if self.scale == 16 else (_same, _same)
-        if self.levels == "gauss":
-            scales = self._gauss_scales(x)
-            return bucket(self._gauss_units(x, scales), self.bits).float(), scales
-        if self.rotate:
-            center = x.mean(1)
-            center = center.bfloat16().float() if self.scale == 16 else center
-            x = rotate(x - center[:, None])
-            step = high(torch.linalg.vector_norm(x, torch.inf, dim=1) * (2 * self.clip / top))
-            y = x * safe_inverse(step)[:, None] + top / 2
-            return round_codes(y, top, key, index), torch.stack([center, step], 1)
-        lo, hi = torch.aminmax(x, dim=1)
-        if self.clip < 1:
-            cut = (hi - lo) * ((1 - self.clip) / 2)
-            lo, hi = lo + cut, hi - cut
-        lo = low(lo)
-        step = high(hi / top - lo / top)
-        y = (x - lo[:, None]) * safe_inverse(step)[:, None]
-        return round_codes(y, top, key, index), torch.stack([lo, step], 1)
-
-    def _gauss_scales(self, x: Tensor) -> Tensor:
-        """fp32 rows [R, C] -> mean and deviation [R, 2], as they are stored."""
-        center = x.mean(1)
-        center = center.bfloat16().float() if self.scale == 16 else center
-        spread = torch.linalg.vector_norm(x - center[:, None], dim=1) / x.shape[1] ** 0.5
-        return torch.stack([center, ceil16(spread) if self.scale == 16 else spread], 1)
-
-    def _gauss_units(self, x: Tensor, scales: Tensor) -> Tensor:
-        """fp32 rows and their scales -> rows of mean 0 and deviation 1, turned if the codec turns."""
-        x = x - scales[:, :1]
-        return (rotate(x) if self.rotate else x) * safe_inverse(scales[:, 1:])
-
-    def _gain(self, bits: int) -> float:
-        """What levels are multiplied by: the centroid of a cell is a share 1 - distortion of what fell there."""
-        unbiased = self.fit == "unbiased" or (self.fit is None and self.rotate is not None)
-        return 1 / (1 - gauss_distortion(bits)) if unbiased else 1.0
-
-    def _dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """codes fp32 [R, C], scales fp32 [R, 2] -> fp32 [R, C]."""
-        base, step = scales[:, :1], scales[:, 1:]
-        if self.levels == "gauss":
-            y = level_table(self.bits, self._gain(self.bits), codes.device)[codes.int()] * step
-        elif self.rotate:
-            y = (codes - (2**self.bits - 1) / 2) * step
-        else:
-            return base + codes * step
-        return (rotate_back(y) if self.rotate else y) + base
+    def _tables(self, features: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and root of deviation of the features, for one period of groups or the whole tensor."""
+        if features is None:
+            return None, None
+        n, cols = math.prod(shape), self._cols(shape)
+        return tables(features, shape, min(n, period(shape, cols) * cols))
 
     # -- the contract -----------------------------------------------------------------------------------------
-    def _tiles(self, x: Tensor, state: CodecState | None) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
-        """(piece, start, stop, codes, scales) for every tile, in order."""
-        key = next_key(state) if self.round == "stochastic" else None
-        index = 0
-        for i, piece in enumerate(self._pieces(x)):
-            for start, stop in tiles(*piece.shape, x.device):
-                yield i, start, stop, *self._quantize(piece[start:stop], key, index)
-                index += (stop - start) * piece.shape[1]
-
-    def _equalizes(self, shape: tuple[int, ...]) -> bool:
-        return self.equalize is not None and applies(shape)
-
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        original, features = x, {}
-        if self._equalizes(tuple(x.shape)):
-            features["features"] = feature_scales(x)
-            x = equalize(x, features["features"])
-        if self.allocate:
-            return self._payload(original, {**self._encode_allocated(x), **features})
-        shapes = self._piece_shapes(tuple(x.shape))
-        groups = sum(rows for rows, _ in shapes)
-        nbytes = sum(rows * cols * self.bits // 8 for rows, cols in shapes)
-        packed = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-        scales = torch.empty(groups, 2, dtype=self._scale_dtype, device=x.device)
-        at = row = 0
-        for _, start, stop, codes, scale in self._tiles(x, state):
-            out = pack(codes.to(code_dtype(self.bits)), self.bits).view(-1)
-            packed[at : at + out.numel()] = out
-            scales[row : row + stop - start] = scale
-            at, row = at + out.numel(), row + stop - start
-        return self._payload(original, {"codes": packed, "scales": scales, **features})
-
-    # -- groups of different widths ---------------------------------------------------------------------------
-    def _encode_allocated(self, x: Tensor) -> dict[str, Tensor]:
-        spans = [
-            (piece, *span) for piece in self._pieces(x) for span in tiles(*piece.shape, x.device)
-        ]  # fmt: skip
-        scales = torch.cat([self._gauss_scales(piece[a:b].float()) for piece, a, b in spans]).to(self._scale_dtype)
-        regions = Regions(allocate(scales[:, 1].float(), self.bits), self._cols(tuple(x.shape)))
-        packed, row = torch.empty(regions.nbytes, dtype=torch.uint8, device=x.device), 0
-        for piece, start, stop in spans:
-            units = self._gauss_units(piece[start:stop].float(), scales[row : row + stop - start].float())
-            for bits, rows, at in regions.parts(row, row + stop - start):
-                packed[at] = pack(bucket(units[rows], bits).to(torch.uint8), bits).view(-1)
-            row += stop - start
-        return {"codes": packed, "scales": scales}
-
-    def _decode_allocated(
-        self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> list[Tensor]:
-        scales, pieces, row = scales.float(), [], 0
-        regions = Regions(allocate(scales[:, 1], self.bits), self._cols(shape))
-        for rows, cols in self._piece_shapes(shape):
-            out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
-            for start, stop in tiles(rows, cols, codes.device):
-                units = torch.zeros(stop - start, cols, dtype=torch.float32, device=codes.device)
-                own = scales[row : row + stop - start]
-                for bits, where, at in regions.parts(row, row + stop - start):
-                    levels = level_table(bits, self._gain(bits), codes.device)
-                    units[where] = levels[unpack(codes[at].view(where.numel(), -1), bits, cols).int()]
-                out[start:stop] = rotate_back(units * own[:, 1:]) + own[:, :1]
-                row += stop - start
-            pieces.append(out)
-        return pieces
+        shape, flat = tuple(x.shape), self._flat(x)
+        features = feature_scales(x) if self._equalizes(shape) else None
+        mean, root = self._tables(features, shape)
+        inverse = None if root is None else 1 / root
+        found = self._parts(shape)
+        if self._turned:
+            codes, scales = turned.encode(self, flat, found, mean, inverse, state)
+        else:
+            lanes, key = noise_source(self, state, self._cols(shape), x.device)
+            results = []
+            for part in found:
+                rows = [None if key is None else counters(part, x.device)]
+                own = [part.features(mean), part.features(inverse)]
+                shared = [None if lanes is None else lanes[: part.shape[2]], key]
+                results.append(apply(
+                    group_encode, part.take(flat), rows, own, shared,
+                    bits=self.bits, clip=self.clip, stored=self.scale,
+                ))  # fmt: skip
+            codes = join([c.view(-1) for c, _ in results])
+            scales = join([s.to(self.scale_dtype).view(-1, 2) for _, s in results])
+        tensors = {"codes": codes, "scales": scales}
+        return self._payload(x, tensors if features is None else {**tensors, "features": features})
 
     def _decode(self, payload: Payload) -> Tensor:
-        packed, scales = payload.tensors["codes"], payload.tensors["scales"]
-        features = payload.tensors.get("features")
-        dtype = payload.dtype if features is None else torch.float32
+        codes, scales, shape = payload.tensors["codes"], payload.tensors["scales"], payload.shape
+        mean, root = self._tables(payload.tensors.get("features"), shape)
+        found = self._parts(shape)
+        if self._turned:
+            return self._unite(turned.decode(self, codes, scales, found, mean, root, payload.dtype), shape)
         pieces, at, row = [], 0, 0
-        if self.allocate:
-            pieces = self._decode_allocated(packed, scales.float(), payload.shape, dtype)
-        for rows, cols in [] if self.allocate else self._piece_shapes(payload.shape):
-            out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
-            width = cols * self.bits // 8
-            for start, stop in tiles(rows, cols, packed.device):
-                part = packed[at : at + (stop - start) * width].view(stop - start, width)
-                codes = unpack(part, self.bits, cols).float()
-                out[start:stop] = self._dequantize(codes, scales[row : row + stop - start].float())
-                at, row = at + part.numel(), row + stop - start
-            pieces.append(out)
-        y = self._unite(pieces, payload.shape)
-        return y if features is None else restore(y, features, payload.dtype)
+        for part in found:
+            n, k, c = part.shape
+            width = c * self.bits // 8
+            pieces += apply(
+                group_decode, codes[at : at + n * k * width].view(n, k, width),
+                [scales[row : row + n * k].view(n, k, 2)], [part.features(mean), part.features(root)],
+                cols=c, bits=self.bits, dtype=payload.dtype,
+            )  # fmt: skip
+            at, row = at + n * k * width, row + n * k
+        return self._unite(pieces, shape)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        if self._equalizes(tuple(x.shape)):
-            features = feature_scales(x)
-            return restore(self._roundtrip_groups(equalize(x, features), state), features, x.dtype)
-        return self._roundtrip_groups(x, state)
-
-    def _roundtrip_groups(self, x: Tensor, state: CodecState | None) -> Tensor:
-        pieces = [
-            torch.empty(shape, dtype=x.dtype, device=x.device) for shape in self._piece_shapes(tuple(x.shape))
-        ]
-        if self.allocate:
-            pieces = self._decode_allocated(**self._encode_allocated(x), shape=tuple(x.shape), dtype=x.dtype)
-        for i, start, stop, codes, scale in () if self.allocate else self._tiles(x, state):
-            pieces[i][start:stop] = self._dequantize(codes, scale)
-        return self._unite(pieces, tuple(x.shape))
+        if self._turned:
+            return self._decode(self._encode(x, state))
+        shape, flat = tuple(x.shape), self._flat(x)
+        mean, root = self._tables(feature_scales(x) if self._equalizes(shape) else None, shape)
+        inverse = None if root is None else 1 / root
+        lanes, key = noise_source(self, state, self._cols(shape), x.device)
+        pieces = []
+        for part in self._parts(shape):
+            own = [part.features(mean), part.features(inverse), part.features(root)]
+            pieces += apply(
+                group_roundtrip, part.take(flat), [None if key is None else counters(part, x.device)], own,
+                [None if lanes is None else lanes[: part.shape[2]], key],
+                bits=self.bits, clip=self.clip, stored=self.scale,
+            )  # fmt: skip
+        return self._unite(pieces, shape)
 
     @property
-    def _scale_dtype(self) -> torch.dtype:
+    def _turned(self) -> bool:
+        return self.rotate is not None or self.levels == "gauss"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.scale == 16 else torch.float32
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         features = 4 * shape[feature_dim(shape)] if self._equalizes(shape) else 0
         return features + sum(
-            rows * (cols * self.bits // 8 + 2 * self._scale_dtype.itemsize)
-            for rows, cols in self._piece_shapes(shape)
+            part.groups * (part.shape[2] * self.bits // 8 + 2 * self.scale_dtype.itemsize)
+            for part in self._parts(shape)
         )
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

@@ -9,6 +9,8 @@ Related: SmoothQuant (Xiao et al., 2023) moves scales between activations and we
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,19 +57,31 @@ def feature_scales(x: Tensor) -> Tensor:
     return torch.stack([stored * unit.bfloat16(), (root * torch.sqrt(unit)).bfloat16()])
 
 
-def _shaped(scales: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    view = [1] * len(shape)
-    view[feature_dim(shape)] = -1
-    return scales[0].float().view(view), scales[1].float().view(view)
+def period(shape: tuple[int, ...], cols: int) -> int:
+    """After how many groups of `cols` consecutive elements the features of a group are the same again."""
+    span = math.prod(shape[1:]) if len(shape) == 4 else shape[-1]
+    groups = math.lcm(span, cols) // cols
+    # Never 1 where it can be helped: sizes of 1 are constants to a compiler, 2 and more are all alike.
+    return groups if groups > 1 else 2
+
+
+def tables(scales: Tensor, shape: tuple[int, ...], length: int) -> tuple[Tensor, Tensor]:
+    """Mean and root of deviation, fp32, of the first `length` elements of a flat tensor of that shape."""
+    mean, root = scales.float()
+    if len(shape) == 4:
+        inner = shape[2] * shape[3]
+        mean, root = mean.repeat_interleave(inner), root.repeat_interleave(inner)
+    times = -(-length // mean.numel())
+    return mean.repeat(times)[:length], root.repeat(times)[:length]
 
 
 def equalize(x: Tensor, scales: Tensor) -> Tensor:
-    """fp32, same shape: (x - mean) / root."""
-    mean, root = _shaped(scales, x.shape)
-    return (x.float() - mean) / root
+    """fp32, same shape: (x - mean) / root, the whole tensor at once."""
+    mean, root = tables(scales, tuple(x.shape), x.numel())
+    return ((x.reshape(-1).float() - mean) * (1 / root)).view(x.shape)
 
 
 def restore(y: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse, in `dtype`."""
-    mean, root = _shaped(scales, y.shape)
-    return (y * root + mean).to(dtype)
+    mean, root = tables(scales, tuple(y.shape), y.numel())
+    return (y.reshape(-1) * root + mean).to(dtype).view(y.shape)

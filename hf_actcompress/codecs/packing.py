@@ -37,38 +37,66 @@ def code_dtype(bits: int) -> torch.dtype:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes [R, C] of uint8 or int32 with values below 2**bits, C a multiple of 8 -> uint8 [R, C * bits / 8]."""
-    rows, cols = codes.shape
+    """codes [..., C] of uint8 or int32 with values below 2**bits, C a multiple of 8 -> uint8 [..., C * bits / 8]."""
+    cols = codes.shape[-1]
     out = []
     for width, shift in planes(bits):
         field = codes >> shift if shift else codes
         if width + shift < bits:
             field = field & ((1 << width) - 1)
         field = field.to(torch.uint8)
-        runs = 8 // width
-        if runs > 1:
-            run = field.view(rows, runs, cols // runs)
-            field = run[:, 0]
-            for k in range(1, runs):
-                field = field | (run[:, k] << (k * width))
+        run = cols * width // 8
+        if width < 8:
+            # Slices, not a view by runs: what a compiler makes of them is one pass over the codes.
+            parts = [field[..., k * run : (k + 1) * run] for k in range(8 // width)]
+            field = parts[0]
+            for k in range(1, len(parts)):
+                field = field | (parts[k] << (k * width))
         out.append(field)
-    return out[0].contiguous() if len(out) == 1 else torch.cat(out, dim=1)
+    return out[0].contiguous() if len(out) == 1 else torch.cat(out, dim=-1)
 
 
 def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
-    """uint8 [R, cols * bits / 8] -> codes [R, cols], uint8 up to 8 bits and int32 above."""
-    rows = packed.shape[0]
+    """uint8 [..., cols * bits / 8] -> codes [..., cols], uint8 up to 8 bits and int32 above."""
     codes = None
     start = 0
     for width, shift in planes(bits):
         nbytes = cols * width // 8
-        part = packed[:, start : start + nbytes]
+        part = packed[..., start : start + nbytes]
         start += nbytes
-        runs = 8 // width
-        if runs > 1:
+        if width < 8:
             mask = (1 << width) - 1
-            part = torch.stack([(part >> (k * width)) & mask for k in range(runs)], dim=1).view(rows, cols)
+            part = torch.cat([(part >> (k * width)) & mask for k in range(8 // width)], dim=-1)
         part = part.to(code_dtype(bits))
         part = part << shift if shift else part
         codes = part if codes is None else codes | part
     return codes
+
+
+def unpack_parts(packed: Tensor, bits: int, cols: int) -> list[tuple[slice, Tensor]]:
+    """The same codes in runs of columns, for arithmetic that joins its results itself.
+
+    A compiler cannot fuse the joining of bytes with what follows, but it can fuse that of floats; so it gets the
+    shortest runs.  Without one there is a single run.
+    """
+    if not torch.compiler.is_compiling():
+        return [(slice(0, cols), unpack(packed, bits, cols))]
+    count = max(8 // width for width, _ in planes(bits))
+    size, runs = cols // count, []
+    for i in range(count):
+        codes, start = None, 0
+        for width, shift in planes(bits):
+            nbytes = cols * width // 8
+            # Run i starts at column i * size: in this plane that is byte `at` of field k.  (Ratios of whole numbers,
+            # so that a symbolic number of columns does.)
+            k = i * 8 // (count * width)
+            at = i * size - k * nbytes
+            part = packed[..., start + at : start + at + size]
+            start += nbytes
+            if width < 8:
+                part = (part >> (k * width)) & ((1 << width) - 1)
+            part = part.to(torch.int32)
+            part = part << shift if shift else part
+            codes = part if codes is None else codes | part
+        runs.append((slice(i * size, (i + 1) * size), codes))
+    return runs

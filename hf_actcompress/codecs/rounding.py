@@ -7,6 +7,8 @@ The mixing function is a 32-bit finalizer of the murmur family (constants: C. We
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,11 @@ def hash_noise(rows: int, cols: int, key: int, start: int, device: torch.device)
     """
     first = start + torch.arange(rows, device=device, dtype=torch.int64) * cols
     first = (first & 0xFFFFFFFF).to(torch.int32)  # wraps: int64 -> int32 keeps the low bits
-    index = first[:, None] + torch.arange(cols, device=device, dtype=torch.int32)
+    return noise(first[:, None] + torch.arange(cols, device=device, dtype=torch.int32), key)
+
+
+def noise(index: Tensor, key: Tensor | int) -> Tensor:
+    """int32 counters (any shape) and an int32 key -> fp32, uniform on [0, 1) in steps of 2**-24."""
     h = _mix(index ^ key)
     return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24
 
@@ -65,3 +71,13 @@ class RoundingState(CodecState):
 def next_key(state: CodecState | None) -> int:
     """The key of this call; without state always the one of (0, 0, 0)."""
     return state.next_key() if isinstance(state, RoundingState) else noise_key(0, 0, 0)
+
+
+def noise_source(
+    codec: Any, state: CodecState | None, cols: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Lanes (int32 [cols]: 0, 1, ...) and key (int32 []) of a kernel that rounds stochastically, else Nones."""
+    if codec.round != "stochastic":
+        return None, None
+    lanes = torch.arange(cols, dtype=torch.int32, device=device)
+    return lanes, torch.full((), next_key(state), dtype=torch.int32, device=device)

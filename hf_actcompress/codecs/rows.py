@@ -7,11 +7,14 @@ no maximum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compiled import Kernel
 from .packing import ceil8
 
 # An eager chain of elementwise operations on a tile of this many elements stays in the cache of a CPU core.  GPUs
@@ -45,3 +48,102 @@ def tiles(rows: int, cols: int, device: torch.device) -> Iterator[tuple[int, int
     step = max(1, TILE // cols) if device.type == "cpu" else rows
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups that one call of a kernel takes: a run of a flat tensor as a grid [N, K, C].
+
+    K groups make a period, after which a table of features repeats.  A tensor has up to three parts: whole periods,
+    the groups of a last broken period [1, r, C], and a last short group [1, 1, c], which is padded.
+    """
+
+    shape: tuple[int, int, int]
+    start: int  # of its first element in the tensor
+    numel: int  # of the tensor's elements in it
+    table: int  # where in the period it begins
+
+    @property
+    def groups(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def take(self, flat: Tensor) -> Tensor:
+        """Its elements of `flat` as [N, K, C]; a short group is filled with its last value."""
+        return _filled(flat[self.start : self.start + self.numel], self.shape)
+
+    def features(self, table: Tensor | None) -> Tensor | None:
+        """Its piece [K, C] of a period's table (flat)."""
+        if table is None:
+            return None
+        _, k, c = self.shape
+        return _filled(table[self.table : self.table + min(k * c, self.numel)], (k, c))
+
+
+def _filled(run: Tensor, shape: tuple[int, ...]) -> Tensor:
+    missing = -run.numel() % shape[-1]
+    return (torch.cat([run, run[-1:].expand(missing)]) if missing else run).view(shape)
+
+
+def parts(n: int, cols: int, period: int = 1, pad_to: int = 0) -> list[Part]:
+    """How `n` elements fall into groups of `cols` and periods of `period` groups; cf. `row_pieces`."""
+    full, result = n // cols, []
+    whole = full // period
+    if whole:
+        result.append(Part((whole, period, cols), 0, whole * period * cols, 0))
+    at = whole * period * cols
+    if full % period:
+        result.append(Part((1, full % period, cols), at, full % period * cols, 0))
+    if n % cols:
+        result.append(Part((1, 1, pad_to or ceil8(n % cols)), full * cols, n % cols, full % period * cols))
+    return result
+
+
+def join(pieces: list[Tensor]) -> Tensor:
+    """One after another; a single piece without a copy."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def counters(part: Part, device: torch.device) -> Tensor:
+    """int32 [N, K]: the index of each group's first element in the tensor, modulo 2**32."""
+    n, k, c = part.shape
+    first = part.start + torch.arange(n * k, device=device, dtype=torch.int64) * c
+    return (first & 0xFFFFFFFF).to(torch.int32).view(n, k)  # int64 -> int32 keeps the low bits
+
+
+def blocks(n: int, k: int, cols: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Consecutive runs of groups that an eager chain should process at once, cf. `tiles`."""
+    if device.type != "cpu":
+        yield slice(0, n), slice(0, k)
+        return
+    wide = max(1, TILE // cols)
+    high = max(1, wide // k)
+    for i in range(0, n, high):
+        for j in range(0, k, wide):
+            yield slice(i, min(n, i + high)), slice(j, min(k, j + wide))
+
+
+def apply(
+    kernel: Kernel, x: Tensor, rows: Sequence[Tensor | None] = (), tables: Sequence[Tensor | None] = (),
+    shared: Sequence[Tensor | None] = (), cols: int | None = None, **static: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """kernel(x, *rows, *tables, *shared): in one compiled call, or eager in tiles that fit a cache.
+
+    x and rows are [N, K, ...], tables [K, ...]; so are the results, which do not depend on which way was taken.
+    cols: elements per group where x holds codes.
+    """
+    tag = tuple(arg is None for arg in (*rows, *tables, *shared))
+    compiled = kernel.choose(x, *tag, **static)
+    if compiled is not None:
+        return compiled(x, *rows, *tables, *shared)
+    with kernel.timed(x, *tag, **static):
+        results: list[Tensor] = []
+        for n, k in blocks(*x.shape[:2], cols or x.shape[2], x.device):
+            own = [None if row is None else row[n, k] for row in rows]
+            own += [None if table is None else table[k] for table in tables]
+            part = kernel(x[n, k], *own, *shared, **static)
+            if part[0].shape[:2] == x.shape[:2]:
+                return part
+            results = results or [piece.new_empty(*x.shape[:2], *piece.shape[2:]) for piece in part]
+            for whole, piece in zip(results, part, strict=True):
+                whole[n, k] = piece
+    return tuple(results)

@@ -58,7 +58,7 @@ def test_regions_cover_the_payload_once():
     assert regions.nbytes == int(given.sum()) * 2
     seen, groups = [], []
     for start, stop in ((0, 3), (3, 4), (4, 8)):
-        for bits, rows, at in regions.parts(start, stop):
+        for bits, rows, at in regions.parts(start, stop, 16):
             assert at.stop - at.start == rows.numel() * 2 * bits
             seen += range(at.start, at.stop)
             groups += (rows + start).tolist()

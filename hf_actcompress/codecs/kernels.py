@@ -1,0 +1,104 @@
+"""The arithmetic of the codecs as pure functions of tensors, for `compiled.Kernel`.
+
+Shapes: a tensor is a grid x [N, K, C] of groups of C elements.  What belongs to a group is [N, K, ...]; tables that
+repeat over N (the features of a period of the tensor) are [K, C].  Only elementwise operations, minima and maxima:
+they give the same bits compiled and eager.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .compiled import Kernel
+from .levels import ceil16, floor16, safe_inverse
+from .packing import code_dtype, pack, unpack_parts
+from .rounding import noise
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _rounded(y: Tensor, top: int, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None) -> Tensor:
+    """y in units of the step -> whole numbers 0 .. top (fp32); stochastic where a key is given."""
+    if key is None:
+        return torch.round(y).clamp(0, top)
+    return torch.floor(y + noise(starts[..., None] + lanes, key)).clamp(0, top)
+
+
+def _units(x: Tensor, mean: Tensor | None, inverse: Tensor | None) -> Tensor:
+    return x.float() if mean is None else (x.float() - mean) * inverse
+
+
+def _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored):  # noqa: ANN001, ANN202
+    """(codes fp32 [N, K, C], minimum [N, K], step [N, K])"""
+    y, top = _units(x, mean, inverse), 2**bits - 1
+    lo, hi = y.amin(-1), y.amax(-1)
+    if clip < 1:
+        cut = (hi - lo) * ((1 - clip) / 2)
+        lo, hi = lo + cut, hi - cut
+    lo = floor16(lo) if stored == 16 else lo
+    step = hi / top - lo / top  # hi - lo could overflow
+    step = ceil16(step) if stored == 16 else step
+    codes = _rounded((y - lo[..., None]) * safe_inverse(step)[..., None], top, starts, lanes, key)
+    return codes, lo, step
+
+
+def _group_encode(
+    x: Tensor, starts: Tensor | None, mean: Tensor | None, inverse: Tensor | None, lanes: Tensor | None,
+    key: Tensor | None, *, bits: int, clip: float, stored: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Groups with their own minimum and step: x -> codes uint8 [N, K, C * bits / 8], scales [N, K, 2].
+
+    starts: int32 [N, K], index of each group's first element; lanes: int32 [C], 0, 1, ...; key: int32 [].
+    """
+    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored)
+    return pack(codes.to(code_dtype(bits)), bits), torch.stack([lo, step], -1)
+
+
+def _group_decode(
+    codes: Tensor, scales: Tensor, mean: Tensor | None, root: Tensor | None, *, bits: int, dtype: torch.dtype
+) -> tuple[Tensor]:
+    lo, step = scales[..., :1].float(), scales[..., 1:].float()
+    out = []
+    for at, part in unpack_parts(codes, bits, codes.shape[-1] * 8 // bits):
+        y = lo + part.float() * step
+        out.append((y if mean is None else y * root[:, at] + mean[:, at]).to(dtype))
+    return (_joined(out),)
+
+
+def _group_roundtrip(
+    x: Tensor, starts: Tensor | None, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None,
+    lanes: Tensor | None, key: Tensor | None, *, bits: int, clip: float, stored: int,
+) -> tuple[Tensor]:  # fmt: skip
+    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored)
+    y = lo[..., None] + codes * step[..., None]
+    return ((y if mean is None else y * root + mean).to(x.dtype),)
+
+
+def _line_codes(x, starts, scale, lanes, key, bits):  # noqa: ANN001, ANN202
+    y = (x.float() - scale[0]) * safe_inverse(scale[1])
+    return _rounded(y, 2**bits - 1, starts, lanes, key)
+
+
+def _line_encode(
+    x: Tensor, starts: Tensor | None, scale: Tensor, lanes: Tensor | None, key: Tensor | None, *, bits: int
+) -> tuple[Tensor]:
+    """One minimum and step for all: scale fp32 [2]."""
+    return (pack(_line_codes(x, starts, scale, lanes, key, bits).to(code_dtype(bits)), bits),)
+
+
+def _line_decode(codes: Tensor, scale: Tensor, *, bits: int, dtype: torch.dtype) -> tuple[Tensor]:
+    runs = unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)
+    return (_joined([(scale[0] + run.float() * scale[1]).to(dtype) for _, run in runs]),)
+
+
+def _line_roundtrip(
+    x: Tensor, starts: Tensor | None, scale: Tensor, lanes: Tensor | None, key: Tensor | None, *, bits: int
+) -> tuple[Tensor]:
+    return ((scale[0] + _line_codes(x, starts, scale, lanes, key, bits) * scale[1]).to(x.dtype),)
+
+
+group_encode, group_decode, group_roundtrip = Kernel(_group_encode), Kernel(_group_decode), Kernel(_group_roundtrip)
+line_encode, line_decode, line_roundtrip = Kernel(_line_encode), Kernel(_line_decode), Kernel(_line_roundtrip)
