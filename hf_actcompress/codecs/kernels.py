@@ -100,5 +100,55 @@ def _line_roundtrip(
     return ((scale[0] + _line_codes(x, starts, scale, lanes, key, bits) * scale[1]).to(x.dtype),)
 
 
+def _chosen(x: Tensor, edges: Tensor, right: bool, *columns: Tensor) -> list[Tensor]:
+    """For each value the entry of every column at the number of edges below it (right: or equal to it)."""
+    if not torch.compiler.is_compiling():
+        index = torch.bucketize(x.contiguous(), edges, out_int32=True, right=right)
+        return [column[index] for column in columns]
+    # Few edges: a chain of comparisons stays in registers, a search or a gather does not vectorise.
+    found = [column[0] for column in columns]
+    for i in range(edges.shape[0]):
+        above = x >= edges[i] if right else x > edges[i]
+        found = [torch.where(above, column[i + 1], value) for column, value in zip(columns, found, strict=True)]
+    return found
+
+
+def _sort_encode(
+    x: Tensor, edges: Tensor, scales: Tensor, inverse: Tensor, offsets: Tensor, *, bits: int, splits: int
+) -> tuple[Tensor]:
+    """Values to groups by edges fp32 [G - 1], then in steps of scales fp32 [G, 2]; offsets: fp32 code of each group's
+    first value."""
+    y = x.float()
+    lo, inv, offset = _chosen(y, edges, True, scales[:, 0], inverse, offsets)
+    inner = torch.round((y - lo) * inv).clamp(0, 2 ** (bits - splits) - 1)
+    return (pack((inner + offset).to(code_dtype(bits)), bits),)
+
+
+def _sort_roundtrip(
+    x: Tensor, edges: Tensor, scales: Tensor, inverse: Tensor, *, bits: int, splits: int
+) -> tuple[Tensor]:
+    y = x.float()
+    lo, step, inv = _chosen(y, edges, True, scales[:, 0], scales[:, 1], inverse)
+    inner = torch.round((y - lo) * inv).clamp(0, 2 ** (bits - splits) - 1)
+    return ((lo + inner * step).to(x.dtype),)
+
+
+def _nearest_encode(x: Tensor, edges: Tensor, ranks: Tensor, *, bits: int) -> tuple[Tensor]:
+    """Codes by edges fp32 [k - 1] between neighbouring centroids; ranks: 0, 1, ... as uint8 [k]."""
+    return (pack(_chosen(x.float(), edges, False, ranks)[0], bits),)
+
+
+def _nearest_roundtrip(x: Tensor, edges: Tensor, table: Tensor) -> tuple[Tensor]:
+    return (_chosen(x.float(), edges, False, table)[0].to(x.dtype),)
+
+
+def _table_decode(codes: Tensor, table: Tensor, *, bits: int) -> tuple[Tensor]:
+    """table [2**bits] in the dtype of the result."""
+    return (_joined([table[run.int()] for _, run in unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)]),)
+
+
 group_encode, group_decode, group_roundtrip = Kernel(_group_encode), Kernel(_group_decode), Kernel(_group_roundtrip)
 line_encode, line_decode, line_roundtrip = Kernel(_line_encode), Kernel(_line_decode), Kernel(_line_roundtrip)
+sort_encode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_roundtrip)
+nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
+table_decode = Kernel(_table_decode)

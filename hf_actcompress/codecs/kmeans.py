@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_int, strided_sample
-from .table import look_up, pack_codes, table_nbytes
+from .kernels import nearest_encode, nearest_roundtrip, table_decode
+from .rows import codes_nbytes, decode_parts, encode_parts, join
 
 SAMPLE = 1 << 14
 EXACT = 512  # up to this many weighted points the codebook is found by dynamic programming
@@ -49,9 +50,10 @@ class KMeans(Codec):
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         flat = x.reshape(-1)
         table = self._fit(strided_sample(flat, SAMPLE), state)
-        edges = (table[1:] + table[:-1]) / 2
-        codes = pack_codes(flat, self.bits, lambda tile: torch.bucketize(tile, edges, out_int32=True))
-        return self._payload(x, {"codes": codes, "centroids": table})
+        ranks = torch.arange(table.numel(), dtype=torch.uint8, device=x.device)
+        static = {"bits": self.bits, "compilable": self.bits <= 6}
+        codes = encode_parts(nearest_encode, x, [_edges(table), ranks], **static)
+        return self._payload(x, {"codes": join(codes), "centroids": table})
 
     def _fit(self, sample: Tensor, state: CodecState | None) -> Tensor:
         """Sorted fp32 centroids [2**bits]."""
@@ -75,10 +77,21 @@ class KMeans(Codec):
 
     def _decode(self, payload: Payload) -> Tensor:
         table = payload.tensors["centroids"]
-        return look_up(payload.tensors["codes"], self.bits, table, payload.shape, payload.dtype)
+        shared = [table.to(payload.dtype)]
+        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, shared)
+
+    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
+        table = self._fit(strided_sample(x.reshape(-1), SAMPLE), state)
+        static = {"compilable": self.bits <= 6}
+        return join(encode_parts(nearest_roundtrip, x, [_edges(table), table], **static))[: x.numel()].view(x.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return table_nbytes(math.prod(shape), self.bits) + 4 * 2**self.bits
+        return codes_nbytes(math.prod(shape), self.bits) + 4 * 2**self.bits
+
+
+def _edges(table: Tensor) -> Tensor:
+    """Halfway between neighbouring centroids."""
+    return (table[1:] + table[:-1]) / 2
 
 
 def initial_codebook(points: Tensor, k: int) -> Tensor:

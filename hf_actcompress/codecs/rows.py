@@ -7,6 +7,7 @@ no maximum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from .packing import ceil8
 # An eager chain of elementwise operations on a tile of this many elements stays in the cache of a CPU core.  GPUs
 # prefer one launch for all.
 TILE = 1 << 17
+COLS = 1024  # elements per row where rows are only a unit of packing and share no scale
 
 
 def row_pieces(flat: Tensor, cols: int, pad_to: int = 0) -> list[Tensor]:
@@ -98,6 +100,31 @@ def parts(n: int, cols: int, period: int = 1, pad_to: int = 0) -> list[Part]:
     return result
 
 
+def codes_nbytes(n: int, bits: int) -> int:
+    """Bytes of `n` packed codes in rows of COLS."""
+    return sum(part.groups * part.shape[2] * bits // 8 for part in parts(n, COLS))
+
+
+def encode_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **static: Any) -> list[Tensor]:
+    """The kernel's first result for every part of `x` in rows of COLS, flat."""
+    flat = x.reshape(-1)
+    return [apply(kernel, part.take(flat), shared=shared, **static)[0].view(-1) for part in parts(x.numel(), COLS)]
+
+
+def decode_parts(
+    kernel: Kernel, codes: Tensor, shape: tuple[int, ...], bits: int, shared: Sequence[Tensor], **static: Any
+) -> Tensor:
+    """Codes in rows of COLS -> what the kernel makes of them, as a tensor of that shape."""
+    pieces, at, total = [], 0, math.prod(shape)
+    for part in parts(total, COLS):
+        n, k, c = part.shape
+        width = c * bits // 8
+        own = codes[at : at + n * k * width].view(n, k, width)
+        pieces.append(apply(kernel, own, shared=shared, cols=c, bits=bits, **static)[0].view(-1))
+        at += n * k * width
+    return join(pieces)[:total].view(shape)
+
+
 def join(pieces: list[Tensor]) -> Tensor:
     """One after another; a single piece without a copy."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -124,15 +151,15 @@ def blocks(n: int, k: int, cols: int, device: torch.device) -> Iterator[tuple[sl
 
 def apply(
     kernel: Kernel, x: Tensor, rows: Sequence[Tensor | None] = (), tables: Sequence[Tensor | None] = (),
-    shared: Sequence[Tensor | None] = (), cols: int | None = None, **static: Any,
+    shared: Sequence[Tensor | None] = (), cols: int | None = None, compilable: bool = True, **static: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """kernel(x, *rows, *tables, *shared): in one compiled call, or eager in tiles that fit a cache.
 
     x and rows are [N, K, ...], tables [K, ...]; so are the results, which do not depend on which way was taken.
-    cols: elements per group where x holds codes.
+    cols: elements per group where x holds codes.  compilable: False where a compiled kernel would be no better.
     """
     tag = tuple(arg is None for arg in (*rows, *tables, *shared))
-    compiled = kernel.choose(x, *tag, **static)
+    compiled = kernel.choose(x, *tag, **static) if compilable else None
     if compiled is not None:
         return compiled(x, *rows, *tables, *shared)
     with kernel.timed(x, *tag, **static):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_choice, check_int, strided_sample
+from .kernels import sort_encode, sort_roundtrip, table_decode
 from .levels import safe_inverse
 from .packing import MAX_BITS
-from .table import look_up, pack_codes, table_nbytes
+from .rows import codes_nbytes, decode_parts, encode_parts, join
 
 SAMPLE = 1 << 15
 
@@ -68,23 +69,26 @@ class Sort(Codec):
         return lo[1:].contiguous(), torch.stack([lo, hi / top - lo / top], 1)
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        flat = x.reshape(-1)
-        thresholds, scales = self._groups(flat)
-        inner = self.bits - self.splits
-        lo, inverse = scales[:, 0].contiguous(), safe_inverse(scales[:, 1])
-
-        def assign(tile: Tensor) -> Tensor:
-            group = torch.bucketize(tile, thresholds, out_int32=True, right=True)
-            y = (tile - lo[group]) * inverse[group]
-            return torch.round(y).clamp_(0, 2**inner - 1).int() | (group << inner)
-
-        return self._payload(x, {"codes": pack_codes(flat, self.bits, assign), "scales": scales})
+        edges, scales = self._groups(x.reshape(-1))
+        offsets = torch.arange(scales.shape[0], device=x.device).float() * 2 ** (self.bits - self.splits)
+        shared = [edges, scales, safe_inverse(scales[:, 1]), offsets]
+        codes = encode_parts(sort_encode, x, shared, **self._static())
+        return self._payload(x, {"codes": join(codes), "scales": scales})
 
     def _decode(self, payload: Payload) -> Tensor:
         scales = payload.tensors["scales"]
         q = torch.arange(2 ** (self.bits - self.splits), device=scales.device)
-        table = (scales[:, :1] + q * scales[:, 1:]).view(-1)
-        return look_up(payload.tensors["codes"], self.bits, table, payload.shape, payload.dtype)
+        table = (scales[:, :1] + q * scales[:, 1:]).view(-1).to(payload.dtype)
+        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, [table])
+
+    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
+        edges, scales = self._groups(x.reshape(-1))
+        pieces = encode_parts(sort_roundtrip, x, [edges, scales, safe_inverse(scales[:, 1])], **self._static())
+        return join(pieces)[: x.numel()].view(x.shape)
+
+    def _static(self) -> dict[str, int | bool]:
+        # A chain of comparisons is as long as there are groups.
+        return {"bits": self.bits, "splits": self.splits, "compilable": self.splits <= 5}
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return table_nbytes(math.prod(shape), self.bits) + 8 * 2**self.splits
+        return codes_nbytes(math.prod(shape), self.bits) + 8 * 2**self.splits

@@ -10,23 +10,11 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_choice, check_int
-from .levels import safe_inverse
-from .packing import MAX_BITS, code_dtype, pack, packed_nbytes, unpack
-from .rounding import RoundingState, hash_noise, next_key
-from .rows import piece_shapes, row_pieces, tiles
-
-COLS = 1024  # only a unit of packing: no scale depends on it
-
-
-def round_codes(y: Tensor, top: int, key: int | None, index: int) -> Tensor:
-    """y [R, C] in units of the step -> whole numbers 0 .. top as fp32; stochastic where a key is given.
-
-    index: the flat index of y's first element, where its noise begins.
-    """
-    if key is None:
-        return torch.round(y).clamp_(0, top)
-    noise = hash_noise(y.shape[0], y.shape[1], key, index, y.device)
-    return torch.floor(y + noise).clamp_(0, top)
+from .compiled import Kernel
+from .kernels import line_decode, line_encode, line_roundtrip
+from .packing import MAX_BITS
+from .rounding import RoundingState, noise_source
+from .rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
 
 
 @dataclass(frozen=True)
@@ -55,54 +43,25 @@ class Uniform(Codec):
         top = 2**self.bits - 1
         return torch.stack([lo, hi / top - lo / top])  # hi - lo could overflow
 
-    def _codes(self, rows: Tensor, scale: Tensor, key: int | None, index: int) -> Tensor:
-        y = (rows.float() - scale[0]) * safe_inverse(scale[1])
-        return round_codes(y, 2**self.bits - 1, key, index)
-
-    def _key(self, state: CodecState | None) -> int | None:
-        return next_key(state) if self.round == "stochastic" else None
+    def _apply(self, kernel: Kernel, x: Tensor, scale: Tensor, state: CodecState | None) -> list[Tensor]:
+        flat, results = x.reshape(-1), []
+        lanes, key = noise_source(self, state, COLS, x.device)
+        for part in parts(x.numel(), COLS):
+            starts = None if key is None else counters(part, x.device)
+            own = None if lanes is None else lanes[: part.shape[2]]
+            results += apply(kernel, part.take(flat), shared=[scale, own, key], rows=[starts], bits=self.bits)
+        return [result.view(-1) for result in results]
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        flat, key, scale = x.reshape(-1), self._key(state), self._scale(x)
-        codes = torch.empty(packed_nbytes_of(x.numel(), self.bits), dtype=torch.uint8, device=x.device)
-        at = index = 0
-        for piece in row_pieces(flat, COLS):
-            for start, stop in tiles(*piece.shape, x.device):
-                q = self._codes(piece[start:stop], scale, key, index)
-                packed = pack(q.to(code_dtype(self.bits)), self.bits).reshape(-1)
-                codes[at : at + packed.numel()] = packed
-                at, index = at + packed.numel(), index + q.numel()
-        return self._payload(x, {"codes": codes, "scale": scale})
+        scale = self._scale(x)
+        return self._payload(x, {"codes": join(self._apply(line_encode, x, scale, state)), "scale": scale})
 
     def _decode(self, payload: Payload) -> Tensor:
         codes, scale = payload.tensors["codes"], payload.tensors["scale"]
-        out = torch.empty(math.prod(payload.shape), dtype=payload.dtype, device=codes.device)
-        at = done = 0
-        for rows, cols in piece_shapes(out.numel(), COLS):
-            width = cols * self.bits // 8
-            for start, stop in tiles(rows, cols, out.device):
-                packed = codes[at : at + (stop - start) * width].view(stop - start, width)
-                y = scale[0] + unpack(packed, self.bits, cols).float() * scale[1]
-                take = min(y.numel(), out.numel() - done)
-                out[done : done + take] = y.view(-1)[:take]
-                at, done = at + packed.numel(), done + take
-        return out.view(payload.shape)
+        return decode_parts(line_decode, codes, payload.shape, self.bits, [scale], dtype=payload.dtype)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        flat, key, scale = x.reshape(-1), self._key(state), self._scale(x)
-        out = torch.empty_like(flat)
-        done = 0
-        for piece in row_pieces(flat, COLS):
-            for start, stop in tiles(*piece.shape, x.device):
-                y = scale[0] + self._codes(piece[start:stop], scale, key, done) * scale[1]
-                take = min(y.numel(), out.numel() - done)
-                out[done : done + take] = y.view(-1)[:take]
-                done += take
-        return out.view(x.shape)
+        return join(self._apply(line_roundtrip, x, self._scale(x), state))[: x.numel()].view(x.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return packed_nbytes_of(math.prod(shape), self.bits) + 8
-
-
-def packed_nbytes_of(n: int, bits: int) -> int:
-    return sum(rows * packed_nbytes(cols, bits) for rows, cols in piece_shapes(n, COLS))
+        return codes_nbytes(math.prod(shape), self.bits) + 8
