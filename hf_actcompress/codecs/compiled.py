@@ -25,6 +25,9 @@ VARIABLE = "HF_ACTCOMPRESS_COMPILE"
 SMALLEST = 1 << 16  # elements; below, the eager function takes about as long as a call of a compiled one
 PATIENCE = 5.0  # seconds a function has to have cost before it is compiled, about what compiling costs
 
+# Chains of more than 30 operations would be cut into passes over memory, with whole tensors of scratch in between.
+OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000}
+
 _said: set[str] = set()
 
 
@@ -109,14 +112,17 @@ class Kernel:
         code = self.fn.__code__.replace(co_name=f"{self.fn.__name__}_{len(self.variants)}")
         own = types.FunctionType(code, self.fn.__globals__, code.co_name, self.fn.__defaults__, self.fn.__closure__)
         own.__kwdefaults__ = self.fn.__kwdefaults__
-        compiled = torch.compile(own, fullgraph=True)
+        compiled = torch.compile(own, fullgraph=True, options=OPTIONS)
 
         def run(*args: Tensor | None) -> Any:
             if variant.failed:
                 return self.fn(*args, **static)
             for arg in args:
-                for dim in range(min(2, 0 if arg is None else arg.dim() - 1)):
-                    torch._dynamo.maybe_mark_dynamic(arg, dim)
+                # The last dimension is a constant, the others (N and K of a grid) are any numbers; 0 and 1 are
+                # special to the compiler.
+                for dim in range(0 if arg is None else arg.dim() - 1):
+                    if arg.shape[dim] > 1:
+                        torch._dynamo.mark_dynamic(arg, dim)
             try:
                 with torch.no_grad():
                     return compiled(*args, **static)

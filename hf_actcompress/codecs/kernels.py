@@ -24,7 +24,7 @@ def _rounded(y: Tensor, top: int, starts: Tensor | None, lanes: Tensor | None, k
     """y in units of the step -> whole numbers 0 .. top (fp32); stochastic where a key is given."""
     if key is None:
         return torch.round(y).clamp(0, top)
-    return torch.floor(y + noise(starts[..., None] + lanes, key)).clamp(0, top)
+    return torch.floor(y + noise(starts + lanes, key)).clamp(0, top)
 
 
 def _units(x: Tensor, mean: Tensor | None, inverse: Tensor | None) -> Tensor:
@@ -39,7 +39,8 @@ def _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored):  # n
         cut = (hi - lo) * ((1 - clip) / 2)
         lo, hi = lo + cut, hi - cut
     lo = floor16(lo) if stored == 16 else lo
-    step = hi / top - lo / top  # hi - lo could overflow
+    # Not hi - lo, which could overflow; not a division, which takes longer than all the rest of a group.
+    step = hi * (1 / top) - lo * (1 / top)
     step = ceil16(step) if stored == 16 else step
     codes = _rounded((y - lo[..., None]) * safe_inverse(step)[..., None], top, starts, lanes, key)
     return codes, lo, step
@@ -51,7 +52,7 @@ def _group_encode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Groups with their own minimum and step: x -> codes uint8 [N, K, C * bits / 8], scales [N, K, 2].
 
-    starts: int32 [N, K], index of each group's first element; lanes: int32 [C], 0, 1, ...; key: int32 [].
+    starts: int32 [N, K, 1], index of each group's first element; lanes: int32 [C], 0, 1, ...; key: int32 [].
     """
     codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored)
     return pack(codes.to(code_dtype(bits)), bits), torch.stack([lo, step], -1)
@@ -134,8 +135,8 @@ def _sort_roundtrip(
 
 
 def _nearest_encode(x: Tensor, edges: Tensor, ranks: Tensor, *, bits: int) -> tuple[Tensor]:
-    """Codes by edges fp32 [k - 1] between neighbouring centroids; ranks: 0, 1, ... as uint8 [k]."""
-    return (pack(_chosen(x.float(), edges, False, ranks)[0], bits),)
+    """Codes by edges fp32 [k - 1] between neighbouring centroids; ranks: 0, 1, ... as fp32 [k]."""
+    return (pack(_chosen(x.float(), edges, False, ranks)[0].to(code_dtype(bits)), bits),)
 
 
 def _nearest_roundtrip(x: Tensor, edges: Tensor, table: Tensor) -> tuple[Tensor]:

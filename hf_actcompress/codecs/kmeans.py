@@ -50,7 +50,7 @@ class KMeans(Codec):
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         flat = x.reshape(-1)
         table = self._fit(strided_sample(flat, SAMPLE), state)
-        ranks = torch.arange(table.numel(), dtype=torch.uint8, device=x.device)
+        ranks = torch.arange(table.numel(), dtype=torch.float32, device=x.device)
         static = {"bits": self.bits, "compilable": self.bits <= 6}
         codes = encode_parts(nearest_encode, x, [_edges(table), ranks], **static)
         return self._payload(x, {"codes": join(codes), "centroids": table})

@@ -21,7 +21,7 @@ from .packing import ceil8
 # An eager chain of elementwise operations on a tile of this many elements stays in the cache of a CPU core.  GPUs
 # prefer one launch for all.
 TILE = 1 << 17
-COLS = 1024  # elements per row where rows are only a unit of packing and share no scale
+COLS = 128  # elements per row where rows are only a unit of packing and share no scale; few tensors leave a tail
 
 
 def row_pieces(flat: Tensor, cols: int, pad_to: int = 0) -> list[Tensor]:
@@ -131,10 +131,10 @@ def join(pieces: list[Tensor]) -> Tensor:
 
 
 def counters(part: Part, device: torch.device) -> Tensor:
-    """int32 [N, K]: the index of each group's first element in the tensor, modulo 2**32."""
+    """int32 [N, K, 1]: the index of each group's first element in the tensor, modulo 2**32."""
     n, k, c = part.shape
     first = part.start + torch.arange(n * k, device=device, dtype=torch.int64) * c
-    return (first & 0xFFFFFFFF).to(torch.int32).view(n, k)  # int64 -> int32 keeps the low bits
+    return (first & 0xFFFFFFFF).to(torch.int32).view(n, k, 1)  # int64 -> int32 keeps the low bits
 
 
 def blocks(n: int, k: int, cols: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
