@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, site_hash
+
+PART = 1 << 20  # elements of a tensor of another dtype that are taken to fp32 at once
+WORST = 1e-2  # smallest eigenvalue of the products of unit columns up to which fp32 sums are trusted
 
 
 class BasisState(CodecState):
@@ -59,38 +63,38 @@ class LowRank(Codec):
             )
         return m, n, min(self.rank, m)
 
-    def _fold(self, x: Tensor) -> Tensor:
-        m, n, _ = self._matrix_shape(tuple(x.shape))
-        x = x.movedim(1, -1) if x.dim() == 4 else x
-        return x.reshape(m, n).float()
-
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         m, n, r = self._matrix_shape(tuple(x.shape))
-        matrix = self._fold(x)
+        matrix = Folded(x, m, n)
         # Norms of values near 2**48 would overflow, so the factors are found at a scale of one; the scale is a
         # power of two, which is exact, and both factors carry a part of it.
-        exponent = math.floor(math.log2(max(float(matrix.abs().amax()), 2.0**-126)))
-        matrix = matrix * 2.0**-exponent
+        lo, hi = torch.aminmax(x)
+        exponent = math.floor(math.log2(max(-float(lo), float(hi), 2.0**-126)))
         if self.method == "svd":
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            u, s, vh = torch.linalg.svd(matrix.dense() * 2.0**-exponent, full_matrices=False)
             left, right = u[:, :r] * s[:r], vh[:r].T
         else:
-            left, right = self._power(matrix, r, state)
+            left, right = self._power(matrix, 2.0**-exponent, r, state)
         left, right = left * 2.0 ** (exponent // 2), right * 2.0 ** (exponent - exponent // 2)
         return self._payload(x, {"left": left.contiguous(), "right": right.contiguous()})
 
-    def _power(self, matrix: Tensor, r: int, state: CodecState | None) -> tuple[Tensor, Tensor]:
+    def _power(self, matrix: "Folded", unit: float, r: int, state: CodecState | None) -> tuple[Tensor, Tensor]:
         state = state if isinstance(state, BasisState) else BasisState()
         basis = state.basis
-        iters = self.iters
-        if basis is None or basis.shape != (matrix.shape[1], r):
+        warm = basis is not None and basis.shape == (matrix.n, r)
+        if not warm:
             generator = torch.Generator("cpu").manual_seed(state.seed)
-            basis = torch.randn(matrix.shape[1], r, generator=generator, dtype=torch.float32, device="cpu")
-            iters = max(iters, 4)
+            basis = torch.randn(matrix.n, r, generator=generator, dtype=torch.float32, device="cpu")
         right = basis.to(matrix.device)
-        for _ in range(iters):
-            left = torch.linalg.qr(matrix @ right).Q
-            right = matrix.T @ left
+        for _ in range(self.iters if warm else max(self.iters, 4)):
+            left = matrix.times(right) * unit
+            # Columns along the last step's singular vectors are nearly orthogonal already: then a correction by
+            # their r x r products gives what an orthogonalisation of the tall factor would.
+            inverse = _inverse_products(left) if warm else None
+            if inverse is None:
+                left, inverse = torch.linalg.qr(left).Q, None
+            right = matrix.transposed_times(left) * unit
+            right = right if inverse is None else right @ inverse
         # Strides, too, decide the last bits of a product: a basis that comes back from a checkpoint is contiguous.
         state.basis = torch.linalg.qr(right).Q.contiguous()
         return left, right
@@ -99,11 +103,10 @@ class LowRank(Codec):
         return self._unfold(payload.tensors["left"], payload.tensors["right"], payload)
 
     def _unfold(self, left: Tensor, right: Tensor, payload: Payload) -> Tensor:
-        y = (left @ right.T).to(payload.dtype)
         if len(payload.shape) == 4:
             b, c, h, w = payload.shape
-            return y.view(b, h, w, c).movedim(-1, 1).contiguous()
-        return y.view(payload.shape)
+            return (right @ left.view(b, h * w, -1).transpose(1, 2)).to(payload.dtype).view(payload.shape)
+        return (left @ right.T).to(payload.dtype).view(payload.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         m, n, r = self._matrix_shape(shape)
@@ -112,3 +115,53 @@ class LowRank(Codec):
     def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> LeafShapes:
         m, n, r = self._matrix_shape(shape)
         return {"left": ((m, r), torch.float32), "right": ((n, r), torch.float32)}
+
+
+class Folded:
+    """A tensor as a matrix [m, n] with its features as columns, multiplied where it lies: images are not moved."""
+
+    def __init__(self, x: Tensor, m: int, n: int) -> None:
+        self.m, self.n, self.device = m, n, x.device
+        # [m, n], or [B, n, H * W]; contiguous, because strides decide the last bits of a product
+        self.x = (x.reshape(x.shape[0], n, -1) if x.dim() == 4 else x.reshape(m, n)).contiguous()
+
+    def dense(self) -> Tensor:
+        x = self.x.transpose(1, 2) if self.x.dim() == 3 else self.x
+        return x.reshape(self.m, self.n).float()
+
+    def times(self, right: Tensor) -> Tensor:
+        """fp32 [n, r] -> [m, r]"""
+        out = torch.empty(self.m, right.shape[1], dtype=torch.float32, device=self.device)
+        for at, x in self._tiles():
+            out[at] = (right.T @ x).transpose(1, 2).reshape(-1, right.shape[1]) if x.dim() == 3 else x @ right
+        return out
+
+    def transposed_times(self, left: Tensor) -> Tensor:
+        """fp32 [m, r] -> [n, r]"""
+        total = torch.zeros(self.n, left.shape[1], dtype=torch.float32, device=self.device)
+        for at, x in self._tiles():
+            own = left[at]
+            total += (x @ own.view(x.shape[0], -1, left.shape[1])).sum(0) if x.dim() == 3 else x.T @ own
+        return total
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the matrix, a part of x in fp32); whole if x is fp32, for others are copied."""
+        images = self.x.shape[2] if self.x.dim() == 3 else 1
+        step = self.x.shape[0]
+        if self.x.dtype != torch.float32 and self.device.type == "cpu":
+            step = max(1, PART // (self.n * images))
+        for start in range(0, self.x.shape[0], step):
+            part = self.x[start : start + step].float()
+            yield slice(start * images, (start + part.shape[0]) * images), part
+
+
+def _inverse_products(left: Tensor) -> Tensor | None:
+    """(left^T left)^-1 [r, r], or None if the columns of `left` are too far from orthogonal to trust it."""
+    norms = torch.linalg.vector_norm(left, dim=0).double()
+    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+    products = (left.T @ left).double() / norms[:, None] / norms
+    products.diagonal().clamp_min_(1)  # a column of zeros
+    values, vectors = torch.linalg.eigh(products)
+    if float(values[0]) < WORST:
+        return None
+    return ((vectors / values) @ vectors.T / norms[:, None] / norms).float()

@@ -91,7 +91,7 @@ def test_images_fold_channels_last(memory):
     for i in range(b):
         for j in range(h):
             for k in range(w):
-                assert torch.equal(y[i, :, j, k], z[(i * h + j) * w + k])
+                torch.testing.assert_close(y[i, :, j, k], z[(i * h + j) * w + k])
 
 
 def test_a_short_batch_is_kept_at_its_number_of_rows():
@@ -115,3 +115,39 @@ def test_a_rank_above_the_features_is_refused(shape, folded):
             call()
     with pytest.raises(ValueError, match=message):
         codec.roundtrip(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("kind", ["decaying", "flat", "rank 2", "zero columns"])
+def test_warm_steps_equal_plain_subspace_iteration(kind):
+    """The slow twin orthogonalises the tall factor in fp64; the codec corrects it by a small matrix."""
+    g = torch.Generator().manual_seed(3)
+    x = {"decaying": matrix(300, 24), "flat": torch.randn(300, 24, generator=g),
+         "rank 2": torch.randn(300, 2, generator=g) @ torch.randn(2, 24, generator=g),
+         "zero columns": torch.randn(300, 24, generator=g) * (torch.arange(24) < 3)}[kind]  # fmt: skip
+    codec, state = LowRank(4), LowRank(4).init_state("s")
+    codec.roundtrip(x, state)
+    for _ in range(4):
+        basis = state.basis.double()
+        x = x + 0.02 * torch.randn(x.shape, generator=g) * (x != 0)
+        left = torch.linalg.qr(x.double() @ basis).Q
+        torch.testing.assert_close(codec.roundtrip(x, state).double(), left @ (left.T @ x.double()), rtol=0, atol=1e-4)
+        turned = torch.linalg.qr(x.double().T @ left).Q
+        torch.testing.assert_close(state.basis.double() @ state.basis.double().T, turned @ turned.T, rtol=0, atol=1e-3)
+
+
+def test_columns_that_are_nearly_parallel_are_orthogonalised():
+    x, codec = matrix(200, 30, decay=0.3), LowRank(4)
+    state = codec.init_state("s")
+    state.basis = torch.ones(30, 4) + 1e-3 * torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    left = torch.linalg.qr(x.double() @ state.basis.double()).Q
+    torch.testing.assert_close(codec.roundtrip(x, state).double(), left @ (left.T @ x.double()), rtol=0, atol=1e-4)
+
+
+def test_a_half_precision_tensor_is_multiplied_in_parts(monkeypatch):
+    from hf_actcompress.codecs import lowrank
+
+    for x in (matrix(90, 16).bfloat16(), torch.randn(6, 8, 5, 5, generator=torch.Generator().manual_seed(0)).half()):
+        whole = LowRank(3).roundtrip(x)
+        monkeypatch.setattr(lowrank, "PART", 100)
+        torch.testing.assert_close(LowRank(3).roundtrip(x), whole)
+        monkeypatch.undo()
