@@ -148,8 +148,42 @@ def _table_decode(codes: Tensor, table: Tensor, *, bits: int) -> tuple[Tensor]:
     return (_joined([table[run.int()] for _, run in unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)]),)
 
 
+def _bitmap(condition: Tensor) -> Tensor:
+    """`pack` of one bit, in 32-bit integers: as many lanes as the comparisons of floats that it joins."""
+    run = condition.shape[-1] // 8
+    bits = torch.where(condition[..., :run], 1, 0).to(torch.int32)
+    for k in range(1, 8):
+        bits = bits | torch.where(condition[..., k * run : (k + 1) * run], 1 << k, 0).to(torch.int32)
+    return bits.to(torch.uint8)
+
+
+def _band_bits(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Bitmaps of the magnitudes from lo to hi, and of those above hi (fp32 [], or fp64 for fp64)."""
+    size = x.to(lo.dtype).abs()
+    return _bitmap((size >= lo) & (size <= hi)), _bitmap(size > hi)
+
+
+def _keep_above(x: Tensor, hi: Tensor) -> tuple[Tensor]:
+    return (torch.where(x.to(hi.dtype).abs() > hi, x, torch.zeros_like(x)),)
+
+
+def _place(bits: Tensor, ranks: Tensor, values: Tensor) -> tuple[Tensor]:
+    """Bitmap [N, K, C / 8], for each byte the number of bits before it, values [k, 1] byte by byte -> [N, K, C]."""
+    byte, out = bits.to(torch.int32), []
+    for i in range(8):
+        before = byte & ((1 << i) - 1)
+        before = before - ((before >> 1) & 0x55)  # sums of neighbouring bits, pairs, halves
+        before = (before & 0x33) + ((before >> 2) & 0x33)
+        rank = ranks + ((before + (before >> 4)) & 0x0F)
+        there = (byte >> i) & 1 != 0
+        value = values[torch.where(there, rank, 0), 0]
+        out.append(torch.where(there, value, torch.zeros_like(value)))
+    return (_joined(out),)
+
+
 group_encode, group_decode, group_roundtrip = Kernel(_group_encode), Kernel(_group_decode), Kernel(_group_roundtrip)
 line_encode, line_decode, line_roundtrip = Kernel(_line_encode), Kernel(_line_decode), Kernel(_line_roundtrip)
 sort_encode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_roundtrip)
 nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
 table_decode = Kernel(_table_decode)
+keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_place)

@@ -78,7 +78,7 @@ class KMeans(Codec):
     def _decode(self, payload: Payload) -> Tensor:
         table = payload.tensors["centroids"]
         shared = [table.to(payload.dtype)]
-        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, shared)
+        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, shared, bits=self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         table = self._fit(strided_sample(x.reshape(-1), SAMPLE), state)

@@ -112,16 +112,20 @@ def encode_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **static: 
 
 
 def decode_parts(
-    kernel: Kernel, codes: Tensor, shape: tuple[int, ...], bits: int, shared: Sequence[Tensor], **static: Any
-) -> Tensor:
-    """Codes in rows of COLS -> what the kernel makes of them, as a tensor of that shape."""
+    kernel: Kernel, codes: Tensor, shape: tuple[int, ...], width: int, shared: Sequence[Tensor],
+    beside: Sequence[Tensor] = (), **static: Any,
+) -> Tensor:  # fmt: skip
+    """Codes in rows of COLS -> what the kernel makes of them, as a tensor of that shape.
+
+    width: bits per code.  beside: tensors with one entry for each byte of the codes.
+    """
     pieces, at, total = [], 0, math.prod(shape)
     for part in parts(total, COLS):
         n, k, c = part.shape
-        width = c * bits // 8
-        own = codes[at : at + n * k * width].view(n, k, width)
-        pieces.append(apply(kernel, own, shared=shared, cols=c, bits=bits, **static)[0].view(-1))
-        at += n * k * width
+        nbytes = c * width // 8
+        own, *rows = (t[at : at + n * k * nbytes].view(n, k, nbytes) for t in (codes, *beside))
+        pieces.append(apply(kernel, own, rows, shared=shared, cols=c, **static)[0].view(-1))
+        at += n * k * nbytes
     return join(pieces)[:total].view(shape)
 
 

@@ -79,7 +79,7 @@ class Sort(Codec):
         scales = payload.tensors["scales"]
         q = torch.arange(2 ** (self.bits - self.splits), device=scales.device)
         table = (scales[:, :1] + q * scales[:, 1:]).view(-1).to(payload.dtype)
-        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, [table])
+        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, [table], bits=self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         edges, scales = self._groups(x.reshape(-1))

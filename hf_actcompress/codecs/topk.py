@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, LeafShapes, Payload
-from .packing import pack, unpack
+from .kernels import keep_above, place
+from .rows import decode_parts, encode_parts, join
+from .selection import find_cut, ranks, set_bits
 
 
 @dataclass(frozen=True)
@@ -39,46 +41,32 @@ class TopK(Codec):
         """How many of `n` values stay."""
         return max(1, min(n, round(self.ratio * n)))
 
-    def _mask(self, flat: Tensor) -> Tensor:
-        """bool [n] with exactly `kept(n)` ones."""
-        n, k = flat.numel(), self.kept(flat.numel())
-        size = flat.abs()
-        if k == n:
-            return torch.ones_like(size, dtype=torch.bool)
-        threshold = size.kthvalue(n - k + 1).values
-        mask = size > threshold
-        missing = k - int(mask.sum())
-        ties = (size == threshold).nonzero().view(-1)[:missing]
-        mask[ties] = True
-        return mask
-
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        flat = x.reshape(-1)
-        mask = self._mask(flat)
-        n = flat.numel()
-        if _bitmap_is_smaller(n, self.kept(n)):
-            pad = torch.nn.functional.pad(mask.to(torch.uint8), (0, -n % 8))
-            where = pack(pad.view(1, -1), 1).view(-1)
-        else:
-            where = mask.nonzero().view(-1).to(_index_dtype(n))
-        return self._payload(x, {"values": flat[mask], "positions": where})
+        flat, n = x.reshape(-1), x.numel()
+        k = self.kept(n)
+        cut = find_cut(flat, k)
+        if _bitmap_is_smaller(n, k):
+            bits = cut.bitmap()
+            return self._payload(x, {"values": flat[set_bits(bits, n)], "positions": bits})
+        where = torch.cat([set_bits(cut.bits, n, sparse=True), cut.more]).sort().values
+        return self._payload(x, {"values": flat[where], "positions": where.to(_index_dtype(n))})
 
     def _decode(self, payload: Payload) -> Tensor:
-        return self._place(payload, payload.tensors["values"])
-
-    def _place(self, payload: Payload, values: Tensor) -> Tensor:
-        n, where = math.prod(payload.shape), payload.tensors["positions"]
-        out = torch.zeros(n, dtype=payload.dtype, device=values.device)
-        if _bitmap_is_smaller(n, self.kept(n)):
-            mask = unpack(where.view(1, -1), 1, where.numel() * 8).view(-1)[:n].bool()
-            out[mask] = values
-        else:
+        values, where = payload.tensors["values"], payload.tensors["positions"]
+        n = math.prod(payload.shape)
+        if not _bitmap_is_smaller(n, self.kept(n)):
+            out = torch.zeros(n, dtype=payload.dtype, device=values.device)
             out[where.long()] = values
-        return out.view(payload.shape)
+            return out.view(payload.shape)
+        shared = [values.view(-1, 1)]
+        return decode_parts(place, where, payload.shape, 1, shared, beside=[ranks(where)])
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        flat = x.reshape(-1)
-        return torch.where(self._mask(flat), flat, torch.zeros_like(flat)).view(x.shape)
+        flat, n = x.reshape(-1), x.numel()
+        cut = find_cut(flat, self.kept(n))
+        out = join(encode_parts(keep_above, x, [cut.hi]))[:n]
+        out[cut.more] = flat[cut.more]
+        return out.view(x.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         n = math.prod(shape)

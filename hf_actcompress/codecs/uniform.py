@@ -58,7 +58,7 @@ class Uniform(Codec):
 
     def _decode(self, payload: Payload) -> Tensor:
         codes, scale = payload.tensors["codes"], payload.tensors["scale"]
-        return decode_parts(line_decode, codes, payload.shape, self.bits, [scale], dtype=payload.dtype)
+        return decode_parts(line_decode, codes, payload.shape, self.bits, [scale], bits=self.bits, dtype=payload.dtype)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         return join(self._apply(line_roundtrip, x, self._scale(x), state))[: x.numel()].view(x.shape)
