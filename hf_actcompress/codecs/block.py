@@ -16,8 +16,7 @@ from .kernels import group_decode, group_encode, group_roundtrip
 from .packing import MAX_BITS, ceil8
 from .rounding import RoundingState, noise_source
 from .rows import Part, apply, counters, join, parts
-
-DEFAULT_GROUP = 128
+from .turned import DEFAULT_GROUP
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,44 @@ def _table_decode(codes: Tensor, table: Tensor, *, bits: int) -> tuple[Tensor]:
     return (_joined([table[run.int()] for _, run in unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)]),)
 
 
+def _equalized(x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor]:
+    return (_units(x, mean, inverse),)
+
+
+def _restored(
+    y: Tensor, center: Tensor, mean: Tensor | None, root: Tensor | None, *, dtype: torch.dtype
+) -> tuple[Tensor]:
+    """fp32 groups around 0 and their means [N, K, 1] -> the tensor's own values."""
+    y = y + center
+    return ((y if mean is None else y * root + mean).to(dtype),)
+
+
+def _steps_encode(
+    y: Tensor, step: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None, *, bits: int
+) -> tuple[Tensor]:
+    """Groups around 0 in equal steps [N, K, 1], half of the codes on each side."""
+    top = 2**bits - 1
+    codes = _rounded(y * safe_inverse(step) + top / 2, top, starts, lanes, key)
+    return (pack(codes.to(code_dtype(bits)), bits),)
+
+
+def _steps_decode(codes: Tensor, step: Tensor, *, bits: int) -> tuple[Tensor]:
+    middle = (2**bits - 1) / 2
+    runs = unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)
+    return (_joined([(run.float() - middle) * step for _, run in runs]),)
+
+
+def _levels_encode(y: Tensor, spread: Tensor, edges: Tensor, ranks: Tensor, *, bits: int) -> tuple[Tensor]:
+    """Groups around 0 of deviations [N, K, 1] by edges fp32 [k - 1]; ranks: 0, 1, ... as fp32 [k]."""
+    codes = _chosen(y * safe_inverse(spread), edges, False, ranks)[0]
+    return (pack(codes.to(code_dtype(bits)), bits),)
+
+
+def _levels_decode(codes: Tensor, spread: Tensor, table: Tensor, *, bits: int) -> tuple[Tensor]:
+    runs = unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)
+    return (_joined([table[run.int()] * spread for _, run in runs]),)
+
+
 def _bitmap(condition: Tensor) -> Tensor:
     """`pack` of one bit, in 32-bit integers: as many lanes as the comparisons of floats that it joins."""
     run = condition.shape[-1] // 8
@@ -187,3 +225,6 @@ sort_encode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_roundtrip)
 nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
 table_decode = Kernel(_table_decode)
 keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_place)
+equalized, restored = Kernel(_equalized), Kernel(_restored)
+steps_encode, steps_decode = Kernel(_steps_encode), Kernel(_steps_decode)
+levels_encode, levels_decode = Kernel(_levels_encode), Kernel(_levels_decode)

@@ -45,10 +45,10 @@ def level_table(bits: int, gain: float, device: torch.device) -> Tensor:
     return torch.tensor([gain * level for level in gauss_levels(bits)], dtype=torch.float32, device=device)
 
 
-def bucket(y: Tensor, bits: int) -> Tensor:
-    """int32 index of the level nearest to each value."""
-    levels = level_table(bits, 1.0, y.device)
-    return torch.bucketize(y, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+def bucket_edges(bits: int, device: torch.device) -> Tensor:
+    """fp32 [2**bits - 1]: halfway between neighbouring levels."""
+    levels = level_table(bits, 1.0, device)
+    return (levels[1:] + levels[:-1]) / 2
 
 
 def floor16(x: Tensor) -> Tensor:

@@ -141,12 +141,14 @@ def counters(part: Part, device: torch.device) -> Tensor:
     return (first & 0xFFFFFFFF).to(torch.int32).view(n, k, 1)  # int64 -> int32 keeps the low bits
 
 
-def blocks(n: int, k: int, cols: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Consecutive runs of groups that an eager chain should process at once, cf. `tiles`."""
+def blocks(
+    n: int, k: int, cols: int, device: torch.device, size: int | None = None
+) -> Iterator[tuple[slice, slice]]:
+    """Consecutive runs of groups, about `size` elements (TILE) each, that are best processed at once on a CPU."""
     if device.type != "cpu":
         yield slice(0, n), slice(0, k)
         return
-    wide = max(1, TILE // cols)
+    wide = max(1, (size or TILE) // cols)
     high = max(1, wide // k)
     for i in range(0, n, high):
         for j in range(0, k, wide):

@@ -15,13 +15,17 @@ from torch import Tensor
 from .allocation import Regions, allocate
 from .base import CodecState
 from .hadamard import rotate, rotate_back
-from .levels import bucket, ceil16, gauss_distortion, level_table, safe_inverse
-from .packing import code_dtype, pack, unpack
-from .rounding import hash_noise, next_key
-from .rows import Part, blocks
+from .kernels import equalized, levels_decode, levels_encode, restored, steps_decode, steps_encode
+from .levels import bucket_edges, ceil16, gauss_distortion, level_table
+from .rounding import noise_source
+from .rows import Part, apply, blocks, counters
 
 if TYPE_CHECKING:
     from .block import Block
+
+
+DEFAULT_GROUP = 128
+TURNED = 1 << 19  # elements of a tile: calls of matrix products and kernels should not be what takes the time
 
 
 def encode(
@@ -29,25 +33,31 @@ def encode(
     state: CodecState | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes uint8 and scales [groups, 2] in their stored dtype."""
-    key = next_key(state) if codec.round == "stochastic" else None
-    gauss, groups = codec.levels == "gauss", sum(part.groups for part in parts)
-    scales = torch.empty(groups, 2, dtype=codec.scale_dtype, device=flat.device)
-    if gauss:  # first, since the widths of codes depend on all deviations
+    cols = parts[0].shape[2]
+    lanes, key = noise_source(codec, state, cols, flat.device)
+    scales = torch.empty(sum(p.groups for p in parts), 2, dtype=codec.scale_dtype, device=flat.device)
+    if codec.allocate:  # first, since the widths of codes depend on all deviations
         for start, stop, x in _tiles(flat, parts, mean, inverse):
-            scales[start:stop] = _center_and_spread(codec, x)
+            scales[start:stop] = _center_and_spread(codec, x)[1]
     widths = _regions(codec, scales, parts)
     packed = torch.empty(widths.nbytes, dtype=torch.uint8, device=flat.device)
     for start, stop, x in _tiles(flat, parts, mean, inverse):
-        if gauss:
-            own = scales[start:stop].float()
-            y = x - own[:, :1]
-            y = (rotate(y) if codec.rotate else y) * safe_inverse(own[:, 1:])
-            for bits, rows, at in widths.parts(start, stop, x.shape[1]):
-                packed[at] = pack(bucket(y if rows is None else y[rows], bits).to(torch.uint8), bits).view(-1)
+        if codec.levels == "gauss":
+            x, scale = _center_and_spread(codec, x)
+            y = (rotate(x) if codec.rotate else x)[:, None]
+            for bits, rows, at in widths.parts(start, stop, cols := x.shape[1]):
+                own, spread = (y, scale) if rows is None else (y[rows], scale[rows])
+                shared = [bucket_edges(bits, y.device), torch.arange(2**bits, device=y.device).float()]
+                codes = apply(
+                    levels_encode, own, [spread[:, None, 1:]], shared=shared, bits=bits, compilable=bits <= 6
+                )
+                packed[at] = codes[0].view(-1)
         else:
-            codes, scales[start:stop] = _equal_steps(codec, x, key, start * parts[0].shape[2])
-            for bits, _, at in widths.parts(start, stop, x.shape[1]):
-                packed[at] = pack(codes.to(code_dtype(bits)), bits).view(-1)
+            y, scale = _turned_and_step(codec, x)
+            rows = [scale[:, None, 1:], None if key is None else _starts(start, stop, cols, y.device)]
+            (_, _, at), = widths.parts(start, stop, x.shape[1])
+            packed[at] = apply(steps_encode, y[:, None], rows, shared=[lanes, key], bits=codec.bits)[0].view(-1)
+        scales[start:stop] = scale
     return packed, scales
 
 
@@ -60,24 +70,46 @@ def decode(
     for part in parts:
         out = torch.empty(part.shape, dtype=dtype, device=codes.device)
         means, roots = part.features(mean), part.features(root)
-        for n, k in blocks(*part.shape, codes.device):
+        for n, k in blocks(*part.shape, codes.device, TURNED):
             target = out[n, k]
             start, stop = row, row + target.shape[0] * target.shape[1]
-            own = scales[start:stop].float()
-            y = torch.zeros(stop - start, part.shape[2], dtype=torch.float32, device=codes.device)
-            for bits, rows, at in widths.parts(start, stop, part.shape[2]):
-                q = unpack(codes[at].view(stop - start if rows is None else rows.numel(), -1), bits, part.shape[2])
-                if codec.levels == "gauss":
-                    q = level_table(bits, _gain(codec, bits), codes.device)[q.int()]
-                else:
-                    q = q.float() - (2**bits - 1) / 2
-                y[slice(None) if rows is None else rows] = q
-            y = y * own[:, 1:]
-            y = ((rotate_back(y) if codec.rotate else y) + own[:, :1]).view(target.shape)
-            target.copy_(y if means is None else y * roots[k] + means[k])
+            own = scales[start:stop].float()[:, None]
+            y = _decoded(codec, codes, own[..., 1:], widths.parts(start, stop, part.shape[2]))
+            y = (rotate_back(y) if codec.rotate else y).view(target.shape)
+            center = own[..., :1].view(*target.shape[:2], 1)
+            tables = [None if t is None else t[k] for t in (means, roots)]
+            target.copy_(apply(restored, y, [center], tables, dtype=dtype)[0])
             row = stop
         pieces.append(out)
     return pieces
+
+
+def _decoded(
+    codec: Block, codes: Tensor, scale: Tensor, runs: Iterator[tuple[int, Tensor | None, slice]]
+) -> Tensor:
+    """fp32 [R, C], around 0, of groups whose step or deviation is scale [R, 1, 1]."""
+    out = None
+    for bits, rows, at in runs:
+        own = scale if rows is None else scale[rows]
+        packed = codes[at].view(own.shape[0], 1, -1)
+        cols = packed.shape[2] * 8 // bits
+        if codec.levels == "gauss":
+            table = level_table(bits, _gain(codec, bits), codes.device)
+            y = apply(levels_decode, packed, [own], shared=[table], cols=cols, bits=bits)[0][:, 0]
+        else:
+            y = apply(steps_decode, packed, [own], cols=cols, bits=bits)[0][:, 0]
+        if rows is None:
+            return y
+        if out is None:
+            out = torch.zeros(scale.shape[0], cols, dtype=torch.float32, device=codes.device)
+        out[rows] = y
+    if out is None:  # no group of these was worth a bit
+        out = torch.zeros(scale.shape[0], codec.group or DEFAULT_GROUP, dtype=torch.float32, device=codes.device)
+    return out
+
+
+def _starts(start: int, stop: int, cols: int, device: torch.device) -> Tensor:
+    return counters(Part((stop - start, 1, cols), start * cols, 0, 0), device)
 
 
 def _regions(codec: Block, scales: Tensor, parts: list[Part]) -> Regions:
@@ -93,38 +125,35 @@ def _tiles(
     row = 0
     for part in parts:
         x, means, inverses = part.take(flat), part.features(mean), part.features(inverse)
-        for n, k in blocks(*part.shape, flat.device):
-            y = x[n, k].float()
-            y = y if means is None else (y - means[k]) * inverses[k]
+        for n, k in blocks(*part.shape, flat.device, TURNED):
+            y = x[n, k]
+            y = y.float() if means is None else apply(equalized, y, tables=[means[k], inverses[k]])[0]
             y = y.reshape(-1, part.shape[2])
             yield row, row + y.shape[0], y
             row += y.shape[0]
 
 
-def _mean(codec: Block, x: Tensor) -> Tensor:
+def _centered(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows less their stored means, and these [R]."""
     mean = x.mean(1)
-    return mean.bfloat16().float() if codec.scale == 16 else mean
+    mean = mean.bfloat16().float() if codec.scale == 16 else mean
+    return x - mean[:, None], mean
 
 
-def _center_and_spread(codec: Block, x: Tensor) -> Tensor:
-    """fp32 rows [R, C] -> mean and deviation [R, 2], the latter rounded up."""
-    center = _mean(codec, x)
-    spread = torch.linalg.vector_norm(x - center[:, None], dim=1) / x.shape[1] ** 0.5
-    return torch.stack([center, ceil16(spread) if codec.scale == 16 else spread], 1)
+def _center_and_spread(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 rows [R, C] -> rows around 0; mean and deviation [R, 2], the latter rounded up."""
+    x, center = _centered(codec, x)
+    spread = torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5
+    return x, torch.stack([center, ceil16(spread) if codec.scale == 16 else spread], 1)
 
 
-def _equal_steps(codec: Block, x: Tensor, key: int | None, index: int) -> tuple[Tensor, Tensor]:
-    """Turned rows in equal steps around their mean: codes fp32 [R, C], mean and step [R, 2]."""
-    center, top = _mean(codec, x), 2**codec.bits - 1
-    y = rotate(x - center[:, None])
-    step = torch.linalg.vector_norm(y, torch.inf, dim=1) * (2 * codec.clip / top)
-    step = ceil16(step) if codec.scale == 16 else step
-    y = y * safe_inverse(step)[:, None] + top / 2
-    if key is None:
-        codes = torch.round(y)
-    else:
-        codes = torch.floor(y + hash_noise(*y.shape, key, index, y.device))
-    return codes.clamp_(0, top), torch.stack([center, step], 1)
+def _turned_and_step(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 rows [R, C] -> turned rows around 0; mean and step [R, 2]."""
+    x, center = _centered(codec, x)
+    y = rotate(x)
+    # amax and amin take a tenth of the time of the norm that is their larger one
+    step = torch.maximum(y.amax(1), -y.amin(1)) * (2 * codec.clip / (2**codec.bits - 1))
+    return y, torch.stack([center, ceil16(step) if codec.scale == 16 else step], 1)
 
 
 def _gain(codec: Block, bits: int) -> float:
