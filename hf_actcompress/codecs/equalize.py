@@ -47,7 +47,10 @@ def feature_scales(x: Tensor) -> Tensor:
     others = [d for d in range(x.dim()) if d != 1]
     # Squares of large or tiny values would leave the range of fp32; a power of two changes no digit.
     unit = torch.exp2(torch.floor(torch.log2(torch.linalg.vector_norm(x, torch.inf).clamp_min(2.0**-120))))
-    var, mean = torch.var_mean(x / unit, dim=others, correction=0)
+    x = x / unit
+    mean = x.mean(others, keepdim=True)
+    var = (x - mean).square_().mean(others)  # a fifth of the time of torch.var_mean along columns
+    mean = mean.view(-1)
     stored = mean.bfloat16()
     # What the stored mean leaves of a constant feature has to be coded as well.
     root = (var + (mean - stored.float()) ** 2) ** 0.25

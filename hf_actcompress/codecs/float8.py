@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_choice
+from .kernels import float8_decode, float8_encode, float8_roundtrip
+from .rows import codes_nbytes, decode_parts, encode_parts, join
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -29,20 +31,31 @@ class Float8(Codec):
     def __post_init__(self) -> None:
         check_choice(self.name, "format", self.format, tuple(_FORMATS))
 
-    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        dtype = _FORMATS[self.format]
-        top = torch.finfo(dtype).max
+    def _scale(self, x: Tensor) -> Tensor:
+        """fp32 []"""
+        top = torch.finfo(_FORMATS[self.format]).max
         lo, hi = torch.aminmax(x)
         largest = torch.maximum(-lo, hi).float()
         # Below the smallest normal number of fp32 a division would overflow: such tensors become zero.
         tiny = torch.finfo(torch.float32).tiny
-        scale = torch.where(largest > top * tiny, largest / top, torch.ones_like(largest))
-        codes = (x.reshape(-1).float() / scale).clamp_(-top, top).to(dtype)
-        return self._payload(x, {"codes": codes.view(torch.uint8), "scale": scale.view(1)})
+        return torch.where(largest > top * tiny, largest / top, torch.ones_like(largest))
+
+    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+        scale, n = self._scale(x), x.numel()
+        codes = join(encode_parts(float8_encode, x, [scale], format=_FORMATS[self.format]))
+        return self._payload(x, {"codes": codes[:n], "scale": scale.view(1)})
 
     def _decode(self, payload: Payload) -> Tensor:
-        values = payload.tensors["codes"].view(_FORMATS[self.format]).float() * payload.tensors["scale"]
-        return values.to(payload.dtype).view(payload.shape)
+        codes, shared = payload.tensors["codes"], [payload.tensors["scale"].view(())]
+        pad = codes_nbytes(codes.numel(), 8) - codes.numel()
+        codes = torch.nn.functional.pad(codes, (0, pad)) if pad else codes
+        return decode_parts(
+            float8_decode, codes, payload.shape, 8, shared, format=_FORMATS[self.format], dtype=payload.dtype
+        )
+
+    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
+        pieces = encode_parts(float8_roundtrip, x, [self._scale(x)], format=_FORMATS[self.format])
+        return join(pieces)[: x.numel()].view(x.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return math.prod(shape) + 4

@@ -35,6 +35,12 @@ def rotation_matrix(n: int, device: torch.device) -> Tensor:
     return (signs[:, None] * h / n**0.5).to(device)
 
 
+@functools.cache
+def inverse_matrix(n: int, device: torch.device) -> Tensor:
+    """Its transpose, laid out in rows: a product with a transposed view takes longer."""
+    return rotation_matrix(n, device).T.contiguous()
+
+
 def rotate(rows: Tensor) -> Tensor:
     """fp32 [R, n] -> fp32 [R, n].
 
@@ -53,7 +59,7 @@ def rotate_back(rows: Tensor) -> Tensor:
     """The inverse of `rotate`."""
     n = rows.shape[1]
     if n <= LARGEST:
-        return rows @ rotation_matrix(n, rows.device).T
+        return rows @ inverse_matrix(n, rows.device)
     across = rotate_back(rows.view(-1, n // LARGEST, LARGEST).transpose(1, 2).reshape(-1, n // LARGEST))
     inner = across.view(-1, LARGEST, n // LARGEST).transpose(1, 2).reshape(-1, LARGEST)
-    return (inner @ rotation_matrix(LARGEST, rows.device).T).view(-1, n)
+    return (inner @ inverse_matrix(LARGEST, rows.device)).view(-1, n)

@@ -186,6 +186,20 @@ def _levels_decode(codes: Tensor, spread: Tensor, table: Tensor, *, bits: int) -
     return (_joined([table[run.int()] * spread for _, run in runs]),)
 
 
+def _float8_encode(x: Tensor, scale: Tensor, *, format: torch.dtype) -> tuple[Tensor]:
+    """x / scale (fp32 []) in an 8-bit float, as bytes."""
+    top = torch.finfo(format).max
+    return ((x.float() / scale).clamp(-top, top).to(format).view(torch.uint8),)
+
+
+def _float8_decode(codes: Tensor, scale: Tensor, *, format: torch.dtype, dtype: torch.dtype) -> tuple[Tensor]:
+    return ((codes.view(format).float() * scale).to(dtype),)
+
+
+def _float8_roundtrip(x: Tensor, scale: Tensor, *, format: torch.dtype) -> tuple[Tensor]:
+    return _float8_decode(_float8_encode(x, scale, format=format)[0], scale, format=format, dtype=x.dtype)
+
+
 def _bitmap(condition: Tensor) -> Tensor:
     """`pack` of one bit, in 32-bit integers: as many lanes as the comparisons of floats that it joins."""
     run = condition.shape[-1] // 8
@@ -228,3 +242,6 @@ keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_
 equalized, restored = Kernel(_equalized), Kernel(_restored)
 steps_encode, steps_decode = Kernel(_steps_encode), Kernel(_steps_decode)
 levels_encode, levels_decode = Kernel(_levels_encode), Kernel(_levels_decode)
+float8_encode, float8_decode, float8_roundtrip = (
+    Kernel(_float8_encode), Kernel(_float8_decode), Kernel(_float8_roundtrip),
+)  # fmt: skip

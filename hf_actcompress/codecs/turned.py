@@ -127,17 +127,21 @@ def _tiles(
         x, means, inverses = part.take(flat), part.features(mean), part.features(inverse)
         for n, k in blocks(*part.shape, flat.device, TURNED):
             y = x[n, k]
-            y = y.float() if means is None else apply(equalized, y, tables=[means[k], inverses[k]])[0]
+            # A tensor of its own in any case: what follows works in place.
+            if means is None:
+                y = y.to(torch.float32, copy=True)
+            else:
+                y = apply(equalized, y, tables=[means[k], inverses[k]])[0]
             y = y.reshape(-1, part.shape[2])
             yield row, row + y.shape[0], y
             row += y.shape[0]
 
 
 def _centered(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows less their stored means, and these [R]."""
+    """Rows less their stored means, in place, and these [R]."""
     mean = x.mean(1)
     mean = mean.bfloat16().float() if codec.scale == 16 else mean
-    return x - mean[:, None], mean
+    return x.sub_(mean[:, None]), mean
 
 
 def _center_and_spread(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
