@@ -34,7 +34,9 @@ SPECS = [
     ("uniform:bits=2,round=stochastic", torch.float16), ("uniform:bits=10", torch.bfloat16),
     ("sort:bits=8", torch.float32), ("sort:bits=12", torch.bfloat16), ("kmeans:bits=4", torch.float32),
     ("kmeans:bits=3", torch.float16), ("block:bits=2,rotate=hadamard", torch.float32),
-    ("block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", torch.bfloat16),
+    ("block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", torch.bfloat16), ("topk:ratio=0.2", torch.float32),
+    ("topk:ratio=0.1|uniform:bits=4", torch.bfloat16), ("float8", torch.float32),
+    ("float8:format=e5m2", torch.float16),
 ]  # fmt: skip
 
 

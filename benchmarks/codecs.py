@@ -1,0 +1,239 @@
+"""Time of every codec against x.clone(), over sizes and dtypes, beside plain versions of what people use today.
+
+    python benchmarks/codecs.py                     # sizes 16 KiB to 1 GiB, fp32 and bf16: most of an hour on 2 cores
+    python benchmarks/codecs.py --sizes 64M --dtypes float32 --codecs block:bits=4
+    python benchmarks/codecs.py --parts baselines compilation
+
+Encode, decode, roundtrip and clone run in turn in one process (median of --repeats, with 10th and 90th percentile of
+the multiples of the clone in the same repeat).  Runs on the accelerator with --device cuda.  Writes
+benchmarks/results/codecs.json after every measurement: what is there is kept, --force measures again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hf_actcompress.bench import measure, sample
+from hf_actcompress.codecs import parse_codec
+from hf_actcompress.codecs.compiled import VARIABLE
+from hf_actcompress.recipes.results import environment
+
+PATH = Path(__file__).parent / "results" / "codecs.json"
+SIZES = ("16K", "256K", "1M", "16M", "64M", "256M", "1G")
+CODECS = (
+    "uniform:bits=8", "uniform:bits=4", "uniform:bits=2", "block:bits=8", "block:bits=4", "block:bits=2",
+    "block:bits=4,round=stochastic", "block:bits=2,rotate=hadamard",
+    "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", "sort:bits=8", "kmeans:bits=4", "topk:ratio=0.1",
+    "lowrank:rank=8", "float8",
+)  # fmt: skip
+FEATURES = 768
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def tensor(size: str, dtype: torch.dtype, device: str, features: int = FEATURES) -> torch.Tensor:
+    """[rows, features] of at most that many bytes; Gaussian, each feature with a size of its own."""
+    rows = max(1, int(size[:-1]) * UNITS[size[-1]] // dtype.itemsize // features)
+    spread = torch.linspace(0.5, 4.0, features).to(dtype)
+    block = sample((min(rows, 4096), features), torch.float32, "gaussian", "cpu")
+    x = torch.empty(rows, features, dtype=dtype)
+    for start in range(0, rows, len(block)):  # repeated: drawing a GiB would take longer than measuring
+        part = x[start : start + len(block)]
+        part.copy_(block[: len(part)] * spread)
+    return x.to(device)
+
+
+class Results:
+    def __init__(self, path: Path, force: bool) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.force = force
+
+    def get(self, part: str, key: str, make: Callable[[], Any]) -> Any:
+        """What was measured before, or measure and write."""
+        known = self.data.setdefault(part, {})
+        if key not in known or self.force:
+            known[key] = make()
+            self.data["environment"] = environment()
+            self.data["command"] = "python benchmarks/codecs.py"
+            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        return known[key]
+
+
+def clones(result: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {result[name]['clones']:6.2f}" for name in ("encode", "decode", "roundtrip"))
+
+
+def sizes(args: argparse.Namespace, results: Results) -> None:
+    keys = [(s, d, c) for s in args.sizes for d in args.dtypes for c in args.codecs]
+    for size, dtype, codec in tqdm(keys, desc="codecs"):
+        def make(size: str = size, dtype: str = dtype, codec: str = codec) -> dict[str, Any]:
+            x = tensor(size, getattr(torch, dtype), args.device)
+            return {"bytes": x.numel() * x.element_size(), "n": args.repeats,
+                    **measure(parse_codec(codec), x, args.repeats)}  # fmt: skip
+
+        result = results.get("sizes", f"{size} {dtype} {codec}", make)
+        tqdm.write(f"{size:>5s} {dtype:9s} {codec:60s} {clones(result)}")
+    for features in (32,):  # the shape of an image's early layers
+        def make(features: int = features) -> dict[str, Any]:
+            x = tensor("64M", torch.float32, args.device, features)
+            return {"n": args.repeats, **measure(parse_codec("lowrank:rank=8"), x, args.repeats)}
+
+        if "64M" in args.sizes and "lowrank:rank=8" in args.codecs:
+            result = results.get("sizes", f"64M float32 lowrank:rank=8 [m, {features}]", make)
+            tqdm.write(f"  64M float32   lowrank:rank=8 [m, {features}]  {clones(result)}")
+
+
+# What users have today.  Each takes a tensor and returns what it decodes to.
+
+
+def full_sort(x: torch.Tensor, bits: int = 8, splits: int = 2) -> torch.Tensor:
+    """Sort quantization as published: sort everything, cut into equal counts, quantize each, put back."""
+    flat = x.reshape(-1)
+    ranked, order = flat.sort()
+    out = torch.empty_like(flat)
+    for run, where in zip(ranked.chunk(2**splits), order.chunk(2**splits), strict=True):
+        lo, hi = run[0], run[-1]
+        step = (hi - lo) / (2 ** (bits - splits) - 1)
+        out[where] = lo + ((run - lo) / step).round() * step
+    return out.view(x.shape)
+
+
+def lloyd(x: torch.Tensor, bits: int = 4, iterations: int = 50) -> torch.Tensor:
+    """k-means over all values, 50 iterations from evenly spaced centroids."""
+    flat = x.reshape(-1)
+    table = torch.linspace(float(flat.min()), float(flat.max()), 2**bits)
+    for _ in range(iterations):
+        index = torch.bucketize(flat, (table[1:] + table[:-1]) / 2)
+        total = torch.zeros_like(table).index_add_(0, index, flat)
+        count = torch.bincount(index, minlength=2**bits)
+        table = torch.where(count > 0, total / count.clamp_min(1), table).sort().values
+    return table[torch.bucketize(flat, (table[1:] + table[:-1]) / 2)].view(x.shape)
+
+
+def svd_lowrank(x: torch.Tensor) -> torch.Tensor:
+    u, s, v = torch.svd_lowrank(x, q=8)
+    return (u * s) @ v.T
+
+
+def torch_topk(x: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1)
+    where = flat.abs().topk(flat.numel() // 10, sorted=False).indices
+    out = torch.zeros_like(flat)
+    out[where] = flat[where]
+    return out.view(x.shape)
+
+
+def per_tensor(x: torch.Tensor) -> torch.Tensor:
+    lo, hi = torch.aminmax(x)
+    scale = float(hi - lo) / 255
+    return torch.quantize_per_tensor(x, scale, round(-float(lo) / scale), torch.quint8).dequantize()
+
+
+BASELINES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "sort quantization by full sort, 8 bits": (full_sort, "sort:bits=8"),
+    "50 Lloyd iterations, 16 centroids": (lloyd, "kmeans:bits=4"),
+    "torch.svd_lowrank, rank 8": (svd_lowrank, "lowrank:rank=8"),
+    "torch.topk, 10 %": (torch_topk, "topk:ratio=0.1"),
+    "torch.quantize_per_tensor, 8 bits": (per_tensor, "uniform:bits=8"),
+}
+
+
+def baselines(args: argparse.Namespace, results: Results) -> None:
+    """Encode and decode together, theirs and ours in turn, on 64 MiB of fp32."""
+    for name, (function, spec) in BASELINES.items():
+        def make(function: Callable = function, spec: str = spec) -> dict[str, Any]:
+            x, codec = tensor("64M", torch.float32, args.device), parse_codec(spec)
+            state, times = codec.init_state("bench"), {"clone": [], "theirs": [], "ours": []}
+            ours = theirs = x
+            for repeat in range(-1, args.baseline_repeats):
+                found = {}
+                for label, call in (("clone", x.clone), ("theirs", lambda: function(x)),
+                                    ("ours", lambda: codec.decode(codec.encode(x, state)))):  # fmt: skip
+                    began = time.perf_counter()
+                    y = call()
+                    found[label] = time.perf_counter() - began
+                    ours, theirs = (y if label == "ours" else ours), (y if label == "theirs" else theirs)
+                for label, value in found.items():
+                    if repeat >= 0:
+                        times[label].append(value)
+            ratios = sorted(a / b for a, b in zip(times["theirs"], times["ours"], strict=True))
+            median = {label: 1e3 * statistics.median(values) for label, values in times.items()}
+            error = {k: float((y - x).norm() / x.norm()) for k, y in (("ours", ours), ("theirs", theirs))}
+            return {"codec": spec, "n": args.baseline_repeats, "ms": median, "rel_error": error,
+                    "faster": statistics.median(ratios), "faster_range": [ratios[0], ratios[-1]]}  # fmt: skip
+
+        row = results.get("baselines", name, make)
+        error = row["rel_error"]
+        print(f"{name:42s} {row['faster']:6.1f} times as long as {row['codec']}, "
+              f"errors {error['theirs']:.5f} and {error['ours']:.5f}")  # fmt: skip
+
+
+FIRST_CALL = """
+import sys, time, torch
+from hf_actcompress.codecs import parse_codec
+codec, x = parse_codec(sys.argv[1]), torch.randn(int(sys.argv[2]), 768)
+began = time.perf_counter()
+for _ in range(int(sys.argv[3])):
+    codec.decode(codec.encode(x))
+print(time.perf_counter() - began)
+"""
+
+
+def compilation(args: argparse.Namespace, results: Results) -> None:
+    """The first encode and decode in a new process: eager, compiled with a cold cache, with a warm one; and 50 calls
+    under each policy."""
+    def run(policy: str, cache: str, calls: int, rows: int = 2048) -> float:
+        env = {**os.environ, VARIABLE: policy, "TORCHINDUCTOR_CACHE_DIR": cache}
+        command = [sys.executable, "-c", FIRST_CALL, "block:bits=4", str(rows), str(calls)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+
+    def make() -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as cache:
+            found = {"eager, first call": run("0", cache, 1), "compiled, cold cache": run("1", cache, 1),
+                     "compiled, warm cache": run("1", cache, 1)}  # fmt: skip
+        for policy, name in (("0", "eager"), ("auto", "auto (default)"), ("1", "compiled at once")):
+            with tempfile.TemporaryDirectory() as cache:
+                found[f"50 calls, {name}"] = run(policy, cache, 50)
+        return found
+
+    for name, seconds in results.get("compilation", "block:bits=4, 6 MiB", make).items():
+        print(f"{name:32s} {seconds:7.2f} s")
+
+
+PARTS = {"sizes": sizes, "baselines": baselines, "compilation": compilation}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="like 64M")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--codecs", nargs="+", default=list(CODECS))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--baseline-repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=PATH)
+    parser.add_argument("--force", action="store_true", help="measure again what is there")
+    args = parser.parse_args()
+    os.environ.setdefault(VARIABLE, "1")
+    results = Results(args.results, args.force)
+    for part in args.parts:
+        PARTS[part](args, results)
+
+
+if __name__ == "__main__":
+    main()
