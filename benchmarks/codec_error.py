@@ -31,7 +31,9 @@ SPECS = [
     "uniform:bits=8", "uniform:bits=4", "sort:bits=8", "sort:bits=4", "kmeans:bits=4", "float8", "topk:ratio=0.2",
     "block:bits=8", "block:bits=4,equalize=none", "block:bits=4", f"block:bits=4,{ROTATED},equalize=none",
     f"block:bits=4,{ROTATED}", f"block:bits=3,{ROTATED},equalize=none", f"block:bits=3,{ROTATED}",
-    "block:bits=2,equalize=none", "block:bits=2", f"block:bits=2,{ROTATED},equalize=none", f"block:bits=2,{ROTATED}",
+    f"block:bits=3,{ROTATED},allocate=energy",
+    "block:bits=2,equalize=none", "block:bits=2", f"block:bits=2,{ROTATED},equalize=none",
+    f"block:bits=2,{ROTATED},fit=error", f"block:bits=2,{ROTATED}", f"block:bits=2,{ROTATED},allocate=energy",
 ]  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from hf_actcompress.report import main as report
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README_CODECS = ("none", "uniform:bits=8", "uniform:bits=4", "sort:bits=8", "sort:bits=4", "kmeans:bits=4",
-                 "topk:ratio=0.2", "block:bits=4", "block:bits=3,rotate=hadamard,levels=gauss",
-                 "block:bits=2,rotate=hadamard,levels=gauss")  # fmt: skip
+                 "topk:ratio=0.2", "block:bits=4", "block:bits=3,rotate=hadamard,levels=gauss,allocate=energy",
+                 "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy")  # fmt: skip
 TASKS = {"cola": "CoLA, MCC", "sst2": "SST-2, %", "cifar10": "CIFAR-10, %"}
 
 
@@ -77,6 +77,14 @@ def gradient_noise(record: dict) -> str:
     return "\n".join(lines)
 
 
+def logit_noise(record: dict) -> str:
+    lines = ["| codec | cuts | noise | shift | cosine | cosine of the mean |", "| --- | --- |" + " ---: |" * 4]
+    for row in record["rows"]:
+        numbers = (f"{row[k]:.2f}" for k in ("noise", "shift", "cosine", "cosine_of_mean"))
+        lines.append(f"| {row['codec']} | {row['cuts']} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines)
+
+
 def summary() -> str:
     """The README's table: the forward ratio of each codec and the metric of each task."""
     rows = accuracy_table(load_records(RESULTS / "accuracy"))
@@ -111,7 +119,8 @@ def _metric(row: dict, task: str, variant: str) -> str:
 def main() -> None:
     page, readme = ROOT / "docs" / "results.md", ROOT / "README.md"
     report(["--results", str(RESULTS / "accuracy"), "--page", str(page), "--figures", str(ROOT / "docs" / "figures")])
-    parts = {"codec_error": codec_error, "gradient_noise": gradient_noise, "schedule": schedule, "metering": metering}
+    parts = {"codec_error": codec_error, "logit_noise": logit_noise, "gradient_noise": gradient_noise,
+             "schedule": schedule, "metering": metering}  # fmt: skip
     for name, make in parts.items():
         record = load(name)
         if record is not None:
