@@ -14,6 +14,7 @@ from .base import Codec, CodecState, Payload, check_choice, check_int
 from .equalize import applies, feature_dim, feature_scales, period, tables
 from .kernels import group_decode, group_encode, group_roundtrip
 from .packing import MAX_BITS, ceil8
+from .patches import from_frequencies, patch_size, to_frequencies
 from .rounding import RoundingState, noise_source
 from .rows import Part, apply, counters, join, parts
 from .turned import DEFAULT_GROUP
@@ -36,6 +37,8 @@ class Block(Codec):
         squares shrinks 2-bit values by an eighth, which a network sees as a shift of all its inputs.
     allocate: None or "energy": groups of large deviation get up to two bits more and small ones less, at the same
         average and with nothing more to send (rotate and levels=gauss only).
+    patch: None or "dct": images [B, C, H, W] are first cut into small patches that a cosine transform turns; groups
+        hold coefficients of one channel and frequency (with allocate only, in place of equalize).
     clip: the share of the range that equal steps cover (nearest only); below 1 the tails are cut for a finer step.
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
         first, and both are kept (4 bytes per feature); tensors of fewer than 256 rows stay as they are.  On the
@@ -58,6 +61,7 @@ class Block(Codec):
     levels: str = "uniform"
     fit: str | None = None
     allocate: str | None = None
+    patch: str | None = None
     clip: float = 1.0
     equalize: str | None = "feature"
     scale: int = 16
@@ -70,6 +74,7 @@ class Block(Codec):
         check_choice(self.name, "levels", self.levels, ("uniform", "gauss"))
         check_choice(self.name, "fit", self.fit, (None, "unbiased", "error"))
         check_choice(self.name, "allocate", self.allocate, (None, "energy"))
+        check_choice(self.name, "patch", self.patch, (None, "dct"))
         check_choice(self.name, "dim", self.dim, (None, "channel"))
         check_choice(self.name, "equalize", self.equalize, (None, "feature"))
         check_choice(self.name, "scale", self.scale, (16, 32))
@@ -102,6 +107,8 @@ class Block(Codec):
                 f"block: allocate={self.allocate} needs rotate=hadamard and levels=gauss; got rotate="
                 f"{str(self.rotate).lower()}, levels={self.levels}."
             )
+        if self.patch and not self.allocate:
+            raise ValueError(f"block: patch={self.patch} needs allocate=energy, which gives frequencies their bits.")
         if self.levels == "gauss" and self.bits > 8:
             raise ValueError(f"block: levels=gauss goes up to 8 bits; got bits={self.bits}. Use levels=uniform.")
 
@@ -122,7 +129,7 @@ class Block(Codec):
         return self.group or DEFAULT_GROUP
 
     def _equalizes(self, shape: tuple[int, ...]) -> bool:
-        if self.equalize is None or not applies(shape) or self._channels(shape):
+        if self.equalize is None or not applies(shape) or self._channels(shape) or self._patch(shape) > 1:
             return False
         # A group within one feature is coded the same either way; only shares of bits would differ.
         return bool(self.allocate) or len(shape) != 4 or shape[2] * shape[3] % self._cols(shape) != 0
@@ -134,7 +141,12 @@ class Block(Codec):
         repeat = period(shape, cols) if self._equalizes(shape) else 1
         return parts(math.prod(shape), cols, min(repeat, max(1, math.prod(shape) // cols)), cols if self.rotate else 0)
 
+    def _patch(self, shape: tuple[int, ...]) -> int:
+        return patch_size(shape) if self.patch else 1
+
     def _flat(self, x: Tensor) -> Tensor:
+        if self._patch(tuple(x.shape)) > 1:
+            return to_frequencies(x, self._patch(tuple(x.shape)))
         if not self._channels(tuple(x.shape)):
             return x.reshape(-1)
         rows = x.movedim(feature_dim(x.shape), 0).reshape(x.shape[feature_dim(x.shape)], -1)
@@ -187,6 +199,10 @@ class Block(Codec):
         codes, scales, shape = payload.tensors["codes"], payload.tensors["scales"], payload.shape
         mean, root = self._tables(payload.tensors.get("features"), shape)
         found = self._parts(shape)
+        if self._patch(shape) > 1:
+            pieces = turned.decode(self, codes, scales, found, None, None, torch.float32)
+            flat = join([piece.view(-1) for piece in pieces])[: math.prod(shape)]
+            return from_frequencies(flat, shape, self._patch(shape)).to(payload.dtype)
         if self._turned:
             return self._unite(turned.decode(self, codes, scales, found, mean, root, payload.dtype), shape)
         pieces, at, row = [], 0, 0

@@ -32,6 +32,7 @@ SPECS = [
     "block:bits=4,levels=gauss",
     "block:bits=3,group=64,rotate=hadamard,levels=gauss",
     "block:bits=2,group=32,rotate=hadamard,levels=gauss,allocate=energy",
+    "block:bits=3,group=32,rotate=hadamard,levels=gauss,allocate=energy,patch=dct",
     "block:bits=4,clip=0.9",
     "block:bits=4,equalize=none",
     "block:bits=4,equalize=feature,rotate=hadamard,round=stochastic",

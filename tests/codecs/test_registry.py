@@ -105,6 +105,7 @@ ERRORS = {
     "block:levels=gauss,round=stochastic": ["round=stochastic", "levels=gauss", "Use round=nearest"],
     "block:fit=error": ["fit=error belongs to levels=gauss", "levels=uniform"],
     "block:allocate=energy": ["allocate=energy needs rotate=hadamard and levels=gauss", "rotate=none, levels=uniform"],
+    "block:patch=dct": ["patch=dct needs allocate=energy"],
     "block:levels=gauss,fit=mse": ["block: fit='mse'", "none, unbiased, error"],
     "block:levels=gauss,bits=9": ["levels=gauss goes up to 8", "bits=9", "Use levels=uniform"],
     "sort:bits=1": ["sort: bits=1", "from 2 to 16"],
