@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from .kernels import band_bits
 from .rows import COLS, apply, join, parts
 
 SAMPLE = 1 << 15
+RUN = 1 << 17  # bytes of a bitmap that are expanded at once; a multiple of a row's
 SIGMAS = 4.0  # half-width of the band, in standard deviations of a rank in the sample
 
 
@@ -73,18 +75,24 @@ def _bands(flat: Tensor, k: int) -> list[tuple[Tensor, Tensor]]:
 
 def set_bits(bits: Tensor, n: int, sparse: bool = False) -> Tensor:
     """Bitmap of n elements -> int64 indices of the set ones, byte by byte.  sparse: few of them are expected."""
-    whole = n // COLS * (COLS // 8)
-    index = _ones(bits[:whole], sparse)
-    # In a row of whole bytes bit i of byte j is element 16 i + j: the low seven bits of the index are turned.
-    low = index & (COLS - 1)
-    index -= low
-    index += low >> 3
-    index += low.bitwise_and_(7).bitwise_left_shift_(4)
-    if whole == bits.numel():
-        return index
-    tail, width = _ones(bits[whole:], False), bits.numel() - whole
-    tail = n // COLS * COLS + (tail & 7) * width + (tail >> 3)
-    return torch.cat([index, tail[tail < n]])
+    return join(list(runs_of_set_bits(bits, n, bits.numel() if sparse else RUN, sparse)))
+
+
+def runs_of_set_bits(bits: Tensor, n: int, run: int | None = None, sparse: bool = False) -> Iterator[Tensor]:
+    """The same in runs of so many bytes, so that what is between stays in a cache."""
+    whole, run = n // COLS * (COLS // 8), run or RUN
+    for start in range(0, whole, run):
+        index = _ones(bits[start : min(start + run, whole)], sparse)
+        # In a row of whole bytes bit i of byte j is element 16 i + j: the low seven bits of the index are turned.
+        low = index & (COLS - 1)
+        index -= low
+        index += low >> 3
+        index += low.bitwise_and_(7).bitwise_left_shift_(4)
+        yield index.add_(8 * start)
+    if whole < bits.numel() or not n:
+        tail, width = _ones(bits[whole:], False), bits.numel() - whole
+        tail = n // COLS * COLS + (tail & 7) * width + (tail >> 3)
+        yield tail[tail < n]
 
 
 def _ones(bits: Tensor, sparse: bool) -> Tensor:

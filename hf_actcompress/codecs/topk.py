@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Codec, CodecState, LeafShapes, Payload
 from .kernels import keep_above, place
 from .rows import decode_parts, encode_parts, join
-from .selection import find_cut, ranks, set_bits
+from .selection import find_cut, ranks, runs_of_set_bits, set_bits
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,11 @@ class TopK(Codec):
         k = self.kept(n)
         cut = find_cut(flat, k)
         if _bitmap_is_smaller(n, k):
-            bits = cut.bitmap()
-            return self._payload(x, {"values": flat[set_bits(bits, n)], "positions": bits})
+            bits, values, at = cut.bitmap(), flat.new_empty(k), 0
+            for index in runs_of_set_bits(bits, n):
+                torch.index_select(flat, 0, index, out=values[at : at + index.numel()])
+                at += index.numel()
+            return self._payload(x, {"values": values, "positions": bits})
         where = torch.cat([set_bits(cut.bits, n, sparse=True), cut.more]).sort().values
         return self._payload(x, {"values": flat[where], "positions": where.to(_index_dtype(n))})
 
