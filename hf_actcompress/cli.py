@@ -21,6 +21,7 @@ from rich.table import Table
 from . import __version__
 from .bench import DISTRIBUTIONS, TIMED, measure, sample
 from .codecs import codec_names, parse_codec
+from .codecs.compiled import SMALLEST, VARIABLE
 from .config import PLACEMENTS, CompressionArguments
 from .inspection import Inspected, cut_sizes, describe, inspect_model
 
@@ -30,8 +31,8 @@ INSPECT_CODECS = (
 )  # fmt: skip
 BENCH_CODECS = (
     "identity", "float8", "uniform:bits=8", "sort:bits=8", "kmeans:bits=4", "block:bits=8,round=stochastic",
-    "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss", "topk:ratio=0.1", "topk:ratio=0.1|uniform:bits=8",
-    "ef+topk:ratio=0.1", "lowrank:rank=8",
+    "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", "topk:ratio=0.1",
+    "topk:ratio=0.1|uniform:bits=8", "ef+topk:ratio=0.1", "lowrank:rank=8",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = """examples:
@@ -97,7 +98,8 @@ def _bench_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench", help=what, description=f"Measures {what}. Each repeat times x.clone(), encode, decode and roundtrip "
         "in turn, so that other load on the machine meets all of them; times are medians, with the 10th to the 90th "
-        "percentile of the multiple of the clone.",
+        f"percentile of the multiple of the clone. Tensors of {SMALLEST} elements or more are timed with compiled "
+        f"codecs, as a long training runs them; {VARIABLE}=0 measures them eager.",
     )  # fmt: skip
     add = parser.add_argument
     add("codecs", nargs="*", metavar="CODEC", help="specs such as block:bits=4 (default: a set with every codec)")
@@ -212,6 +214,8 @@ def _bench(args: argparse.Namespace) -> None:
         x = sample(args.shape, DTYPES[args.dtype], args.distribution, args.device)
     except (RuntimeError, AssertionError) as error:  # torch's ways of refusing a device
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if x.numel() >= SMALLEST:
+        os.environ.setdefault(VARIABLE, "1")
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(codecs) * args.repeats)
