@@ -139,7 +139,7 @@ class Block(Codec):
         if self._channels(shape):
             return parts(shape[feature_dim(shape)] * cols, cols)
         repeat = period(shape, cols) if self._equalizes(shape) else 1
-        return parts(math.prod(shape), cols, min(repeat, max(1, math.prod(shape) // cols)), cols if self.rotate else 0)
+        return parts(math.prod(shape), cols, repeat, cols if self.rotate else 0)
 
     def _patch(self, shape: tuple[int, ...]) -> int:
         return patch_size(shape) if self.patch else 1

@@ -76,15 +76,3 @@ def tables(scales: Tensor, shape: tuple[int, ...], length: int) -> tuple[Tensor,
         mean, root = mean.repeat_interleave(inner), root.repeat_interleave(inner)
     times = -(-length // mean.numel())
     return mean.repeat(times)[:length], root.repeat(times)[:length]
-
-
-def equalize(x: Tensor, scales: Tensor) -> Tensor:
-    """fp32, same shape: (x - mean) / root, the whole tensor at once."""
-    mean, root = tables(scales, tuple(x.shape), x.numel())
-    return ((x.reshape(-1).float() - mean) * (1 / root)).view(x.shape)
-
-
-def restore(y: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse, in `dtype`."""
-    mean, root = tables(scales, tuple(y.shape), y.numel())
-    return (y.reshape(-1) * root + mean).to(dtype).view(y.shape)

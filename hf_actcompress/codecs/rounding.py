@@ -40,16 +40,6 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def hash_noise(rows: int, cols: int, key: int, start: int, device: torch.device) -> Tensor:
-    """fp32 [rows, cols], uniform on [0, 1) in steps of 2**-24, for the elements from flat index `start` on.
-
-    The counter is the element's flat index modulo 2**32.
-    """
-    first = start + torch.arange(rows, device=device, dtype=torch.int64) * cols
-    first = (first & 0xFFFFFFFF).to(torch.int32)  # wraps: int64 -> int32 keeps the low bits
-    return noise(first[:, None] + torch.arange(cols, device=device, dtype=torch.int32), key)
-
-
 def noise(index: Tensor, key: Tensor | int) -> Tensor:
     """int32 counters (any shape) and an int32 key -> fp32, uniform on [0, 1) in steps of 2**-24."""
     h = _mix(index ^ key)

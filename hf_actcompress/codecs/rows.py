@@ -24,34 +24,6 @@ TILE = 1 << 17
 COLS = 128  # elements per row where rows are only a unit of packing and share no scale; few tensors leave a tail
 
 
-def row_pieces(flat: Tensor, cols: int, pad_to: int = 0) -> list[Tensor]:
-    """`flat` [n] -> [full rows [n // cols, cols]] + [tail [1, c]], c the tail rounded up to 8 (or `pad_to`)."""
-    n = flat.numel()
-    full = n // cols
-    pieces = [flat[: full * cols].view(full, cols)] if full else []
-    if n - full * cols:
-        tail = flat[full * cols :]
-        width = pad_to or ceil8(tail.numel())
-        pieces.append(torch.cat([tail, tail[-1:].expand(width - tail.numel())]).view(1, width))
-    return pieces
-
-
-def piece_shapes(n: int, cols: int, pad_to: int = 0) -> list[tuple[int, int]]:
-    """The shapes that `row_pieces` would give."""
-    full, tail = divmod(n, cols)
-    shapes = [(full, cols)] if full else []
-    if tail:
-        shapes.append((1, pad_to or ceil8(tail)))
-    return shapes
-
-
-def tiles(rows: int, cols: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(start, stop) of row blocks that an eager chain should process at once."""
-    step = max(1, TILE // cols) if device.type == "cpu" else rows
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
 @dataclass(frozen=True)
 class Part:
     """Groups that one call of a kernel takes: a run of a flat tensor as a grid [N, K, C].
@@ -87,16 +59,18 @@ def _filled(run: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def parts(n: int, cols: int, period: int = 1, pad_to: int = 0) -> list[Part]:
-    """How `n` elements fall into groups of `cols` and periods of `period` groups; cf. `row_pieces`."""
+    """How `n` elements fall into groups of `cols` and periods of `period` groups.
+
+    A last short group is padded to a multiple of 8, or to `pad_to`.
+    """
     full, result = n // cols, []
-    whole = full // period
+    whole, rest = divmod(full, period)
     if whole:
         result.append(Part((whole, period, cols), 0, whole * period * cols, 0))
-    at = whole * period * cols
-    if full % period:
-        result.append(Part((1, full % period, cols), at, full % period * cols, 0))
+    if rest:
+        result.append(Part((1, rest, cols), whole * period * cols, rest * cols, 0))
     if n % cols:
-        result.append(Part((1, 1, pad_to or ceil8(n % cols)), full * cols, n % cols, full % period * cols))
+        result.append(Part((1, 1, pad_to or ceil8(n % cols)), full * cols, n % cols, rest * cols))
     return result
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import Block
-from hf_actcompress.codecs.equalize import MIN_ROWS, SAMPLE, applies, equalize, feature_scales, restore
+from hf_actcompress.codecs.equalize import MIN_ROWS, SAMPLE, applies, feature_scales, period, tables
 
 
 def hidden_states(rows=400, features=64, outlier=40.0):
@@ -35,10 +35,17 @@ def test_channels_are_dimension_one_of_pictures():
     assert feature_scales(x.to(memory_format=torch.channels_last)).shape == (2, 3)
 
 
-def test_restore_undoes_equalize():
-    x = hidden_states()
-    scales = feature_scales(x)
-    torch.testing.assert_close(restore(equalize(x, scales), scales, x.dtype), x, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("shape", [(40, 64), (7, 30, 100), (3, 5, 6, 7), (2, 8, 4, 4)])
+def test_tables_repeat_the_features_in_the_order_of_memory(shape):
+    features = shape[1] if len(shape) == 4 else shape[-1]
+    scales = torch.stack([torch.arange(features), torch.arange(features) + 100.0]).bfloat16()
+    view = (1, features, 1, 1) if len(shape) == 4 else (features,)
+    n = torch.zeros(shape).numel()
+    for found, row in zip(tables(scales, shape, n), scales.float(), strict=True):
+        assert torch.equal(found.view(shape), row.view(view).expand(shape))
+        for cols in (8, 24):
+            size = period(shape, cols) * cols
+            assert size >= 2 * cols and torch.equal(found[size:], found[: max(0, n - size)])
 
 
 def test_constant_features_and_extreme_scales_stay_finite():
@@ -65,6 +72,15 @@ def test_a_feature_that_only_looks_constant_in_the_sample_is_kept():
 def test_an_outlier_feature_no_longer_drowns_the_others(bits):
     x = hidden_states()
     assert error(Block(bits), x) < error(Block(bits, equalize=None), x) / 5
+
+
+@pytest.mark.parametrize("shape", [(400, 64), (300, 100), (20, 33, 129), (9, 5, 6, 7)])
+@pytest.mark.parametrize("options", [dict(), dict(rotate="hadamard"), dict(round="stochastic")])
+def test_the_codec_equalizes_as_by_hand(shape, options):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * torch.linspace(1, 9, shape[-1])
+    mean, root = (t.view(shape) for t in tables(feature_scales(x), shape, x.numel()))
+    inner = Block(4, equalize=None, **options).roundtrip((x - mean) * (1 / root))
+    assert torch.equal(Block(4, **options).roundtrip(x), inner * root + mean)
 
 
 def test_dividing_by_the_root_beats_dividing_by_the_deviation():

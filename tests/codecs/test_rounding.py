@@ -1,10 +1,19 @@
 import pytest
 import torch
 
-from hf_actcompress.codecs.rounding import RoundingState, hash_noise, next_key, noise_key
+from hf_actcompress.codecs.rounding import RoundingState, next_key, noise, noise_key
+from hf_actcompress.codecs.rows import Part, counters
 
 CPU = torch.device("cpu")
 MASK = 0xFFFFFFFF
+
+
+def hash_noise(rows, cols, key, start, device):
+    """The noise of `rows` groups of `cols` elements, from the flat index `start` on."""
+    first = counters(Part((rows, 1, cols), start, 0, 0), device)
+    return noise(first + torch.arange(cols, dtype=torch.int32), key)[:, 0]
+
+
 M1, M2 = 0x7FEB352D, 0x846CA68B
 
 

@@ -2,35 +2,59 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec, rows
-from hf_actcompress.codecs.rows import piece_shapes, row_pieces, tiles
+from hf_actcompress.codecs.compiled import Kernel
+from hf_actcompress.codecs.rows import apply, blocks, counters, parts
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 100])
+@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 100, 1000])
 @pytest.mark.parametrize("cols", [8, 16, 24])
+@pytest.mark.parametrize("period", [1, 2, 5])
 @pytest.mark.parametrize("whole", [False, True])
-def test_pieces_hold_the_tensor_and_repeat_its_last_value(n, cols, whole):
+def test_parts_hold_the_tensor_and_repeat_its_last_value(n, cols, period, whole):
     flat = torch.arange(n, dtype=torch.float32) - 3
-    pad_to = cols if whole else 0
-    pieces = row_pieces(flat, cols, pad_to)
-    assert [tuple(p.shape) for p in pieces] == piece_shapes(n, cols, pad_to)
-    joined = torch.cat([p.reshape(-1) for p in pieces])
+    found = parts(n, cols, period, cols if whole else 0)
+    taken = [part.take(flat) for part in found]
+    assert [tuple(x.shape) for x in taken] == [part.shape for part in found]
+    joined = torch.cat([x.reshape(-1) for x in taken])
     assert torch.equal(joined[:n], flat) and (joined[n:] == flat[-1]).all()
     assert len(joined) - n < (cols if whole else 8)
-    assert all(p.shape[1] % 8 == 0 for p in pieces)
+    assert all(part.shape[2] % 8 == 0 and part.shape[1] <= period for part in found)
+    assert [int(c) for part in found for c in counters(part, flat.device).view(-1)] == list(range(0, n, cols))
+    # A table of one period says the same of an element as its index does.
+    table = torch.arange(period * cols)
+    for part, x in zip(found, taken, strict=True):
+        expected = torch.where(x + 3 < n, (x + 3) % (period * cols), -1).long()
+        features = part.features(table).expand(part.shape)
+        real = torch.arange(x.numel()).view(x.shape) < part.numel
+        assert torch.equal(features[real], expected[real])
 
 
-def test_full_rows_are_views():
+def test_whole_groups_are_views():
     flat = torch.zeros(50)
-    row_pieces(flat, 16)[0].fill_(1)
+    parts(50, 16)[0].take(flat).fill_(1)
     assert flat.sum() == 48
 
 
-@pytest.mark.parametrize("count, cols", [(1, 8), (10, 8), (1000, 8), (3, 2**20)])
-def test_tiles_cover_every_row_once(count, cols):
-    spans = list(tiles(count, cols, torch.device("cpu")))
-    assert [r for a, b in spans for r in range(a, b)] == list(range(count))
-    assert max(b - a for a, b in spans) <= max(1, rows.TILE // cols)
-    assert list(tiles(count, cols, torch.device("meta"))) == [(0, count)]
+@pytest.mark.parametrize("n, k, cols", [(1, 1, 8), (10, 3, 8), (1000, 1, 8), (7, 900, 2**9), (3, 2, 2**20)])
+def test_blocks_cover_every_group_once_and_in_order(n, k, cols):
+    seen = []
+    for i, j in blocks(n, k, cols, torch.device("cpu")):
+        own = [a * k + b for a in range(n)[i] for b in range(k)[j]]
+        assert own == list(range(own[0], own[-1] + 1)), "a block is a run of groups"
+        assert len(own) <= max(1, rows.TILE // cols)
+        seen += own
+    assert seen == list(range(n * k))
+    assert list(blocks(n, k, cols, torch.device("meta"))) == [(slice(0, n), slice(0, k))]
+
+
+def test_apply_joins_the_tiles(monkeypatch):
+    def scaled(x, row, table, factor):
+        return x * row + table * factor, x.amax(-1)
+
+    monkeypatch.setattr(rows, "TILE", 16)
+    x, row, table = torch.randn(5, 3, 8), torch.randn(5, 3, 1), torch.randn(3, 8)
+    y, top = apply(Kernel(scaled), x, [row], [table], [torch.tensor(2.0)])
+    assert torch.equal(y, x * row + table * 2) and torch.equal(top, x.amax(-1))
 
 
 @pytest.mark.parametrize(
