@@ -22,6 +22,11 @@ from .uniform import Uniform
 
 CODECS: dict[str, type[Codec]] = {c.name: c for c in (Identity, Uniform, Block, Sort, KMeans, TopK, LowRank, Float8)}
 
+# Names for options that belong together.  A codec that was asked for by such a name prints as what it is.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rotated": ("block", {"rotate": "hadamard", "levels": "gauss", "allocate": "energy", "patch": "dct"}),
+}
+
 
 def codec_names() -> list[str]:
     return list(CODECS)
@@ -31,7 +36,8 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
     """A codec from its spec, a dict {"name": "block", "bits": 4, ...}, or a codec (returned as it is).
 
     Grammar: `name[:option=value,...]`, `a|b` (b compresses what a leaves), `ef+a` (error feedback around all that
-    follows).  Raises ValueError with the names and options that exist.
+    follows); `rotated:bits=2` is block with all that helps at few bits (PRESETS).
+    Raises ValueError with the names and options that exist.
     """
     if isinstance(spec, Codec):
         return spec
@@ -62,11 +68,15 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
 
 
 def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
+    if name in PRESETS:
+        name, preset = PRESETS[name]
+        options = {**preset, **options}
     cls = CODECS.get(name)
     if cls is None:
-        close = difflib.get_close_matches(name, CODECS, 1)
+        names = [*CODECS, *PRESETS]
+        close = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {', '.join(CODECS)}; also a|b and ef+a.")
+        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {', '.join(names)}; also a|b and ef+a.")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values = {}
