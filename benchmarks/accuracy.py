@@ -66,7 +66,7 @@ def plan(tasks: list[str]) -> list[Run]:
             (f"block:bits=2,{ROTATED}", GRADIENT)]  # fmt: skip
     runs = []
     for seed in seeds:
-        runs += [Run("cifar10", f"block:bits={b},{PATCHED}", GRADIENT, seed) for b in (3, 2) if "cifar10" in tasks]
+        runs += [Run("cifar10", f"block:bits={b},{PATCHED}", GRADIENT, seed) for b in (4, 3, 2) if "cifar10" in tasks]
         runs += [Run(task, codec, grad, seed) for task in tasks for codec, grad in main]
         if seed == 0:
             runs += [Run(task, codec, None, 0) for codec in single("cola") for task in tasks if codec in single(task)]
