@@ -14,7 +14,11 @@ import functools
 import torch
 from torch import Tensor
 
+from .kernels import RUN, butterflies
+from .rows import apply
+
 LARGEST = 1024
+BUTTERFLIES = 256
 
 
 def random_sign(i: int) -> float:
@@ -41,13 +45,40 @@ def inverse_matrix(n: int, device: torch.device) -> Tensor:
     return rotation_matrix(n, device).T.contiguous()
 
 
+@functools.cache
+def signs(n: int, device: torch.device) -> Tensor:
+    return torch.tensor([random_sign(i) for i in range(n)], dtype=torch.float32, device="cpu").to(device)
+
+
+@functools.cache
+def _small_matrix(n: int, device: torch.device) -> Tensor:
+    """Sylvester's [RUN, RUN] with the norm of the whole transform of n."""
+    h = rotation_matrix(RUN, torch.device("cpu")) * signs(RUN, torch.device("cpu"))[:, None] * (RUN / n) ** 0.5
+    return h.to(device)
+
+
+def in_runs(n: int) -> bool:
+    """Whether a rotation of n is a product over runs of 16 and butterflies between them."""
+    return RUN < n <= BUTTERFLIES
+
+
+def turn_runs(rows: Tensor, signed: bool) -> Tensor:
+    """The first half of such a rotation, with the signs, or of its inverse, without: fp32 [R, n] -> [R, n]."""
+    n = rows.shape[1]
+    rows = rows * signs(n, rows.device) if signed else rows
+    return (rows.reshape(-1, RUN) @ _small_matrix(n, rows.device)).view(-1, n)
+
+
 def rotate(rows: Tensor) -> Tensor:
     """fp32 [R, n] -> fp32 [R, n].
 
-    Up to LARGEST a product with the matrix beats log2(n) passes over memory.  A longer row is cut into LARGEST-long
-    runs, which are turned first by themselves and then against each other: Sylvester's matrix is a Kronecker product.
+    Sylvester's matrix is a Kronecker product.  Up to BUTTERFLIES a product over runs of 16 is followed by additions
+    between runs, up to LARGEST one product does it; a longer row is cut into LARGEST-long runs, which are turned first
+    by themselves and then against each other.
     """
     n = rows.shape[1]
+    if in_runs(n):
+        return apply(butterflies, turn_runs(rows, True)[:, None], shared=[None])[0][:, 0]
     if n <= LARGEST:
         return rows @ rotation_matrix(n, rows.device)
     inner = rows.reshape(-1, LARGEST) @ rotation_matrix(LARGEST, rows.device)
@@ -58,6 +89,8 @@ def rotate(rows: Tensor) -> Tensor:
 def rotate_back(rows: Tensor) -> Tensor:
     """The inverse of `rotate`."""
     n = rows.shape[1]
+    if in_runs(n):
+        return apply(butterflies, turn_runs(rows, False)[:, None], shared=[signs(n, rows.device)])[0][:, 0]
     if n <= LARGEST:
         return rows @ inverse_matrix(n, rows.device)
     across = rotate_back(rows.view(-1, n // LARGEST, LARGEST).transpose(1, 2).reshape(-1, n // LARGEST))

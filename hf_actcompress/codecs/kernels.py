@@ -15,6 +15,8 @@ from .levels import ceil16, floor16, safe_inverse
 from .packing import code_dtype, pack, unpack_parts
 from .rounding import noise
 
+RUN = 16  # columns that a small matrix turns; the lanes of a vector register
+
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -160,6 +162,54 @@ def _restored(
     return ((y if mean is None else y * root + mean).to(dtype),)
 
 
+def _between_runs(x: Tensor) -> list[Tensor]:
+    """Sums and differences between the runs of RUN columns of fp32 [N, K, C], as in a Walsh-Hadamard transform."""
+    runs = [x[..., i : i + RUN] for i in range(0, x.shape[-1], RUN)]
+    half = 1
+    while half < len(runs):
+        for i in range(len(runs)):
+            if not i & half:
+                runs[i], runs[i + half] = runs[i] + runs[i + half], runs[i] - runs[i + half]
+        half *= 2
+    return runs
+
+
+def _butterflies(x: Tensor, signs: Tensor | None) -> tuple[Tensor]:
+    """The second half of a rotation, or with signs [C] of its inverse."""
+    runs = _between_runs(x)
+    if signs is not None:
+        runs = [run * signs[i * RUN : (i + 1) * RUN] for i, run in enumerate(runs)]
+    return (_joined(runs),)
+
+
+def _butterflies_restored(
+    x: Tensor, center: Tensor, mean: Tensor | None, root: Tensor | None, signs: Tensor, *, dtype: torch.dtype
+) -> tuple[Tensor]:
+    """The same, and then what `restored` does."""
+    out = []
+    for i, run in enumerate(_between_runs(x)):
+        at = slice(i * RUN, (i + 1) * RUN)
+        y = run * signs[at] + center
+        out.append((y if mean is None else y * root[:, at] + mean[:, at]).to(dtype))
+    return (_joined(out),)
+
+
+def _butterflies_steps(
+    x: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None, *, bits: int, reach: float, stored: int
+) -> tuple[Tensor, Tensor]:
+    """The second half of a rotation, and its codes in equal steps: codes, step [N, K, 1].
+
+    reach: the step over the largest magnitude.
+    """
+    runs = _between_runs(x)
+    hi, lo = runs[0], runs[0]
+    for run in runs[1:]:
+        hi, lo = torch.maximum(hi, run), torch.minimum(lo, run)
+    step = torch.maximum(hi.amax(-1, keepdim=True), -lo.amin(-1, keepdim=True)) * reach
+    step = ceil16(step) if stored == 16 else step
+    return _steps_encode(_joined(runs), step, starts, lanes, key, bits=bits)[0], step
+
+
 def _steps_encode(
     y: Tensor, step: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None, *, bits: int
 ) -> tuple[Tensor]:
@@ -245,3 +295,5 @@ levels_encode, levels_decode = Kernel(_levels_encode), Kernel(_levels_decode)
 float8_encode, float8_decode, float8_roundtrip = (
     Kernel(_float8_encode), Kernel(_float8_decode), Kernel(_float8_roundtrip),
 )  # fmt: skip
+butterflies = Kernel(_butterflies)
+butterflies_restored, butterflies_steps = Kernel(_butterflies_restored), Kernel(_butterflies_steps)

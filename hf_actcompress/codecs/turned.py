@@ -14,8 +14,17 @@ from torch import Tensor
 
 from .allocation import Regions, allocate
 from .base import CodecState
-from .hadamard import rotate, rotate_back
-from .kernels import equalized, levels_decode, levels_encode, restored, steps_decode, steps_encode
+from .hadamard import in_runs, rotate, rotate_back, signs, turn_runs
+from .kernels import (
+    butterflies_restored,
+    butterflies_steps,
+    equalized,
+    levels_decode,
+    levels_encode,
+    restored,
+    steps_decode,
+    steps_encode,
+)
 from .levels import bucket_edges, ceil16, gauss_distortion, level_table
 from .rounding import noise_source
 from .rows import Part, apply, blocks, counters
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_GROUP = 128
-TURNED = 1 << 19  # elements of a tile: calls of matrix products and kernels should not be what takes the time
+TURNED = 1 << 20  # elements of a tile: calls of matrix products and kernels should not be what takes the time
 
 
 def encode(
@@ -53,10 +62,10 @@ def encode(
                 )
                 packed[at] = codes[0].view(-1)
         else:
-            y, scale = _turned_and_step(codec, x)
-            rows = [scale[:, None, 1:], None if key is None else _starts(start, stop, cols, y.device)]
+            starts = None if key is None else _starts(start, stop, cols, x.device)
             (_, _, at), = widths.parts(start, stop, x.shape[1])
-            packed[at] = apply(steps_encode, y[:, None], rows, shared=[lanes, key], bits=codec.bits)[0].view(-1)
+            codes, scale = _equal_steps(codec, x, starts, lanes, key)
+            packed[at] = codes.view(-1)
         scales[start:stop] = scale
     return packed, scales
 
@@ -75,10 +84,15 @@ def decode(
             start, stop = row, row + target.shape[0] * target.shape[1]
             own = scales[start:stop].float()[:, None]
             y = _decoded(codec, codes, own[..., 1:], widths.parts(start, stop, part.shape[2]))
-            y = (rotate_back(y) if codec.rotate else y).view(target.shape)
             center = own[..., :1].view(*target.shape[:2], 1)
             tables = [None if t is None else t[k] for t in (means, roots)]
-            target.copy_(apply(restored, y, [center], tables, dtype=dtype)[0])
+            if codec.rotate and in_runs(cols := y.shape[1]):
+                y, shared = turn_runs(y, False).view(target.shape), [signs(cols, y.device)]
+                y = apply(butterflies_restored, y, [center], tables, shared, dtype=dtype)[0]
+            else:
+                y = (rotate_back(y) if codec.rotate else y).view(target.shape)
+                y = apply(restored, y, [center], tables, dtype=dtype)[0]
+            target.copy_(y)
             row = stop
         pieces.append(out)
     return pieces
@@ -151,13 +165,22 @@ def _center_and_spread(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, torch.stack([center, ceil16(spread) if codec.scale == 16 else spread], 1)
 
 
-def _turned_and_step(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 rows [R, C] -> turned rows around 0; mean and step [R, 2]."""
+def _equal_steps(
+    codec: Block, x: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """fp32 rows [R, C] -> codes of the turned rows, mean and step [R, 2]."""
     x, center = _centered(codec, x)
+    reach = 2 * codec.clip / (2**codec.bits - 1)
+    if in_runs(x.shape[1]):
+        static = {"bits": codec.bits, "reach": reach, "stored": codec.scale}
+        codes, step = apply(butterflies_steps, turn_runs(x, True)[:, None], [starts], shared=[lanes, key], **static)
+        return codes, torch.stack([center, step.view(-1)], 1)
     y = rotate(x)
     # amax and amin take a tenth of the time of the norm that is their larger one
-    step = torch.maximum(y.amax(1), -y.amin(1)) * (2 * codec.clip / (2**codec.bits - 1))
-    return y, torch.stack([center, ceil16(step) if codec.scale == 16 else step], 1)
+    step = torch.maximum(y.amax(1), -y.amin(1)) * reach
+    step = ceil16(step) if codec.scale == 16 else step
+    codes = apply(steps_encode, y[:, None], [step[:, None, None], starts], shared=[lanes, key], bits=codec.bits)[0]
+    return codes, torch.stack([center, step], 1)
 
 
 def _gain(codec: Block, bits: int) -> float:

@@ -108,8 +108,9 @@ def test_only_tensors_with_enough_rows_and_their_bytes():
 
 def test_a_sample_of_rows_serves_for_many():
     x = hidden_states(4 * SAMPLE, 16)
-    exact = torch.stack([x.mean(0), x.std(0).sqrt()])
-    torch.testing.assert_close(feature_scales(x).float(), exact, rtol=0.05, atol=0.05)
+    mean, root = feature_scales(x).float()
+    assert ((mean - x.mean(0)).abs() < 4 * x.std(0) / SAMPLE**0.5 + 2**-8 * mean.abs()).all()
+    assert ((root - x.std(0).sqrt()).abs() < 0.1 * x.std(0).sqrt()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -30,5 +30,5 @@ def test_scratch_is_a_tile(tmp_path, spec, dtype):
     (tmp_path / "peak.py").write_text(SCRIPT)
     out = run(tmp_path / "peak.py", spec, dtype, HF_ACTCOMPRESS_COMPILE="0").stdout
     extra, size = (int(v) for v in out.split()[-2:])
-    # A tile of 2**19 elements in fp32 is 2 MiB, of which a few are alive at once.
-    assert extra < 20 * 2**20 < size / 3, f"{extra / 2**20:.0f} MiB beside input and payload"
+    # A tile of 2**20 elements in fp32 is 4 MiB, of which a few are alive at once.
+    assert extra < 30 * 2**20 < size / 2, f"{extra / 2**20:.0f} MiB beside input and payload"
