@@ -97,10 +97,13 @@ class Codec:
         Raises ValueError for a tensor that is not floating point.
         """
         self._accepts(x)
-        if x.numel() == 0 or (check and not representable(x)):
+        payload = None
+        if x.numel():
+            with _full_precision(x):
+                payload = (self._encode_checked if check else self._encode)(x.detach(), state)
+        if payload is None:
             return Payload(str(self), tuple(x.shape), x.dtype, {"raw": x.detach().contiguous()}, raw=True)
-        with _full_precision(x):
-            return self._encode(x.detach(), state)
+        return payload
 
     def decode(self, payload: Payload) -> Tensor:
         """The tensor again: original shape, dtype and device, contiguous."""
@@ -130,6 +133,10 @@ class Codec:
     # -- what subclasses implement -----------------------------------------------------------------------------
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         raise NotImplementedError
+
+    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
+        """None, and `state` as it was, for a tensor that is not representable."""
+        return self._encode(x, state) if representable(x) else None
 
     def _decode(self, payload: Payload) -> Tensor:
         raise NotImplementedError

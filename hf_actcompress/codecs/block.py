@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import turned
-from .base import Codec, CodecState, Payload, check_choice, check_int
+from .base import LARGEST, Codec, CodecState, Payload, check_choice, check_int, representable
 from .equalize import applies, feature_dim, feature_scales, period, tables
 from .kernels import group_decode, group_encode, group_roundtrip
 from .packing import MAX_BITS, ceil8
@@ -194,6 +194,29 @@ class Block(Codec):
             scales = join([s.to(self.scale_dtype).view(-1, 2) for _, s in results])
         tensors = {"codes": codes, "scales": scales}
         return self._payload(x, tensors if features is None else {**tensors, "features": features})
+
+    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
+        before = None if state is None else state.snapshot()
+        payload = self._encode(x, state)
+        # The scales bound all values, NaN included: only where they are large is a pass over the tensor needed.
+        if self._surely_representable(payload) or representable(x):
+            return payload
+        if state is not None:
+            state.restore(before)
+        return None
+
+    def _surely_representable(self, payload: Payload) -> bool:
+        if payload.dtype == torch.float64 or self._patch(payload.shape) > 1:
+            return False
+        base, step = payload.tensors["scales"].float().unbind(1)
+        # Steps above the minimum, or on both sides of the mean of a group that may have been turned; clipped tails.
+        turned_by = self._cols(payload.shape) ** 0.5 if self._turned else 1.0
+        reach = step * (2**self.bits * turned_by / self.clip)
+        bound = (base.abs() + reach).amax()
+        if "features" in payload.tensors:
+            mean, root = payload.tensors["features"].float().abs().amax(1)
+            bound = bound * root + mean
+        return bool(bound < LARGEST / 4)  # False for NaN
 
     def _decode(self, payload: Payload) -> Tensor:
         codes, scales, shape = payload.tensors["codes"], payload.tensors["scales"], payload.shape
