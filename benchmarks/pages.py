@@ -89,6 +89,29 @@ def logit_noise(record: dict) -> str:
     return "\n".join(lines)
 
 
+def codecs(record: dict) -> str:
+    """Times at 64 MiB as multiples of a clone, one row per codec, and the first calls."""
+    lines = ["| codec | " + " | ".join(f"{d} {w}" for d in ("fp32", "bf16") for w in ("encode", "decode")) + " |",
+             "| --- |" + " ---: |" * 4]  # fmt: skip
+    found: dict[str, dict[str, dict]] = {}
+    for key, row in record["sizes"].items():
+        size, dtype, codec = key.split(" ", 2)
+        if size == "64M":
+            found.setdefault(codec, {})[dtype] = row
+    for codec, by_dtype in found.items():
+        cells = []
+        for dtype in ("float32", "bfloat16"):
+            for way in ("encode", "decode"):
+                time = by_dtype.get(dtype, {}).get(way)
+                low, mid, high = (time[k] for k in ("clones_p10", "clones", "clones_p90")) if time else (0, 0, 0)
+                cells.append(f"{mid:.2f} ({low:.2f}-{high:.2f})" if time else "")
+        lines.append(f"| {codec} | " + " | ".join(cells) + " |")
+    for name, calls in record.get("compilation", {}).items():
+        lines.append(f"\nIn a new process, {name}, encode and decode: " + "; ".join(
+            f"{label} {seconds:.2f} s" for label, seconds in calls.items()) + ".")  # fmt: skip
+    return "\n".join(lines)
+
+
 def summary() -> str:
     """The README's table: the forward ratio of each codec and the metric of each task."""
     rows = accuracy_table(load_records(RESULTS / "accuracy"))
@@ -125,7 +148,7 @@ def main() -> None:
     page, readme = ROOT / "docs" / "results.md", ROOT / "README.md"
     report(["--results", str(RESULTS / "accuracy"), "--page", str(page), "--figures", str(ROOT / "docs" / "figures")])
     parts = {"codec_error": codec_error, "logit_noise": logit_noise, "gradient_noise": gradient_noise,
-             "schedule": schedule, "metering": metering}  # fmt: skip
+             "schedule": schedule, "metering": metering, "codecs": codecs}  # fmt: skip
     for name, make in parts.items():
         record = load(name)
         if record is not None:
