@@ -155,8 +155,9 @@ class Block(Codec):
 
     def _unite(self, pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """Inverse of `_flat`, from what was decoded of each part."""
-        n = math.prod(shape)
-        flat = pieces[0].view(-1) if len(pieces) == 1 else torch.cat([piece.view(-1) for piece in pieces])
+        n, flat = math.prod(shape), join([piece.view(-1) for piece in pieces])
+        if self._patch(shape) > 1:
+            return from_frequencies(flat[:n], shape, self._patch(shape))
         if not self._channels(shape):
             return flat[:n].view(shape)
         dim = feature_dim(shape)
@@ -222,12 +223,10 @@ class Block(Codec):
         codes, scales, shape = payload.tensors["codes"], payload.tensors["scales"], payload.shape
         mean, root = self._tables(payload.tensors.get("features"), shape)
         found = self._parts(shape)
-        if self._patch(shape) > 1:
-            pieces = turned.decode(self, codes, scales, found, None, None, torch.float32)
-            flat = join([piece.view(-1) for piece in pieces])[: math.prod(shape)]
-            return from_frequencies(flat, shape, self._patch(shape)).to(payload.dtype)
         if self._turned:
-            return self._unite(turned.decode(self, codes, scales, found, mean, root, payload.dtype), shape)
+            dtype = torch.float32 if self._patch(shape) > 1 else payload.dtype
+            pieces = turned.decode(self, codes, scales, found, mean, root, dtype)
+            return self._unite(pieces, shape).to(payload.dtype)
         pieces, at, row = [], 0, 0
         for part in found:
             n, k, c = part.shape

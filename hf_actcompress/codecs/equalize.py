@@ -49,7 +49,7 @@ def feature_scales(x: Tensor) -> Tensor:
     unit = torch.exp2(torch.floor(torch.log2(torch.maximum(x.amax(), -x.amin()).clamp_min(2.0**-120))))
     x = x / unit
     mean = x.mean(others, keepdim=True)
-    var = (x - mean).square_().mean(others)  # a fifth of the time of torch.var_mean along columns
+    var = (x - mean).square_().mean(others)  # torch.var_mean is slow along columns
     mean = mean.view(-1)
     stored = mean.bfloat16()
     # What the stored mean leaves of a constant feature has to be coded as well.

@@ -29,14 +29,24 @@ def random_sign(i: int) -> float:
     return 1.0 if (h >> 16) & 1 else -1.0
 
 
+def _sylvester(n: int) -> Tensor:
+    """fp32 [n, n] of +1 and -1."""
+    h = torch.ones(1, 1, dtype=torch.float32, device="cpu")  # whatever the defaults are: what is made of it is cached
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h
+
+
+@functools.cache
+def signs(n: int, device: torch.device) -> Tensor:
+    """fp32 [n]"""
+    return torch.tensor([random_sign(i) for i in range(n)], dtype=torch.float32, device="cpu").to(device)
+
+
 @functools.cache
 def rotation_matrix(n: int, device: torch.device) -> Tensor:
     """fp32 [n, n], orthogonal: diag(signs) times Sylvester's matrix over sqrt(n)."""
-    h = torch.ones(1, 1, dtype=torch.float32, device="cpu")  # whatever the defaults are: the matrix is cached
-    while h.shape[0] < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    signs = torch.tensor([random_sign(i) for i in range(n)], dtype=torch.float32, device="cpu")
-    return (signs[:, None] * h / n**0.5).to(device)
+    return (signs(n, torch.device("cpu"))[:, None] * _sylvester(n) / n**0.5).to(device)
 
 
 @functools.cache
@@ -46,15 +56,9 @@ def inverse_matrix(n: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def signs(n: int, device: torch.device) -> Tensor:
-    return torch.tensor([random_sign(i) for i in range(n)], dtype=torch.float32, device="cpu").to(device)
-
-
-@functools.cache
 def _small_matrix(n: int, device: torch.device) -> Tensor:
     """Sylvester's [RUN, RUN] with the norm of the whole transform of n."""
-    h = rotation_matrix(RUN, torch.device("cpu")) * signs(RUN, torch.device("cpu"))[:, None] * (RUN / n) ** 0.5
-    return h.to(device)
+    return (_sylvester(RUN) / n**0.5).to(device)
 
 
 def in_runs(n: int) -> bool:

@@ -52,9 +52,13 @@ def encode(
     packed = torch.empty(widths.nbytes, dtype=torch.uint8, device=flat.device)
     for start, stop, x in _tiles(flat, parts, mean, inverse):
         if codec.levels == "gauss":
-            x, scale = _center_and_spread(codec, x)
+            if codec.allocate:
+                scale = scales[start:stop].float()
+                x = x.sub_(scale[:, :1])
+            else:
+                x, scale = _center_and_spread(codec, x)
             y = (rotate(x) if codec.rotate else x)[:, None]
-            for bits, rows, at in widths.parts(start, stop, cols := x.shape[1]):
+            for bits, rows, at in widths.parts(start, stop, x.shape[1]):
                 own, spread = (y, scale) if rows is None else (y[rows], scale[rows])
                 shared = [bucket_edges(bits, y.device), torch.arange(2**bits, device=y.device).float()]
                 codes = apply(
