@@ -188,14 +188,15 @@ def _style(codec: str) -> tuple[str, str]:
 
 
 def _options(codec: str) -> list[str]:
-    """What a reader wants of the options: bits, share or rank, and the word for a rotation."""
+    """What a reader wants of the options: bits, share or rank, and the words for a rotation and patches."""
     head = codec.removeprefix("ef+").partition("|")[0].partition(":")[2]
     options = dict(item.split("=", 1) for item in head.split(",") if "=" in item)
     words = [f"{options['bits']} bit"] if "bits" in options else []
     words += [f"{100 * float(options['ratio']):g} %"] if "ratio" in options else []
     words += [f"rank {options['rank']}"] if "rank" in options else []
     words += [options["format"]] if "format" in options else []
-    words += ["rotated"] if "rotate" in options else []
+    # Patches are always rotated as well; a shorter label finds room.
+    words += ["patched"] if "patch" in options else ["rotated"] if "rotate" in options else []
     return words
 
 

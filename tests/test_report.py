@@ -222,3 +222,11 @@ def test_demo_runs_every_codec(tmp_path, monkeypatch, capsys):
     assert table["uniform:bits=8"]["ratio"] == pytest.approx(4, abs=0.01) and len(table) == 7
     assert table["block:bits=4"]["ratio"] > 5 > table["block:bits=4"]["grad_ratio"] > 3
     assert (tmp_path / "accuracy_vs_ratio.png").is_file()
+
+
+def test_labels_tell_codecs_apart():
+    from hf_actcompress.plots import _short
+
+    rotated = "block:bits=3,rotate=hadamard,levels=gauss,allocate=energy"
+    labels = [_short(spec) for spec in ("block:bits=3", rotated, rotated + ",patch=dct")]
+    assert labels == ["3 bit", "3 bit rotated", "3 bit patched"]
