@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "HF_ACTCOMPRESS_COMPILE"
 SMALLEST = 1 << 16  # elements; below, the eager function takes about as long as a call of a compiled one
-PATIENCE = 5.0  # seconds a function has to have cost before it is compiled, about what compiling costs
+PATIENCE = 8.0  # seconds a function has to have cost before it is compiled, about what compiling costs (two cores)
 
 # Chains of more than 30 operations would be cut into passes over memory, with whole tensors of scratch in between.
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000}
