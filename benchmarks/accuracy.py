@@ -48,6 +48,7 @@ TASKS = {
 }
 ROTATED = "rotate=hadamard,levels=gauss,allocate=energy"
 PATCHED = ROTATED + ",patch=dct"  # differs on images alone
+TRELLIS = "rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def plan(tasks: list[str]) -> list[Run]:
     """All runs, the most telling ones first."""
     seeds = (0, 1, 2)
     main = [("none", None), ("block:bits=4", GRADIENT), (f"block:bits=3,{ROTATED}", GRADIENT),
-            (f"block:bits=2,{ROTATED}", GRADIENT)]  # fmt: skip
+            (f"block:bits=2,{ROTATED}", GRADIENT), (f"block:bits=2,{TRELLIS}", GRADIENT)]  # fmt: skip
     runs = []
     for seed in seeds:
         runs += [Run("cifar10", f"block:bits={b},{PATCHED}", GRADIENT, seed) for b in (4, 3, 2) if "cifar10" in tasks]

@@ -15,14 +15,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import trellis
 from .levels import gauss_distortion
 
 MOST = 2  # bits that one group may win or lose
 TOP = 8  # the most bits of gauss levels
 
 
-def allocate(spread: Tensor, bits: int) -> Tensor:
-    """Deviations [G] (fp32, as the payload holds them) -> int32 bits per group, `bits` on average exactly."""
+def allocate(spread: Tensor, bits: int, levels: str = "gauss") -> Tensor:
+    """Deviations [G] (fp32, as the payload holds them) -> int32 bits per group, `bits` on average exactly.
+
+    levels: "gauss" or "trellis", whose errors decide.
+    """
     given = torch.full(spread.shape, bits, dtype=torch.int32, device=spread.device)
     order = torch.argsort(spread, descending=True, stable=True)
     half = spread.numel() // 2
@@ -32,17 +36,19 @@ def allocate(spread: Tensor, bits: int) -> Tensor:
     gain, loss = (spread[high] / unit).square(), (spread[low] / unit).square()
     moved = torch.ones_like(high, dtype=torch.bool)
     for step in range(1, min(MOST, bits, TOP - bits) + 1):
-        won = distortion(bits + step - 1) - distortion(bits + step)
-        lost = distortion(bits - step) - distortion(bits - step + 1)
+        won = distortion(bits + step - 1, levels) - distortion(bits + step, levels)
+        lost = distortion(bits - step, levels) - distortion(bits - step + 1, levels)
         moved = moved & (gain * won > loss * lost)
         given[high] += moved.int()
         given[low] -= moved.int()
     return given
 
 
-def distortion(bits: int) -> float:
+def distortion(bits: int, levels: str = "gauss") -> float:
     """The squared error of a unit Gaussian at so many bits; 1 at none."""
-    return gauss_distortion(bits) if bits else 1.0
+    if not bits:
+        return 1.0
+    return trellis.DISTORTION[bits] if levels == "trellis" else gauss_distortion(bits)
 
 
 class Regions:

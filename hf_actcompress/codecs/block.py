@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import turned
+from . import prototypes, turned
 from .base import LARGEST, Codec, CodecState, Payload, check_choice, check_int, representable
 from .equalize import applies, feature_dim, feature_scales, period, tables
 from .kernels import group_decode, group_encode, group_roundtrip
@@ -31,14 +31,18 @@ class Block(Codec):
     round: "nearest" or "stochastic" (unbiased; equal levels only).
     rotate: None or "hadamard": the group's mean is taken out and kept, the rest is turned by a randomised
         Walsh-Hadamard transform, which spreads outliers.  The group must be a power of two.
-    levels: "uniform" (equal steps) or "gauss" (Lloyd-Max levels of a Gaussian of the group's variance).
-    fit: what gauss levels are best for: "unbiased" (a decoded value is on average the original; default after a
+    levels: "uniform" (equal steps), "gauss" (Lloyd-Max levels of a Gaussian of the group's variance), or "trellis"
+        (twice as many levels, of which a path through the group may use half at a time: a quarter to a third less
+        error at the same bits, for several times the time).
+    fit: what these levels are best for: "unbiased" (a decoded value is on average the original; default after a
         rotation) or "error" (least squares; default without one, where a spiky group would be blown up).  Least
         squares shrinks 2-bit values by an eighth, which a network sees as a shift of all its inputs.
     allocate: None or "energy": groups of large deviation get up to two bits more and small ones less, at the same
-        average and with nothing more to send (rotate and levels=gauss only).
+        average and with nothing more to send (with rotate, and levels other than uniform).
     patch: None or "dct": images [B, C, H, W] are first cut into small patches that a cosine transform turns; groups
         hold coefficients of one channel and frequency (with allocate only, in place of equalize).
+    prototypes: up to so many rows that others are like are kept once and taken out of those (0 to 15; with allocate
+        and equalize, for [rows, F] or [B, L, F] of 512 rows or more).
     clip: the share of the range that equal steps cover (nearest only); below 1 the tails are cut for a finer step.
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
         first, and both are kept (4 bytes per feature); tensors of fewer than 256 rows stay as they are.  On the
@@ -47,7 +51,7 @@ class Block(Codec):
 
     Payload: bits / 8 bytes per element, rounded up to 8 elements in the last group (to the whole group when
     rotated), + 2 scales per group.
-    With `equalize`, 4 bytes per feature more.
+    With `equalize`, 4 bytes per feature more; with `prototypes`, 2 bytes per feature of each and up to 4 bits per row.
     Sources: per-group quantization as in ActNN (Chen et al., 2021); rotation as in QuaRot (Ashkboos et al., 2024);
     the unbiased scale as in EDEN (Vargaftik et al., 2022).
     """
@@ -62,6 +66,7 @@ class Block(Codec):
     fit: str | None = None
     allocate: str | None = None
     patch: str | None = None
+    prototypes: int = 0
     clip: float = 1.0
     equalize: str | None = "feature"
     scale: int = 16
@@ -71,7 +76,7 @@ class Block(Codec):
         check_int(self.name, "bits", self.bits, 1, MAX_BITS, "To leave a tensor alone use identity.")
         check_choice(self.name, "round", self.round, ("nearest", "stochastic"))
         check_choice(self.name, "rotate", self.rotate, (None, "hadamard"))
-        check_choice(self.name, "levels", self.levels, ("uniform", "gauss"))
+        check_choice(self.name, "levels", self.levels, ("uniform", "gauss", "trellis"))
         check_choice(self.name, "fit", self.fit, (None, "unbiased", "error"))
         check_choice(self.name, "allocate", self.allocate, (None, "energy"))
         check_choice(self.name, "patch", self.patch, (None, "dct"))
@@ -100,17 +105,26 @@ class Block(Codec):
                 "block: round=stochastic is unbiased only with clip=1 and levels=uniform; got "
                 f"clip={self.clip:g}, levels={self.levels}. Use round=nearest or drop those options."
             )
-        if self.fit is not None and self.levels != "gauss":
-            raise ValueError(f"block: fit={self.fit} belongs to levels=gauss; got levels={self.levels}. Drop one.")
-        if self.allocate and not (self.rotate and self.levels == "gauss"):
+        if self.fit is not None and self.levels == "uniform":
+            raise ValueError(f"block: fit={self.fit} belongs to levels=gauss or trellis; got levels=uniform. Drop it.")
+        if self.allocate and not (self.rotate and self.levels != "uniform"):
             raise ValueError(
-                f"block: allocate={self.allocate} needs rotate=hadamard and levels=gauss; got rotate="
+                f"block: allocate={self.allocate} needs rotate=hadamard and levels=gauss or trellis; got rotate="
                 f"{str(self.rotate).lower()}, levels={self.levels}."
             )
         if self.patch and not self.allocate:
             raise ValueError(f"block: patch={self.patch} needs allocate=energy, which gives frequencies their bits.")
-        if self.levels == "gauss" and self.bits > 8:
-            raise ValueError(f"block: levels=gauss goes up to 8 bits; got bits={self.bits}. Use levels=uniform.")
+        check_int(self.name, "prototypes", self.prototypes, 0, prototypes.MOST)
+        if self.prototypes and not (self.allocate and self.equalize):
+            raise ValueError(
+                f"block: prototypes={self.prototypes} needs allocate=energy, which gives the bits that they save to "
+                f"others, and equalize=feature; got allocate={str(self.allocate).lower()}, "
+                f"equalize={str(self.equalize).lower()}."
+            )
+        if self.levels != "uniform" and self.bits > 8:
+            raise ValueError(
+                f"block: levels={self.levels} goes up to 8 bits; got bits={self.bits}. Use levels=uniform."
+            )
 
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return RoundingState(site, seed) if self.round == "stochastic" else None
@@ -144,6 +158,9 @@ class Block(Codec):
     def _patch(self, shape: tuple[int, ...]) -> int:
         return patch_size(shape) if self.patch else 1
 
+    def _alike(self, shape: tuple[int, ...]) -> bool:
+        return bool(self.prototypes) and prototypes.applies(shape) and self._equalizes(shape)
+
     def _flat(self, x: Tensor) -> Tensor:
         if self._patch(tuple(x.shape)) > 1:
             return to_frequencies(x, self._patch(tuple(x.shape)))
@@ -173,8 +190,17 @@ class Block(Codec):
 
     # -- the contract -----------------------------------------------------------------------------------------
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        shape, flat = tuple(x.shape), self._flat(x)
+        shape, tensors = tuple(x.shape), {}
         features = feature_scales(x) if self._equalizes(shape) else None
+        if features is not None:
+            tensors["features"] = features
+        if self._alike(shape):
+            scales, matrix = features.float().unbind(0), x.reshape(-1, shape[-1])
+            tensors["prototypes"] = prototypes.find(matrix, *scales, self.prototypes)
+            flat, tensors["rows"] = prototypes.subtract(matrix, tensors["prototypes"], *scales)
+            flat = flat.view(-1)
+        else:
+            flat = self._flat(x)
         mean, root = self._tables(features, shape)
         inverse = None if root is None else 1 / root
         found = self._parts(shape)
@@ -193,8 +219,7 @@ class Block(Codec):
                 ))  # fmt: skip
             codes = join([c.view(-1) for c, _ in results])
             scales = join([s.to(self.scale_dtype).view(-1, 2) for _, s in results])
-        tensors = {"codes": codes, "scales": scales}
-        return self._payload(x, tensors if features is None else {**tensors, "features": features})
+        return self._payload(x, {"codes": codes, "scales": scales, **tensors})
 
     def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
         before = None if state is None else state.snapshot()
@@ -217,6 +242,8 @@ class Block(Codec):
         if "features" in payload.tensors:
             mean, root = payload.tensors["features"].float().abs().amax(1)
             bound = bound * root + mean
+        if "prototypes" in payload.tensors:
+            bound = bound + payload.tensors["prototypes"].abs().amax()
         return bool(bound < LARGEST / 4)  # False for NaN
 
     def _decode(self, payload: Payload) -> Tensor:
@@ -224,9 +251,11 @@ class Block(Codec):
         mean, root = self._tables(payload.tensors.get("features"), shape)
         found = self._parts(shape)
         if self._turned:
-            dtype = torch.float32 if self._patch(shape) > 1 else payload.dtype
-            pieces = turned.decode(self, codes, scales, found, mean, root, dtype)
-            return self._unite(pieces, shape).to(payload.dtype)
+            dtype = torch.float32 if self._patch(shape) > 1 or self._alike(shape) else payload.dtype
+            y = self._unite(turned.decode(self, codes, scales, found, mean, root, dtype), shape)
+            if self._alike(shape):
+                prototypes.add(y.view(-1, shape[-1]), payload.tensors["prototypes"], payload.tensors["rows"])
+            return y.to(payload.dtype)
         pieces, at, row = [], 0, 0
         for part in found:
             n, k, c = part.shape
@@ -258,7 +287,7 @@ class Block(Codec):
 
     @property
     def _turned(self) -> bool:
-        return self.rotate is not None or self.levels == "gauss"
+        return self.rotate is not None or self.levels != "uniform"
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -266,6 +295,7 @@ class Block(Codec):
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         features = 4 * shape[feature_dim(shape)] if self._equalizes(shape) else 0
+        features += prototypes.nbytes(shape, self.prototypes) if self._alike(shape) else 0
         return features + sum(
             part.groups * (part.shape[2] * self.bits // 8 + 2 * self.scale_dtype.itemsize)
             for part in self._parts(shape)

@@ -64,10 +64,11 @@ class Kernel:
 
     fn must give the same bits compiled and eager: elementwise arithmetic, minima and maxima do, sums of floats do not
     (their order differs).  Sizes of dimension 0 and 1 of every tensor may change without a new compilation.
+    smallest: below so many elements of its largest tensor it runs eager.
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
+    def __init__(self, fn: Callable[..., Any], smallest: int = SMALLEST) -> None:
+        self.fn, self.smallest = fn, smallest
         self.variants: dict[Any, _Variant] = {}
         self.__doc__ = fn.__doc__
 
@@ -81,7 +82,7 @@ class Kernel:
         tag: what else makes a variant (whether optional tensors are given).
         """
         chosen = policy()
-        if chosen == "0" or x.numel() < SMALLEST and chosen != "1" or torch.compiler.is_compiling():
+        if chosen == "0" or x.numel() < self.smallest and chosen != "1" or torch.compiler.is_compiling():
             return None
         variant = self._variant(x, tag, static)
         if variant.failed or (chosen == "auto" and variant.compiled is None and variant.seconds < PATIENCE):

@@ -25,7 +25,9 @@ CODECS: dict[str, type[Codec]] = {c.name: c for c in (Identity, Uniform, Block, 
 # Names for options that belong together.  A codec that was asked for by such a name prints as what it is.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "rotated": ("block", {"rotate": "hadamard", "levels": "gauss", "allocate": "energy", "patch": "dct"}),
-}
+    "trellis": ("block", {"rotate": "hadamard", "levels": "trellis", "allocate": "energy", "patch": "dct",
+                          "prototypes": 3}),
+}  # fmt: skip
 
 
 def codec_names() -> list[str]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .allocation import Regions, allocate
+from . import trellis
+from .allocation import Regions, allocate, distortion
 from .base import CodecState
 from .hadamard import in_runs, rotate, rotate_back, signs, turn_runs
 from .kernels import (
@@ -25,7 +26,8 @@ from .kernels import (
     steps_decode,
     steps_encode,
 )
-from .levels import bucket_edges, ceil16, gauss_distortion, level_table
+from .levels import bucket_edges, ceil16, level_table, safe_inverse
+from .packing import pack, unpack
 from .rounding import noise_source
 from .rows import Part, apply, blocks, counters
 
@@ -51,7 +53,7 @@ def encode(
     widths = _regions(codec, scales, parts)
     packed = torch.empty(widths.nbytes, dtype=torch.uint8, device=flat.device)
     for start, stop, x in _tiles(flat, parts, mean, inverse):
-        if codec.levels == "gauss":
+        if codec.levels != "uniform":
             if codec.allocate:
                 scale = scales[start:stop].float()
                 x = x.sub_(scale[:, :1])
@@ -60,11 +62,7 @@ def encode(
             y = (rotate(x) if codec.rotate else x)[:, None]
             for bits, rows, at in widths.parts(start, stop, x.shape[1]):
                 own, spread = (y, scale) if rows is None else (y[rows], scale[rows])
-                shared = [bucket_edges(bits, y.device), torch.arange(2**bits, device=y.device).float()]
-                codes = apply(
-                    levels_encode, own, [spread[:, None, 1:]], shared=shared, bits=bits, compilable=bits <= 6
-                )
-                packed[at] = codes[0].view(-1)
+                packed[at] = _level_codes(codec, own, spread[:, None, 1:], bits).view(-1)
         else:
             starts = None if key is None else _starts(start, stop, cols, x.device)
             (_, _, at), = widths.parts(start, stop, x.shape[1])
@@ -72,6 +70,14 @@ def encode(
             packed[at] = codes.view(-1)
         scales[start:stop] = scale
     return packed, scales
+
+
+def _level_codes(codec: Block, y: Tensor, spread: Tensor, bits: int) -> Tensor:
+    """fp32 [R, 1, C] around 0, of deviations [R, 1, 1] -> packed codes."""
+    if codec.levels == "trellis":
+        return pack(trellis.encode((y * safe_inverse(spread))[:, 0], bits), bits)
+    shared = [bucket_edges(bits, y.device), torch.arange(2**bits, device=y.device).float()]
+    return apply(levels_encode, y, [spread], shared=shared, bits=bits, compilable=bits <= 6)[0]
 
 
 def decode(
@@ -111,7 +117,9 @@ def _decoded(
         own = scale if rows is None else scale[rows]
         packed = codes[at].view(own.shape[0], 1, -1)
         cols = packed.shape[2] * 8 // bits
-        if codec.levels == "gauss":
+        if codec.levels == "trellis":
+            y = trellis.decode(unpack(packed[:, 0], bits, cols), bits, _gain(codec, bits)) * own[:, 0]
+        elif codec.levels == "gauss":
             table = level_table(bits, _gain(codec, bits), codes.device)
             y = apply(levels_decode, packed, [own], shared=[table], cols=cols, bits=bits)[0][:, 0]
         else:
@@ -132,7 +140,7 @@ def _starts(start: int, stop: int, cols: int, device: torch.device) -> Tensor:
 
 def _regions(codec: Block, scales: Tensor, parts: list[Part]) -> Regions:
     if codec.allocate:
-        return Regions(allocate(scales[:, 1].float(), codec.bits), parts[0].shape[2])
+        return Regions(allocate(scales[:, 1].float(), codec.bits, codec.levels), parts[0].shape[2])
     return Regions(codec.bits, sum(part.groups * part.shape[2] for part in parts))
 
 
@@ -190,4 +198,4 @@ def _equal_steps(
 def _gain(codec: Block, bits: int) -> float:
     """What levels are multiplied by: the centroid of a cell is a share 1 - distortion of what fell there."""
     unbiased = codec.fit == "unbiased" or (codec.fit is None and codec.rotate is not None)
-    return 1 / (1 - gauss_distortion(bits)) if unbiased else 1.0
+    return 1 / (1 - distortion(bits, codec.levels)) if unbiased else 1.0

@@ -33,6 +33,8 @@ SPECS = [
     "block:bits=3,group=64,rotate=hadamard,levels=gauss",
     "block:bits=2,group=32,rotate=hadamard,levels=gauss,allocate=energy",
     "block:bits=3,group=32,rotate=hadamard,levels=gauss,allocate=energy,patch=dct",
+    "block:bits=3,levels=trellis",
+    "block:bits=2,group=32,rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3",
     "block:bits=4,clip=0.9",
     "block:bits=4,equalize=none",
     "block:bits=4,equalize=feature,rotate=hadamard,round=stochastic",

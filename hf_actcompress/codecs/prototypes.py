@@ -1,0 +1,80 @@
+"""Rows that many others are like are kept once, and those others as differences from them.
+
+In a batch of sentences the first token of all is nearly one and the same row after a layer, and so is the padding.
+Coded each for itself they take bits and get an error each; as differences from one prototype they are nearly nothing,
+and `allocate=energy` gives their bits to the rest.  Prototypes are chosen from the rows for the bits that they save.
+Related: gain-shape and residual vector quantization (Gersho and Gray, 1992).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import strided_sample
+from .packing import ceil8, pack, packed_nbytes, unpack
+
+MIN_ROWS = 512  # below, three prototypes would weigh more than a twentieth of the payload of 2 bits
+MOST = 15
+SAMPLE, CANDIDATES = 1024, 64
+FLOOR = 0.1  # of the mean energy of a row: what is left of a row below this hardly saves bits any more
+
+
+def rows(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1])
+
+
+def applies(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has rows (features last) and enough of them."""
+    return len(shape) in (2, 3) and rows(shape) >= MIN_ROWS
+
+
+def nbytes(shape: tuple[int, ...], count: int) -> int:
+    return count * shape[-1] * 2 + packed_nbytes(rows(shape), count.bit_length())
+
+
+def find(x: Tensor, mean: Tensor, root: Tensor, count: int) -> Tensor:
+    """x [R, F], mean and root of deviation of its features, fp32 [F] -> prototypes less the mean, bf16 [count, F].
+
+    Greedy: each one is the row that lowers the sum of the logarithms of what is left of a sample's rows most, and then
+    becomes the mean of the rows that are nearest to it.
+    """
+    index = strided_sample(torch.arange(x.shape[0], dtype=torch.float64), SAMPLE).long().to(x.device)
+    sample = (x[index].float() - mean) / root
+    some = strided_sample(torch.arange(index.numel(), dtype=torch.float64), CANDIDATES).long().to(x.device)
+    candidates = torch.cat([(x[:1].float() - mean) / root, (x[-1:].float() - mean) / root, sample[some]])
+    energy = sample.square().sum(1)
+    left = (energy[:, None] + candidates.square().sum(1) - 2 * sample @ candidates.T).clamp_min(0)
+    floor = (FLOOR * energy.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    before, after = torch.log(energy + floor), torch.log(left + floor)
+    chosen = []
+    for _ in range(count):
+        chosen.append(int((before[:, None] - after).clamp_min(0).sum(0).argmax()))
+        before = torch.minimum(before, after[:, chosen[-1]])
+    nearest = torch.cat([energy[:, None], left[:, chosen]], 1).argmin(1)
+    own = [sample[nearest == i + 1] for i in range(count)]
+    found = [group.mean(0) if len(group) else candidates[c] for group, c in zip(own, chosen, strict=True)]
+    return (torch.stack(found) * root).bfloat16()
+
+
+def subtract(x: Tensor, prototypes: Tensor, mean: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, F] -> fp32 x less the nearest prototype of each row (or nothing), and which one (packed)."""
+    weights = prototypes.float() / root.square()
+    # |y - p|**2 less |y|**2, for y = x - mean and p = 0 or a prototype, features divided by their root
+    offset = (prototypes.float() * weights).sum(1) + 2 * weights @ mean
+    distance = offset - 2 * (x.float() @ weights.T)
+    index = torch.cat([torch.zeros_like(distance[:, :1]), distance], 1).argmin(1)
+    codes = torch.cat([index, index.new_zeros(ceil8(len(index)) - len(index))]).to(torch.uint8)
+    y = x.to(torch.float32, copy=True)
+    for i, prototype in enumerate(prototypes):
+        y[index == i + 1] -= prototype
+    return y, pack(codes, len(prototypes).bit_length())
+
+
+def add(y: Tensor, prototypes: Tensor, packed: Tensor) -> None:
+    """The inverse, in place: fp32 [R, F]."""
+    index = unpack(packed, len(prototypes).bit_length(), ceil8(len(y)))[: len(y)]
+    for i, prototype in enumerate(prototypes):
+        y[index == i + 1] += prototype

@@ -1,0 +1,84 @@
+"""Trellis-coded quantization against plain searches, and its gain over single levels."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_actcompress.codecs import parse_codec, trellis
+from hf_actcompress.codecs.allocation import distortion
+from hf_actcompress.codecs.levels import gauss_distortion
+from hf_actcompress.codecs.trellis import DISTORTION, STRETCH, decode, encode, subset, trellis_levels
+
+
+def walk(codes, bits):
+    """What a row of codes decodes to: the register step by step."""
+    state, values = 0, []
+    for code in codes:
+        path = code & 1
+        values.append(trellis_levels(bits)[(code >> 1) * 4 + subset(state, path)])
+        state = (state << 1 | path) & 7
+    return values
+
+
+def gauss(rows, cols=128, seed=0):
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("bits", "cols"), [(1, 10), (2, 6), (3, 4)])
+def test_no_path_has_less_error(bits, cols):
+    """Against every row of codes there is."""
+    x = 1.5 * gauss(21, cols)
+    every = torch.tensor([walk(codes, bits) for codes in itertools.product(range(2**bits), repeat=cols)])
+    best = torch.cdist(x.double(), every.double()).square().amin(1)
+    found = torch.tensor([walk(row, bits) for row in encode(x, bits).tolist()])
+    torch.testing.assert_close((x - found).double().square().sum(1), best, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_decoder_walks_the_trellis(bits):
+    codes = torch.randint(0, 2**bits, (5, 40), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    expected = torch.tensor([walk(row, bits) for row in codes.tolist()])
+    torch.testing.assert_close(decode(codes, bits, 1.0), expected)
+    torch.testing.assert_close(decode(codes, bits, 1.25), 1.25 * expected)
+
+
+def test_every_subset_is_used_and_two_paths_differ():
+    for state in range(8):
+        assert {subset(state, 0) % 2, subset(state, 1) % 2} in ({0}, {1}), "the paths of a state share a coset"
+        assert subset(state, 0) != subset(state, 1)
+    assert {subset(s, p) for s in range(8) for p in (0, 1)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_error_is_what_allocation_counts_on(bits):
+    x = gauss(1500 if bits < 5 else 300)
+    error = float((decode(encode(x, bits), bits, 1.0) - x).square().mean())
+    assert error == pytest.approx(DISTORTION[bits], rel=0.03)
+    share = {1: 0.86, 2: 0.76}.get(bits, 0.72)
+    assert DISTORTION[bits] == distortion(bits, "trellis") < share * gauss_distortion(bits)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_stretch_is_near_its_best(bits, monkeypatch):
+    x, errors = gauss(800), []
+    for by in (0.94, 1.0, 1.06):
+        monkeypatch.setitem(trellis.STRETCH, bits, STRETCH[bits] * by)
+        for cached in (trellis.trellis_levels, trellis._table, trellis._subset_edges):
+            cached.cache_clear()
+        errors.append(float((decode(encode(x, bits), bits, 1.0) - x).square().mean()))
+        monkeypatch.undo()
+    for cached in (trellis.trellis_levels, trellis._table, trellis._subset_edges):
+        cached.cache_clear()
+    assert errors[1] <= 1.005 * min(errors)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_less_error_at_the_same_bytes_and_right_on_average(bits):
+    x = gauss(600, 256, 3)
+    spec = "block:bits={},rotate=hadamard,levels={}"
+    single, path = (parse_codec(spec.format(bits, levels)) for levels in ("gauss", "trellis"))
+    assert single.encode(x).nbytes == path.encode(x).nbytes
+    y = path.roundtrip(x)
+    assert float((y - x).square().mean()) < 0.85 * float((single.roundtrip(x) - x).square().mean())
+    assert float((x * y).sum() / (x * x).sum()) == pytest.approx(1, abs=0.015)
