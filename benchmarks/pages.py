@@ -11,17 +11,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import speed
+
 from hf_actcompress.report import accuracy_table, load_records
 from hf_actcompress.report import main as report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROTATED = "block:bits={},rotate=hadamard,levels=gauss,allocate=energy"
+TRELLIS = "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3"
 # Label, codec of the text tasks, codec of the images where it is another (patches are nothing to text).
 README_CODECS = (
     *((c, c, c) for c in ("none", "uniform:bits=8", "uniform:bits=4", "sort:bits=8", "sort:bits=4", "kmeans:bits=4",
                           "topk:ratio=0.2", "block:bits=4")),
     *((f"rotated:bits={b}", ROTATED.format(b), ROTATED.format(b) + ",patch=dct") for b in (3, 2)),
+    ("trellis:bits=2", TRELLIS, TRELLIS),
 )  # fmt: skip
 TASKS = {"cola": "CoLA, MCC", "sst2": "SST-2, %", "cifar10": "CIFAR-10, %"}
 
@@ -89,29 +93,6 @@ def logit_noise(record: dict) -> str:
     return "\n".join(lines)
 
 
-def codecs(record: dict) -> str:
-    """Times at 64 MiB as multiples of a clone, one row per codec, and the first calls."""
-    lines = ["| codec | " + " | ".join(f"{d} {w}" for d in ("fp32", "bf16") for w in ("encode", "decode")) + " |",
-             "| --- |" + " ---: |" * 4]  # fmt: skip
-    found: dict[str, dict[str, dict]] = {}
-    for key, row in record["sizes"].items():
-        size, dtype, codec = key.split(" ", 2)
-        if size == "64M":
-            found.setdefault(codec, {})[dtype] = row
-    for codec, by_dtype in found.items():
-        cells = []
-        for dtype in ("float32", "bfloat16"):
-            for way in ("encode", "decode"):
-                time = by_dtype.get(dtype, {}).get(way)
-                low, mid, high = (time[k] for k in ("clones_p10", "clones", "clones_p90")) if time else (0, 0, 0)
-                cells.append(f"{mid:.2f} ({low:.2f}-{high:.2f})" if time else "")
-        lines.append(f"| {codec} | " + " | ".join(cells) + " |")
-    for name, calls in record.get("compilation", {}).items():
-        lines.append(f"\nIn a new process, {name}, encode and decode: " + "; ".join(
-            f"{label} {seconds:.2f} s" for label, seconds in calls.items()) + ".")  # fmt: skip
-    return "\n".join(lines)
-
-
 def summary() -> str:
     """The README's table: the forward ratio of each codec and the metric of each task."""
     rows = accuracy_table(load_records(RESULTS / "accuracy"))
@@ -148,12 +129,16 @@ def main() -> None:
     page, readme = ROOT / "docs" / "results.md", ROOT / "README.md"
     report(["--results", str(RESULTS / "accuracy"), "--page", str(page), "--figures", str(ROOT / "docs" / "figures")])
     parts = {"codec_error": codec_error, "logit_noise": logit_noise, "gradient_noise": gradient_noise,
-             "schedule": schedule, "metering": metering, "codecs": codecs}  # fmt: skip
+             "schedule": schedule, "metering": metering, "codecs": speed.codecs,
+             "training": speed.training}  # fmt: skip
     for name, make in parts.items():
         record = load(name)
         if record is not None:
             fill(page, name.replace("_", " "), make(record))
     fill(readme, "summary", summary())
+    record = load("codecs")
+    if record is not None:
+        speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")
 
 
 if __name__ == "__main__":

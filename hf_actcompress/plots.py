@@ -195,8 +195,10 @@ def _options(codec: str) -> list[str]:
     words += [f"{100 * float(options['ratio']):g} %"] if "ratio" in options else []
     words += [f"rank {options['rank']}"] if "rank" in options else []
     words += [options["format"]] if "format" in options else []
-    # Patches are always rotated as well; a shorter label finds room.
-    words += ["patched"] if "patch" in options else ["rotated"] if "rotate" in options else []
+    # Trellis and patches are rotated as well; a shorter label finds room.
+    trellis = options.get("levels") == "trellis"
+    marks = {"trellis": trellis, "patched": "patch" in options, "rotated": "rotate" in options}
+    words += [mark for mark, there in marks.items() if there][:1]
     return words
 
 

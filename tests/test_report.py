@@ -228,5 +228,6 @@ def test_labels_tell_codecs_apart():
     from hf_actcompress.plots import _short
 
     rotated = "block:bits=3,rotate=hadamard,levels=gauss,allocate=energy"
-    labels = [_short(spec) for spec in ("block:bits=3", rotated, rotated + ",patch=dct")]
-    assert labels == ["3 bit", "3 bit rotated", "3 bit patched"]
+    patched, trellis = rotated + ",patch=dct", rotated.replace("gauss", "trellis") + ",patch=dct,prototypes=3"
+    labels = [_short(spec) for spec in ("block:bits=3", rotated, patched, trellis)]
+    assert labels == ["3 bit", "3 bit rotated", "3 bit patched", "3 bit trellis"]

@@ -1,0 +1,171 @@
+"""Tables and a plot of benchmarks/results/{codecs,training}.json, for pages.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_actcompress.plots import OTHER, STYLES, _family, _figure, _save
+
+# What encode and decode may cost at 64 MiB in fp32, in clones.
+ALLOWED = {
+    **{f"{name}:bits={bits}": (1.2, 1.2) for name in ("uniform", "block") for bits in (8, 4, 2)},
+    "block:bits=2,rotate=hadamard": (2.0, 2.0), "sort:bits=8": (2.2, 1.6), "kmeans:bits=4": (2.2, 1.6),
+    "topk:ratio=0.1": (4.0, 2.0), "lowrank:rank=8": (3.0, 2.0), "lowrank:rank=8 [m, 32]": (3.0, 2.0),
+}  # fmt: skip
+GROWTH = 1.3  # time per byte at 1 GiB over that at 16 MiB
+FASTER = {"sort:bits=8": 30, "kmeans:bits=4": 50}  # than the plain versions
+SHARE = 0.97  # of the throughput of training without compression; low-rank 0.95
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+DRAWN = (
+    "uniform:bits=8", "block:bits=4", "block:bits=2,rotate=hadamard", "sort:bits=8", "kmeans:bits=4",
+    "topk:ratio=0.1", "lowrank:rank=8", "float8",
+)  # fmt: skip
+
+
+def by_codec(record: dict[str, Any]) -> dict[str, dict[tuple[str, str], dict]]:
+    """codec -> (size, dtype) -> measurement"""
+    found: dict[str, dict[tuple[str, str], dict]] = {}
+    for key, row in record["sizes"].items():
+        size, dtype, codec = key.split(" ", 2)
+        found.setdefault(codec, {})[size, dtype] = row
+    return found
+
+
+def codecs(record: dict[str, Any]) -> str:
+    """Times at 64 MiB, growth, baselines, first calls."""
+    found = by_codec(record)
+    lines = ["| codec | fp32 encode | allowed | fp32 decode | allowed | bf16 encode | bf16 decode |",
+             "| --- |" + " ---: |" * 6]  # fmt: skip
+    for codec, rows in found.items():
+        allowed, cells = ALLOWED.get(codec), []
+        for dtype in ("float32", "bfloat16"):
+            for i, way in enumerate(("encode", "decode")):
+                row = rows.get(("64M", dtype))
+                cells.append(_clones(row[way]) if row else "")
+                if dtype == "float32":
+                    cells.append(_judged(row[way]["clones"], allowed[i]) if row and allowed else "")
+        lines.append(f"| {codec} | " + " | ".join(cells) + " |")
+    parts = ["\n".join(lines), _growth(found), _baselines(record.get("baselines", {}))]
+    parts += [
+        f"In a new process, {name}, encode and decode: "
+        + "; ".join(f"{label} {seconds:.2f} s" for label, seconds in calls.items()) + "."
+        for name, calls in record.get("compilation", {}).items()
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part)
+
+
+def _clones(time: dict[str, float]) -> str:
+    return f"{time['clones']:.2f} ({time['clones_p10']:.2f}-{time['clones_p90']:.2f})"
+
+
+def _judged(value: float, most: float) -> str:
+    return f"{most:.1f}" if value <= most else f"{most:.1f} **missed**"
+
+
+def _growth(found: dict[str, dict]) -> str:
+    """Time per byte at 1 GiB over that at 16 MiB, fp32."""
+    cells = []
+    for codec, rows in found.items():
+        small, large = rows.get(("16M", "float32")), rows.get(("1G", "float32"))
+        if small and large:
+            ratios = [
+                large[way]["ms"] / large["bytes"] / (small[way]["ms"] / small["bytes"]) for way in ("encode", "decode")
+            ]
+            worst = " **missed**" if max(ratios) > GROWTH else ""
+            cells.append(f"| {codec} | {ratios[0]:.2f} | {ratios[1]:.2f}{worst} |")
+    if not cells:
+        return ""
+    head = "Time per byte at 1 GiB over time per byte at 16 MiB, fp32 (allowed: 1.3):\n\n"
+    return head + "\n".join(["| codec | encode | decode |", "| --- | ---: | ---: |", *cells])
+
+
+def _baselines(rows: dict[str, dict]) -> str:
+    if not rows:
+        return ""
+    lines = ["| what users have | codec here | faster (range) | asked | error, theirs | error, ours |",
+             "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for name, row in rows.items():
+        low, high = row["faster_range"]
+        asked = FASTER.get(row["codec"])
+        verdict = "" if asked is None else f"{asked}" if row["faster"] >= asked else f"{asked} **missed**"
+        lines.append(
+            f"| {name} | {row['codec']} | {row['faster']:.1f} ({low:.1f}-{high:.1f}) | {verdict} | "
+            f"{row['rel_error']['theirs']:.5f} | {row['rel_error']['ours']:.5f} |"
+        )
+    return "Encode and decode together, theirs over ours, 64 MiB of fp32, in turn:\n\n" + "\n".join(lines)
+
+
+def training(record: dict[str, Any]) -> str:
+    """Throughput over that without compression, a column per model."""
+    models = list(record["models"])
+    rows: dict[str, dict[str, dict]] = {}
+    for model, found in record["models"].items():
+        for row in found:
+            rows.setdefault(row["codec"], {})[model] = row
+    lines = ["| codec | " + " | ".join(models) + " |", "| --- |" + " ---: |" * len(models)]
+    for codec, own in rows.items():
+        cells = []
+        for model in models:
+            row = own.get(model)
+            if row is None:
+                cells.append("")
+            elif codec == "none":
+                cells.append(f"{row['samples_per_second']:.1f} samples/s")
+            else:
+                low, high = row["of_none_range"]
+                least = 0.95 if codec.startswith("lowrank") else SHARE
+                missed = " **missed**" if row["of_none"] < least else ""
+                cells.append(f"{row['of_none']:.3f} ({low:.3f}-{high:.3f}){missed}")
+        lines.append(f"| {codec} | " + " | ".join(cells) + " |")
+    n = record["models"][models[0]][0]["n"]
+    return "\n".join(lines) + (
+        f"\n\nSamples per second over those without compression in the same round, median of {n} rounds (range). "
+        "Asked: 0.97, low-rank 0.95. `" + record["command"] + "`."
+    )
+
+
+def plot(record: dict[str, Any], path: Path) -> Path | None:
+    """Time over that of a clone against size, encode and decode, fp32; None without at least two sizes."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    found = by_codec(record)
+    sizes = {size for rows in found.values() for size, dtype in rows if dtype == "float32"}
+    if len(sizes) < 2:
+        return None
+    figure, axes = _figure(1, 2, 3.6)
+    for ax, way in zip(axes, ("encode", "decode"), strict=True):
+        for codec in DRAWN:
+            rows = sorted(
+                (int(size[:-1]) * UNITS[size[-1]], row[way])
+                for (size, dtype), row in found.get(codec, {}).items() if dtype == "float32"
+            )  # fmt: skip
+            if not rows:
+                continue
+            color, marker = STYLES.get(_family(codec), OTHER)
+            turned = "rotate" in codec
+            x = [size for size, _ in rows]
+            ax.plot(x, [t["clones"] for _, t in rows], color=color, marker=marker, markersize=5, linewidth=1.4,
+                    linestyle="--" if turned else "-", markeredgecolor="white", markeredgewidth=0.5,
+                    label=codec.replace(",rotate=hadamard", ", rotated"))  # fmt: skip
+            ax.fill_between(x, [t["clones_p10"] for _, t in rows], [t["clones_p90"] for _, t in rows], color=color,
+                            alpha=0.12, linewidth=0)  # fmt: skip
+        ax.axhline(1, color=STYLES["none"][0], linewidth=1, linestyle=(0, (5, 2)))
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.set_yticks([t for t in (0.3, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if low <= t <= high])
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_xticks([2**i for i in (14, 18, 22, 26, 30)])
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _size(value)))
+        ax.set_title(way, loc="left", fontweight="bold")
+        ax.set_xlabel("size of the tensor, fp32")
+        ax.set_ylabel("time over x.clone()")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def _size(value: float) -> str:
+    unit = next(u for u in ("G", "M", "K") if value >= UNITS[u])
+    return f"{value / UNITS[unit]:g} {unit}iB"
