@@ -114,16 +114,20 @@ class Kernel:
         own = types.FunctionType(code, self.fn.__globals__, code.co_name, self.fn.__defaults__, self.fn.__closure__)
         own.__kwdefaults__ = self.fn.__kwdefaults__
         compiled = torch.compile(own, fullgraph=True, options=OPTIONS)
+        marked: set[tuple[bool, ...]] = set()
 
         def run(*args: Tensor | None) -> Any:
             if variant.failed:
                 return self.fn(*args, **static)
-            for arg in args:
-                # The last dimension is a constant, the others (N and K of a grid) are any numbers; 0 and 1 are
-                # special to the compiler.
-                for dim in range(0 if arg is None else arg.dim() - 1):
-                    if arg.shape[dim] > 1:
-                        torch._dynamo.mark_dynamic(arg, dim)
+            # The last dimension is a constant, the others (N and K of a grid) are any numbers; 0 and 1 are special to
+            # the compiler.  Marks are needed where it compiles and cost a third of a call elsewhere.
+            dynamic = tuple(size > 1 for arg in args if arg is not None for size in arg.shape[:-1])
+            if dynamic not in marked:
+                for arg in args:
+                    for dim in range(0 if arg is None else arg.dim() - 1):
+                        if arg.shape[dim] > 1:
+                            torch._dynamo.mark_dynamic(arg, dim)
+                marked.add(dynamic)
             try:
                 with torch.no_grad():
                     return compiled(*args, **static)

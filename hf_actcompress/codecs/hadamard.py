@@ -67,10 +67,10 @@ def in_runs(n: int) -> bool:
 
 
 def turn_runs(rows: Tensor, signed: bool) -> Tensor:
-    """The first half of such a rotation, with the signs, or of its inverse, without: fp32 [R, n] -> [R, n]."""
-    n = rows.shape[1]
-    rows = rows * signs(n, rows.device) if signed else rows
-    return (rows.reshape(-1, RUN) @ _small_matrix(n, rows.device)).view(-1, n)
+    """The first half of such a rotation, with the signs, or of its inverse, without: fp32 [..., n]."""
+    n = rows.shape[-1]
+    turned = rows * signs(n, rows.device) if signed else rows
+    return (turned.reshape(-1, RUN) @ _small_matrix(n, rows.device)).view(rows.shape)
 
 
 def rotate(rows: Tensor) -> Tensor:

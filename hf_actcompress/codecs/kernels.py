@@ -154,6 +154,11 @@ def _equalized(x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor]:
     return (_units(x, mean, inverse),)
 
 
+def _signed(x: Tensor, center: Tensor, signs: Tensor) -> tuple[Tensor]:
+    """fp32 groups less their means [N, K, 1], times signs [C]."""
+    return ((x - center) * signs,)
+
+
 def _restored(
     y: Tensor, center: Tensor, mean: Tensor | None, root: Tensor | None, *, dtype: torch.dtype
 ) -> tuple[Tensor]:
@@ -289,7 +294,7 @@ sort_encode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_roundtrip)
 nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
 table_decode = Kernel(_table_decode)
 keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_place)
-equalized, restored = Kernel(_equalized), Kernel(_restored)
+equalized, signed, restored = Kernel(_equalized), Kernel(_signed), Kernel(_restored)
 steps_encode, steps_decode = Kernel(_steps_encode), Kernel(_steps_decode)
 levels_encode, levels_decode = Kernel(_levels_encode), Kernel(_levels_decode)
 float8_encode, float8_decode, float8_roundtrip = (

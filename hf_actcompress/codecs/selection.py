@@ -21,7 +21,7 @@ from .kernels import band_bits
 from .rows import COLS, apply, join, parts
 
 SAMPLE = 1 << 15
-RUN = 1 << 17  # bytes of a bitmap that are expanded at once; a multiple of a row's
+RUN = 1 << 15  # bytes of a bitmap that are expanded at once: a multiple of a row's, and what comes of it fits a cache
 SIGMAS = 4.0  # half-width of the band, in standard deviations of a rank in the sample
 
 
@@ -47,7 +47,7 @@ def find_cut(flat: Tensor, k: int) -> Cut:
         found = [apply(band_bits, part.take(flat), shared=[lo, hi]) for part in parts(n, COLS)]
         inside, above = (join([bits.view(-1) for bits in both]) for both in zip(*found, strict=True))
         _clear_filling(above, n)
-        rest = k - int(torch.bincount(above, minlength=256) @ _popcounts(above.device).long())
+        rest = k - _count(above)
         band = set_bits(inside, n, sparse=True)
         if 0 < rest <= band.numel():
             size = flat[band].abs()
@@ -75,38 +75,43 @@ def _bands(flat: Tensor, k: int) -> list[tuple[Tensor, Tensor]]:
 
 def set_bits(bits: Tensor, n: int, sparse: bool = False) -> Tensor:
     """Bitmap of n elements -> int64 indices of the set ones, byte by byte.  sparse: few of them are expected."""
-    return join(list(runs_of_set_bits(bits, n, bits.numel() if sparse else RUN, sparse)))
-
-
-def runs_of_set_bits(bits: Tensor, n: int, run: int | None = None, sparse: bool = False) -> Iterator[Tensor]:
-    """The same in runs of so many bytes, so that what is between stays in a cache."""
-    whole, run = n // COLS * (COLS // 8), run or RUN
-    for start in range(0, whole, run):
-        index = _ones(bits[start : min(start + run, whole)], sparse)
-        # In a row of whole bytes bit i of byte j is element 16 i + j: the low seven bits of the index are turned.
-        low = index & (COLS - 1)
-        index -= low
-        index += low >> 3
-        index += low.bitwise_and_(7).bitwise_left_shift_(4)
-        yield index.add_(8 * start)
-    if whole < bits.numel() or not n:
-        tail, width = _ones(bits[whole:], False), bits.numel() - whole
-        tail = n // COLS * COLS + (tail & 7) * width + (tail >> 3)
-        yield tail[tail < n]
-
-
-def _ones(bits: Tensor, sparse: bool) -> Tensor:
-    """8 * byte + bit of the set bits, int64, ascending."""
     if sparse:
         used = bits.nonzero().view(-1)
-        found = _ones(bits[used], False)
-        return used[found >> 3] * 8 + (found & 7)
-    if bits.device.type == "cpu":  # an eighth of the time of torch's shifts
-        expanded = torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little"))
-    else:
-        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        expanded = ((bits[:, None] >> shifts) & 1).view(-1)
-    return expanded.view(torch.bool).nonzero().view(-1)
+        found = _ones(bits[used])
+        byte, bit = used[found >> 3], found & 7
+        width = _widths(byte, n)
+        row = byte // (COLS // 8)
+        index = row * COLS + bit * width + byte - row * (COLS // 8)
+        return index[index < n]  # without what fills the last row
+    return join([start + index.long() for start, index in runs_of_set_bits(bits, n)])
+
+
+def runs_of_set_bits(bits: Tensor, n: int) -> Iterator[tuple[int, Tensor]]:
+    """The same in runs of RUN bytes, so that what is between stays in a cache: (first element of the run, integers
+    that count from it)."""
+    whole = n // COLS * (COLS // 8)
+    for start in range(0, whole, RUN):
+        run = bits[start : min(start + RUN, whole)]
+        yield 8 * start, _elements(bits.device)[_ones(run)]
+    if whole < bits.numel() or not n:
+        tail, width = _ones(bits[whole:]), bits.numel() - whole
+        tail = (tail & 7) * width + (tail >> 3)
+        yield n // COLS * COLS, tail[tail < n % COLS]
+
+
+@functools.cache
+def _elements(device: torch.device) -> Tensor:
+    """int32 [8 * RUN]: which element of a run 8 * byte + bit stands for."""
+    index = torch.arange(8 * RUN, dtype=torch.int32, device=device)
+    return index.view(-1, 8, COLS // 8).transpose(1, 2).reshape(-1)
+
+
+def _ones(bits: Tensor) -> Tensor:
+    """8 * byte + bit of the set bits, int64, ascending."""
+    if bits.device.type == "cpu":  # numpy takes an eighth of the time of torch's shifts, and less than its nonzero
+        return torch.from_numpy(np.flatnonzero(np.unpackbits(bits.numpy(), bitorder="little").view(np.bool_)))
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).view(-1).nonzero().view(-1)
 
 
 def _clear_filling(bits: Tensor, n: int) -> None:
@@ -119,22 +124,41 @@ def _clear_filling(bits: Tensor, n: int) -> None:
 def _places(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Elements of a tensor of n -> their bytes and bits."""
     row, at = index // COLS, index % COLS
-    width = torch.full_like(index, COLS // 8)
-    if n % COLS:
-        width = torch.where(row == n // COLS, -(-(n % COLS) // 8), width)  # of the last, short row
+    width = _widths(row * (COLS // 8), n)
     return row * (COLS // 8) + at % width, at // width
 
 
-@functools.cache
-def _popcounts(device: torch.device) -> Tensor:
-    return torch.tensor([i.bit_count() for i in range(256)], dtype=torch.int32, device=device)
+def _widths(byte: Tensor, n: int) -> Tensor:
+    """Bytes of the row in which a byte lies: COLS / 8, or less in a last, short row."""
+    width = torch.full_like(byte, COLS // 8)
+    if n % COLS:
+        width = torch.where(byte >= n // COLS * (COLS // 8), -(-(n % COLS) // 8), width)
+    return width
 
 
 def ranks(bits: Tensor) -> Tensor:
     """For each byte how many bits are set before it (int32, or int64 from 2**31 elements)."""
-    counts = _popcounts(bits.device)[bits.int()]
     dtype = torch.int32 if bits.numel() < 2**28 else torch.int64
-    return counts.cumsum(0, dtype=dtype).sub_(counts)
+    counts, sums = _counts(bits)
+    total = (sums >> 56) & 0xFF
+    before = total.cumsum(0).sub_(total).to(dtype)
+    inner = (sums - counts).view(torch.uint8).view(-1, 8).to(dtype)
+    return inner.add_(before[:, None]).view(-1)[: bits.numel()]
+
+
+def _count(bits: Tensor) -> int:
+    return int(((_counts(bits)[1] >> 56) & 0xFF).sum())
+
+
+def _counts(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Eight bytes at a time (int64): the number of bits in each, and in it and those before it."""
+    if bits.numel() % 8 or bits.storage_offset() % 8:
+        bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)])
+    v = bits.view(torch.int64)
+    v = v - ((v >> 1) & 0x5555555555555555)
+    v = (v & 0x3333333333333333) + ((v >> 2) & 0x3333333333333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return v, v * 0x0101010101010101
 
 
 def _wide(x: Tensor) -> torch.dtype:

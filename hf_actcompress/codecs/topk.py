@@ -47,8 +47,8 @@ class TopK(Codec):
         cut = find_cut(flat, k)
         if _bitmap_is_smaller(n, k):
             bits, values, at = cut.bitmap(), flat.new_empty(k), 0
-            for index in runs_of_set_bits(bits, n):
-                torch.index_select(flat, 0, index, out=values[at : at + index.numel()])
+            for start, index in runs_of_set_bits(bits, n):
+                torch.index_select(flat[start:], 0, index, out=values[at : at + index.numel()])
                 at += index.numel()
             return self._payload(x, {"values": values, "positions": bits})
         where = torch.cat([set_bits(cut.bits, n, sparse=True), cut.more]).sort().values

@@ -23,6 +23,7 @@ from .kernels import (
     levels_decode,
     levels_encode,
     restored,
+    signed,
     steps_decode,
     steps_encode,
 )
@@ -163,16 +164,16 @@ def _tiles(
             row += y.shape[0]
 
 
-def _centered(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows less their stored means, in place, and these [R]."""
+def _means(codec: Block, x: Tensor) -> Tensor:
+    """[R]: the means of rows as they are stored."""
     mean = x.mean(1)
-    mean = mean.bfloat16().float() if codec.scale == 16 else mean
-    return x.sub_(mean[:, None]), mean
+    return mean.bfloat16().float() if codec.scale == 16 else mean
 
 
 def _center_and_spread(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 rows [R, C] -> rows around 0; mean and deviation [R, 2], the latter rounded up."""
-    x, center = _centered(codec, x)
+    """fp32 rows [R, C] -> rows around 0, in place; mean and deviation [R, 2], the latter rounded up."""
+    center = _means(codec, x)
+    x = x.sub_(center[:, None])
     spread = torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5
     return x, torch.stack([center, ceil16(spread) if codec.scale == 16 else spread], 1)
 
@@ -181,13 +182,14 @@ def _equal_steps(
     codec: Block, x: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """fp32 rows [R, C] -> codes of the turned rows, mean and step [R, 2]."""
-    x, center = _centered(codec, x)
+    center = _means(codec, x)
     reach = 2 * codec.clip / (2**codec.bits - 1)
-    if in_runs(x.shape[1]):
+    if in_runs(cols := x.shape[1]):
         static = {"bits": codec.bits, "reach": reach, "stored": codec.scale}
-        codes, step = apply(butterflies_steps, turn_runs(x, True)[:, None], [starts], shared=[lanes, key], **static)
+        x = apply(signed, x[:, None], [center[:, None, None]], shared=[signs(cols, x.device)])[0]
+        codes, step = apply(butterflies_steps, turn_runs(x, False), [starts], shared=[lanes, key], **static)
         return codes, torch.stack([center, step.view(-1)], 1)
-    y = rotate(x)
+    y = rotate(x.sub_(center[:, None]))
     # amax and amin take a tenth of the time of the norm that is their larger one
     step = torch.maximum(y.amax(1), -y.amin(1)) * reach
     step = ceil16(step) if codec.scale == 16 else step
