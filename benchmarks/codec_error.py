@@ -34,7 +34,7 @@ SPECS = [
     f"block:bits=3,{ROTATED},allocate=energy",
     "block:bits=2,equalize=none", "block:bits=2", f"block:bits=2,{ROTATED},equalize=none",
     f"block:bits=2,{ROTATED},fit=error", f"block:bits=2,{ROTATED}", f"block:bits=2,{ROTATED},allocate=energy",
-    "rotated:bits=4", "rotated:bits=3", "rotated:bits=2",
+    "rotated:bits=4", "rotated:bits=3", "rotated:bits=2", "trellis:bits=3", "trellis:bits=2",
 ]  # fmt: skip
 
 

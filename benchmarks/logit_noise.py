@@ -33,6 +33,9 @@ CODECS = (
     "block:bits=4", "block:bits=4,equalize=none",
     *(f"block:bits={b},{ROTATED}{more}" for b in (3, 2) for more in (",fit=error", "", ",allocate=energy")),
     f"block:bits=2,{ROTATED},equalize=none,fit=error",
+    f"block:bits=2,{ROTATED},allocate=energy,prototypes=3",
+    "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy",
+    "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy,prototypes=3",
 )  # fmt: skip
 
 
