@@ -150,5 +150,5 @@ def _values(codes: Tensor, table: Tensor) -> tuple[Tensor]:
     return (table[index],)
 
 
-# One column of a few thousand rows is work enough for the first two.
-advance, trace, values = Kernel(_advance, 1 << 10), Kernel(_trace, 1 << 10), Kernel(_values)
+# A column of few rows is work enough for the first two: many operations each.
+advance, trace, values = Kernel(_advance, 64), Kernel(_trace, 64), Kernel(_values)
