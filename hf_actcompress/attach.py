@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .codecs import Codec
+from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
 from .layers import Layer, find_layers, match_layers, select_boundaries
 from .sites.boundary import Boundary, Channel
+from .sites.saved import COMPILED, SavedTensors, install, is_hook
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Handle:
         self.model, self.config, self.layers = model, config, layers
         self.boundaries: dict[str, Boundary] = {}
         self.cuts: dict[str, Layer] = {}
+        self.saved: SavedTensors | None = None
         self._removers: list[Any] = []
         self._named: set[str] = set()  # boundaries whose codec `layers` fixes: the schedule leaves them alone
         self.epoch = 0
@@ -48,6 +50,8 @@ class Handle:
         for boundary in self.boundaries.values():
             # A graph compiled while the hooks were there may still call them.
             boundary.enabled = False
+        if self.saved is not None:
+            self.saved.enabled = False
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -80,6 +84,8 @@ class Handle:
             for direction, channel in self.channels(name):
                 head = {"boundary": name, "layer": layer.index, "direction": direction, "codec": str(channel.codec)}
                 rows.append(head | channel.meter.record())
+        if self.saved is not None:
+            rows.append(self.saved.record.row(str(self.saved.codec)))
         return rows
 
     def channels(self, name: str) -> list[tuple[str, Channel]]:
@@ -94,6 +100,8 @@ class Handle:
             for direction, channel in self.channels(name):
                 if channel.state is not None:
                     result[f"{name}/{direction}"] = {"codec": str(channel.codec), "state": channel.state.state_dict()}
+        if self.saved is not None and self.saved.state is not None:
+            result["saved"] = {"codec": str(self.saved.codec), "state": self.saved.state.state_dict()}
         return result
 
     def load_state_dict(self, values: dict[str, Any]) -> list[str]:
@@ -108,6 +116,12 @@ class Handle:
                     missed.append(f"{name}/{direction}")
                 else:
                     channel.state.load_state_dict(entry["state"])
+        if self.saved is not None and self.saved.state is not None:
+            entry = values.get("saved")
+            if entry is None or entry["codec"] != str(self.saved.codec):
+                missed.append("saved")
+            else:
+                self.saved.state.load_state_dict(entry["state"])
         return missed
 
 
@@ -131,13 +145,17 @@ def compress_model(
         config = ActCompressConfig() if config is None else ActCompressConfig(codec=config)
     inner = unwrap(model)
     for name, module in inner.named_modules():
-        if any(isinstance(hook, Boundary) for hook in module._forward_hooks.values()):
+        if any(isinstance(hook, Boundary) or is_hook(hook) for hook in module._forward_hooks.values()):
             raise ValueError(
-                f"The model is compressed already (a boundary sits at '{name}'). Call handle.remove() on the handle "
+                f"The model is compressed already (a hook sits at '{name}'). Call handle.remove() on the handle "
                 "that compress_model returned, or leave its `with` block, before attaching again. Where the handle is "
                 "lost (a copied model, a run that was stopped): hf_actcompress.remove_compression(model)."
             )
-    layers = find_layers(inner, example_inputs, config.blocks)
+    if config.saved and any(m._compiled_call_impl is not None for m in (model, *inner.modules())) or (
+        config.saved and inner is not model and hasattr(model, "_orig_mod")
+    ):
+        raise ValueError(COMPILED)
+    layers = find_layers(inner, example_inputs, config.blocks) if _needs_layers(config) else []
     cuts = select_boundaries(layers, config.first, config.last, config.placement, config.stack)
     codecs = {layer.module: config.scheduled(0) for layer in cuts}
     named = {}
@@ -167,9 +185,16 @@ def compress_model(
         if layer.module in named:
             handle._named.add(layer.name)
         handle._removers.append(inner.get_submodule(layer.module).register_forward_hook(boundary))
-    if not handle.boundaries:
+    if config.saved:
+        handle.saved = SavedTensors(parse_codec(config.saved), seed=seed, nonfinite=config.nonfinite)
+        handle._removers += install(handle.saved, inner)
+    elif not handle.boundaries:
         logger.warning("first=0, last=0 and no layers: nothing is compressed.")
     return handle
+
+
+def _needs_layers(config: ActCompressConfig) -> bool:
+    return bool(config.first or config.last or config.layers or not config.saved)
 
 
 def _check_fits(layer: Layer, *codecs: Codec) -> None:
@@ -182,17 +207,26 @@ def _check_fits(layer: Layer, *codecs: Codec) -> None:
 
 
 def remove_compression(model: nn.Module) -> list[str]:
-    """Take off all boundaries, also those of a copied or unpickled model, which no handle knows.
+    """Take off all hooks, also those of a copied or unpickled model, which no handle knows.
 
-    Returns the names of the modules that carried one.
+    Returns the names of the modules that carried a boundary, and "" for hooks on what autograd saves.
     """
     names = []
     for name, module in unwrap(model).named_modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, Boundary):
-                hook.enabled = False  # for graphs compiled while it was there
-                del module._forward_hooks[key]
-                names.append(name)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, Boundary):
+                    hook.enabled = False  # for graphs compiled while it was there
+                    names.append(name)
+                elif is_hook(hook):
+                    hook.saved.enabled = False
+                    if name == "" and "" not in names:
+                        names.append(name)
+                else:
+                    continue
+                del hooks[key]
+                for more in (module._forward_hooks_always_called, module._forward_pre_hooks_with_kwargs):
+                    more.pop(key, None)
     return names
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .attach import Handle, compress_model, flatten_state, unflatten_state
 from .config import ActCompressConfig
 from .metering import Meter
+from .sites.saved import COMPILED, Record
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class ActCompressCallback(TrainerCallback):
 
     Each log line of the Trainer (and so `log_history` and TensorBoard) gets, per boundary since the last line:
     `compress/<layer>/forward_ratio`, `..._error` (relative), `..._cosine`, the same for `backward`, and
-    `saved_mb`, the megabytes saved so far.  After training, `stats` holds the whole table; evaluation then runs
+    `saved_mb`, the megabytes saved so far; with `saved`, `compress/saved/plain_mb` and `held_mb`, what autograd would
+    have held of a forward pass and what was held.  After training, `stats` holds the whole table; evaluation then runs
     without compression unless it is done under `with callback.attached(model):`.
 
     Checkpoints get the configuration and, per rank, the codecs' state; both are picked up by
@@ -54,6 +57,7 @@ class ActCompressCallback(TrainerCallback):
         self.stats: list[dict[str, Any]] = []
         self._last_state: dict[str, Any] = {}
         self._logged: dict[tuple[str, str], Meter] = {}
+        self._logged_saved = Record()
         self._epoch: int | None = None  # the last one trained in
         self._epoch_begun = False
         self._trainer: Any = None
@@ -77,11 +81,13 @@ class ActCompressCallback(TrainerCallback):
     ) -> None:
         self._detach()  # a run that raised never reached on_train_end
         self._go_first()
+        if self.config.saved and args.torch_compile:  # the model that callbacks are handed hides it
+            raise ValueError(COMPILED)
         self.handle = compress_model(model, self.config, example_inputs=self.example_inputs)
         self._epoch = _epoch(state)
         self._epoch_begun = False
         self.handle.set_epoch(self._epoch)
-        self._logged = {}
+        self._logged, self._logged_saved = {}, Record()
         if state.global_step > 0:
             self._load(self._resumed_from(args, state))
         cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
@@ -167,6 +173,24 @@ class ActCompressCallback(TrainerCallback):
                 if record["nonfinite"]:
                     result[f"compress/{name}/{direction}_nonfinite"] = record["nonfinite"]
             result[f"compress/{name}/saved_mb"] = round(saved / 1e6, 3)
+        if self.handle.saved is not None:
+            result |= self._memory_metrics(self.handle.saved.record)
+        return result
+
+    def _memory_metrics(self, record: Record) -> dict[str, float]:
+        """What autograd would have held of a forward pass and what was held, in MB; the peak where a device counts."""
+        found, self._logged_saved = record.since(self._logged_saved), copy.copy(record)
+        result: dict[str, float] = {}
+        if found.passes:
+            result["compress/saved/plain_mb"] = round(found.raw_bytes / found.passes / 1e6, 3)
+            result["compress/saved/held_mb"] = round(found.kept_bytes / found.passes / 1e6, 3)
+        if found.kept_bytes:
+            result["compress/saved/ratio"] = round(found.raw_bytes / found.kept_bytes, 3)
+        if found.nonfinite:
+            result["compress/saved/nonfinite"] = found.nonfinite
+        if torch.accelerator.is_available():
+            result["compress/saved/peak_mb"] = round(torch.accelerator.max_memory_allocated() / 1e6, 3)
+            torch.accelerator.reset_peak_memory_stats()
         return result
 
     def _go_first(self) -> None:

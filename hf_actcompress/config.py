@@ -29,6 +29,8 @@ class ActCompressConfig:
     layers: overrides and additions by glob: {"encoder.layer.3": "sort:bits=8"} or
         {"blocks.*": {"codec": ..., "grad_codec": ...}}.
     blocks: the model's blocks as module paths or globs in run order ("net.*"), for models in which none are found.
+    saved: codec of the tensors that autograd saves for the backward pass; None leaves them alone.  With first=0 and
+        last=0 nothing else is compressed.
     stack: "encoder" or "decoder", to compress only that stack of an encoder-decoder.
     schedule: {epoch: codec}, or {epoch: {"codec": ..., "grad_codec": ...}}; the latest entry that has begun counts,
         and before the first one `codec` and `grad_codec` do.
@@ -45,6 +47,7 @@ class ActCompressConfig:
     placement: str = "every"
     layers: dict[str, Any] | None = None
     blocks: list[str] | None = None
+    saved: str | None = None
     stack: str | None = None
     schedule: dict[int, Any] | None = None
     evaluate: str = "on"
@@ -56,6 +59,8 @@ class ActCompressConfig:
         self.codec = str(_spec(self.codec, "codec"))
         if self.grad_codec is not None:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
+        if self.saved is not None:
+            self.saved = str(_spec(self.saved, "saved"))
         for name in ("first", "last", "meter_every", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -171,6 +176,9 @@ class CompressionArguments:
     )
     blocks: list[str] | None = field(
         default=None, metadata={"help": "The model's blocks as module paths or globs, where none are found."}
+    )
+    saved: str | None = field(
+        default=None, metadata={"help": "Codec of what autograd saves for the backward pass, e.g. block:bits=4."}
     )
     stack: str | None = field(default=None, metadata={"help": "Only this stack of an encoder-decoder."})
     schedule: str | None = field(

@@ -8,6 +8,7 @@ from .float8 import Float8
 from .identity import Identity
 from .kmeans import KMeans
 from .lowrank import LowRank
+from .packing import pack_bits, unpack_bits
 from .registry import CODECS, codec_names, parse_codec
 from .sort import Sort
 from .topk import TopK
@@ -15,5 +16,6 @@ from .uniform import Uniform
 
 __all__ = [
     "CODECS", "Block", "Chain", "Codec", "CodecState", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
-    "Payload", "Sort", "TopK", "Uniform", "codec_names", "parse_codec", "raw_nbytes", "representable",
+    "Payload", "Sort", "TopK", "Uniform", "codec_names", "pack_bits", "parse_codec", "raw_nbytes", "representable",
+    "unpack_bits",
 ]  # fmt: skip

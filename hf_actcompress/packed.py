@@ -1,0 +1,147 @@
+"""What stands for a saved tensor between forward and backward: itself, a payload, or bits.
+
+Every class has `unpack()`, which may be called any number of times, and `nbytes`, what it holds.  This file knows
+tensors and codecs, not autograd's hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .codecs import Codec, Payload, pack_bits, unpack_bits
+
+
+class Kept:
+    """The tensor itself.  Like autograd, it refuses one that was changed in place since."""
+
+    def __init__(self, x: Tensor) -> None:
+        # Not x, whose grad_fn would make a cycle of an output and the node that saved it.
+        self.tensor, self.version = x.detach(), x._version
+
+    def unpack(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"saved tensor of shape {tuple(self.tensor.shape)} is at version {self.tensor._version}, expected "
+                f"version {self.version}. Use the operation's version that is not in place, or clone its input first."
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory: what turns a flat run of values into it again."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def restore(self, flat: Tensor) -> Tensor:
+        return flat.as_strided(self.shape, self.stride)
+
+
+def flatten(x: Tensor) -> tuple[Tensor, Layout] | None:
+    """A view of the memory run that `x` covers exactly, and how `x` lies in it; None if it leaves gaps.
+
+    Dimensions of stride 0 (expanded) take no part in the run.
+    """
+    own = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None)
+                  for size, stride in zip(x.shape, x.stride(), strict=True))]  # fmt: skip
+    order = sorted(range(own.dim()), key=lambda d: (-own.stride(d), -own.shape[d]))
+    run = own.permute(order)
+    if not run.is_contiguous():
+        return None
+    if order != sorted(order) and run.dim() == 4:  # channels_last: codecs take four dimensions for [B, C, H, W]
+        run = run.view(-1, run.shape[-1])
+    return run, Layout(tuple(x.shape), x.stride())
+
+
+class Coded:
+    """Values as a payload."""
+
+    def __init__(self, codec: Codec, payload: Payload) -> None:
+        self.codec, self.payload = codec, payload
+
+    def unpack(self) -> Tensor:
+        return self.codec.decode(self.payload)
+
+    @property
+    def nbytes(self) -> int:
+        return self.payload.nbytes
+
+
+class Bits:
+    """Two values, one bit each."""
+
+    def __init__(self, condition: Tensor, low: float, high: float, dtype: torch.dtype) -> None:
+        self.bits, self.shape = pack_bits(condition), tuple(condition.shape)
+        self.low, self.high, self.dtype = low, high, dtype
+
+    def unpack(self) -> Tensor:
+        found = unpack_bits(self.bits, self.shape)
+        if self.dtype == torch.bool:
+            return found
+        return torch.where(found, *(torch.tensor(v, dtype=self.dtype, device=found.device)
+                                    for v in (self.high, self.low)))  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.numel()
+
+
+class Integers:
+    """Whole numbers in the fewest bytes that hold them."""
+
+    def __init__(self, x: Tensor, narrow: torch.dtype) -> None:
+        self.values, self.dtype = x.to(narrow), x.dtype
+
+    def unpack(self) -> Tensor:
+        return self.values.to(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+
+class View:
+    """One use of something packed: several saved tensors may lie in the same memory."""
+
+    def __init__(self, content: Any, layout: Layout | None, shape: tuple[int, ...]) -> None:
+        self.content, self.layout, self.shape = content, layout, shape
+
+    def unpack(self) -> Tensor:
+        x = self.content.unpack()
+        return x.view(self.shape) if self.layout is None else self.layout.restore(x)
+
+
+class Sharded:
+    """A DTensor: its local shard packed, and how the shards make a whole."""
+
+    def __init__(self, packed: Any, x: Tensor) -> None:
+        self.packed, self.kind, self.spec = packed, type(x), x._spec
+
+    def unpack(self) -> Tensor:
+        return self.kind(self.packed.unpack(), self.spec, requires_grad=False)
+
+
+def narrowest(x: Tensor) -> torch.dtype | None:
+    """The smallest integer dtype that holds all of `x`, if it is smaller than its own."""
+    low, high = (int(v) for v in torch.aminmax(x))
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        info = torch.iinfo(dtype)
+        if info.min <= low and high <= info.max:
+            return dtype if dtype.itemsize < x.dtype.itemsize else None
+    return None
+
+
+def two_values(x: Tensor, look: int = 1024) -> float | None:
+    """c, if every value of the flat tensor `x` is 0 or c (dropout's mask), else None.  A sample settles most."""
+    some = x[:: max(1, x.numel() // look)]
+    top = float(some.abs().amax())
+    for value in (top, -top):
+        if top and bool(((some == 0) | (some == value)).all()) and bool(((x == 0) | (x == value)).all()):
+            return value
+    return None

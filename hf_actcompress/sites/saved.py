@@ -1,0 +1,283 @@
+"""Tensors that autograd saves for the backward pass, kept compressed between forward and backward.
+
+    forward:   operation ──saves x──▶ pack(x) ──▶ payload (held by the graph)
+    backward:  operation ◀──x'──── unpack(payload)
+
+Forward values stay exact; gradients are computed from x'.  Values are rounded stochastically, so that where a gradient
+is linear in what was saved it is right on average.  What carries no value but a choice is kept exactly: masks in one
+bit, indices in the fewest bytes.
+Sources: ActNN (Chen et al., 2021), GACT (Liu et al., 2022), Mesa (Pan et al., 2021).
+This file knows codecs and modules, not trainers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..codecs import Codec, raw_nbytes
+from ..packed import Bits, Coded, Integers, Kept, Sharded, View, flatten, narrowest, two_values
+
+SMALLEST = 4096  # elements; smaller tensors are a thousandth of the bytes and would cost more calls than all others
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int64, torch.int32, torch.int16)
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)  # their gradients need to know where, not how much
+COMPILED = (
+    "saved= does not work inside torch.compile: compiled graphs save their tensors past these hooks, so nothing would "
+    "be compressed. Train without torch_compile, or without saved=."
+)
+
+
+class SavedTensors:
+    """What is done with the saved tensors of one model.
+
+    codec: for floating point activations; made stochastic where it can be (`round`).
+    nonfinite: "pass" keeps tensors with NaN or Inf as they are and counts them; "raise" stops.
+    """
+
+    def __init__(self, codec: Codec, *, seed: int = 0, nonfinite: str = "pass") -> None:
+        self.codec, self.nonfinite = stochastic(codec), nonfinite
+        self.state = self.codec.init_state("saved", seed)
+        self.enabled = True
+        self.record = Record()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._entered: list[bool] = []  # for each forward pass under way whether its hooks were pushed
+        self._consumers: list[nn.Module] = []
+        self._seen: dict[int, tuple[StorageWeakRef, dict]] = {}
+        self._constant: set[int] = set()
+        self._frozen: set[tuple[int, ...]] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to a running forward pass stays with it: copies of a model start without.
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    # -- around a forward pass ----------------------------------------------------------------------------------
+    @property
+    def active(self) -> bool:
+        return any(self._entered)
+
+    def enter(self, model: nn.Module) -> None:
+        first = self.enabled and torch.is_grad_enabled() and not self.active
+        self._entered.append(False)
+        if not first:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
+        self._seen.clear()
+        self._constant = {_address(t) for t in model.buffers()}
+        frozen = [tuple(p.shape) for p in model.parameters() if not p.requires_grad and p.numel() >= SMALLEST]
+        self._frozen = {*frozen, *(shape[::-1] for shape in frozen)}
+        self.record.passes += 1
+        torch._C._autograd._push_saved_tensors_default_hooks(self.pack, unpack)
+        self._entered[-1] = True
+
+    def leave(self) -> None:
+        if self._entered and self._entered.pop():
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            self._seen.clear()
+            self._consumers.clear()
+
+    # -- one tensor -----------------------------------------------------------------------------------------------
+    def pack(self, x: Tensor) -> Kept | View | Sharded:
+        """What the graph is to hold in place of `x`."""
+        if type(x).__name__ == "DTensor" and not isinstance(x, nn.Parameter):
+            return Sharded(self.pack(x._local_tensor), x)
+        if type(x) is not Tensor or x.layout != torch.strided or _of_parameter(x) or _address(x) in self._constant:
+            return Kept(x)  # parameters and buffers are there anyway
+        if not self._worth(x):
+            return self._kept(x)
+        found = flatten(x)
+        run, layout = (x.detach().contiguous(), None) if found is None else (found[0].detach(), found[1])
+        use = self._consumers[-1] if self._consumers else None
+        cores, place = self._cores(x), (x.storage_offset(), run.numel(), x.dtype, x._version, found is None)
+        key = (type(use), *place)
+        known = cores.get(key)
+        core = None if known is None else known()
+        if core is None:
+            core = self._encode(run, use, made_by_operation=x.grad_fn is not None or x.requires_grad)
+            if core is None:
+                return self._kept(x)
+            cores[key] = weakref.ref(core)
+            # A rectifier and the layer after it save the same memory, which autograd would hold once.
+            raw = 0 if ("raw", *place) in cores else run.numel() * run.element_size()
+            cores[("raw", *place)] = lambda: None
+            self.record.count(raw, core.nbytes)
+        return View(core, layout, tuple(x.shape))
+
+    def _worth(self, x: Tensor) -> bool:
+        if x.numel() < SMALLEST or x.device.type == "meta":
+            return False
+        if x.dtype in (torch.bfloat16, torch.float16) and not x.requires_grad and tuple(x.shape) in self._frozen:
+            return False  # autocast's copy of a frozen weight
+        return x.dtype in FLOATS or x.dtype in INTS or x.dtype == torch.bool
+
+    def _cores(self, x: Tensor) -> dict:
+        """What of this storage has been packed.  The weak reference keeps its address from being used again."""
+        storage = x.untyped_storage()
+        entry = self._seen.get(storage._cdata)
+        if entry is None or entry[0].expired():
+            entry = self._seen[storage._cdata] = (StorageWeakRef(storage), {})
+        return entry[1]
+
+    def _kept(self, x: Tensor) -> Kept:
+        cores = self._cores(x)
+        if "kept" not in cores:
+            cores["kept"] = lambda: None
+            size = x.untyped_storage().nbytes()
+            self.record.count(size, size)
+        return Kept(x)
+
+    def _encode(
+        self, run: Tensor, use: nn.Module | None, made_by_operation: bool
+    ) -> Bits | Integers | Coded | None:  # fmt: skip
+        """None where nothing would be gained."""
+        if run.dtype == torch.bool:
+            return Bits(run, 0, 1, torch.bool)
+        if run.dtype in INTS:
+            dtype = narrowest(run)
+            return None if dtype is None else Integers(run, dtype)
+        if isinstance(use, nn.ReLU):  # its gradient asks for no more
+            return Bits(run > 0, 0.0, 1.0, run.dtype)
+        if isinstance(use, nn.Hardtanh):  # nor does that of ReLU6
+            inside = (run > use.min_val) & (run < use.max_val)
+            return Bits(inside, use.min_val, (use.min_val + use.max_val) / 2, run.dtype)
+        if not made_by_operation:
+            value = two_values(run.reshape(-1))
+            if value is not None:
+                return Bits(run != 0, 0.0, value, run.dtype)
+        raw = raw_nbytes(tuple(run.shape), run.dtype)
+        if self.codec.payload_nbytes(tuple(run.shape), run.dtype) >= raw:
+            return None
+        payload = self.codec.encode(run, self.state)
+        if payload.raw:
+            self.record.nonfinite += 1
+            if self.nonfinite == "raise":
+                raise FloatingPointError(
+                    f"saved: NaN, Inf or a magnitude above 2**48 in a saved tensor of shape {tuple(run.shape)}. With "
+                    "nonfinite='pass' it would be kept as it is and counted."
+                )
+            return None
+        return Coded(self.codec, payload)
+
+
+@dataclasses.dataclass
+class Record:
+    """Bytes that autograd would have held, and bytes that are held instead (parameters and buffers in neither)."""
+
+    passes: int = 0
+    raw_bytes: int = 0
+    kept_bytes: int = 0
+    nonfinite: int = 0
+
+    def count(self, raw: int, kept: int) -> None:
+        self.raw_bytes += raw
+        self.kept_bytes += kept
+
+    def since(self, earlier: "Record") -> "Record":
+        """What came after `earlier`, a copy of this record."""
+        return Record(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(earlier), strict=True)))
+
+    def row(self, codec: str) -> dict[str, Any]:
+        """The same as one more row beside those of the boundaries."""
+        return {
+            "boundary": "saved for backward", "layer": None, "direction": "saved", "codec": codec,
+            "calls": self.passes, "ratio": self.raw_bytes / self.kept_bytes if self.kept_bytes else None,
+            "rel_error": None, "cosine": None, "raw_bytes": self.raw_bytes, "payload_bytes": self.kept_bytes,
+            "bytes_saved": self.raw_bytes - self.kept_bytes, "nonfinite": self.nonfinite, "seconds": None,
+        }  # fmt: skip
+
+
+def unpack(packed: Kept | View | Sharded) -> Tensor:
+    return packed.unpack()
+
+
+def stochastic(codec: Codec) -> Codec:
+    """The same codec with stochastic rounding, where it has that and no option that forbids it."""
+    names = {f.name for f in dataclasses.fields(codec)}  # type: ignore[arg-type]
+    if "round" not in names or getattr(codec, "levels", "uniform") != "uniform" or getattr(codec, "clip", 1) != 1:
+        return codec
+    return dataclasses.replace(codec, round="stochastic")  # type: ignore[type-var]
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage()._cdata if type(x) in (Tensor, nn.Parameter) else id(x)
+
+
+def _of_parameter(x: Tensor) -> bool:
+    """A parameter, a view of one, or the cast of one that autocast made."""
+    if isinstance(x._base if x._base is not None else x, nn.Parameter):
+        return True
+    node = x.grad_fn
+    while node is not None and node.name() in ("ToCopyBackward0", "TBackward0", "ViewBackward0", "TransposeBackward0"):
+        node = node.next_functions[0][0]
+        if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+            return isinstance(node.variable, nn.Parameter)
+    return False
+
+
+# Hooks, as objects that can be copied and pickled with the model
+
+
+class Enter:
+    def __init__(self, saved: SavedTensors) -> None:
+        self.saved = saved
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.saved.enter(module)
+
+
+class Leave:
+    def __init__(self, saved: SavedTensors) -> None:
+        self.saved = saved
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.saved.leave()
+
+
+class Begin:
+    """Says which module saves what is packed now."""
+
+    def __init__(self, saved: SavedTensors) -> None:
+        self.saved = saved
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.saved.active:
+            self.saved._consumers.append(module)
+
+
+class End:
+    def __init__(self, saved: SavedTensors) -> None:
+        self.saved = saved
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.saved._consumers and self.saved._consumers[-1] is module:
+            self.saved._consumers.pop()
+
+
+def is_hook(hook: Any) -> bool:
+    return isinstance(hook, (Enter, Leave, Begin, End))
+
+
+def install(saved: SavedTensors, model: nn.Module) -> Iterable[Any]:
+    """Hooks on `model` and on its rectifiers; returns what removes them."""
+    removers = [
+        model.register_forward_pre_hook(Enter(saved), prepend=True),
+        model.register_forward_hook(Leave(saved), always_call=True),
+    ]
+    for module in model.modules():
+        if type(module) in RECTIFIERS:
+            removers.append(module.register_forward_pre_hook(Begin(saved)))
+            removers.append(module.register_forward_hook(End(saved), always_call=True))
+    return removers
