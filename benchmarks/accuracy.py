@@ -73,6 +73,7 @@ def plan(tasks: list[str]) -> list[Run]:
     for seed in seeds:
         runs += [Run("cifar10", f"block:bits={b},{PATCHED}", GRADIENT, seed) for b in (4, 3, 2) if "cifar10" in tasks]
         runs += [Run(task, codec, grad, seed) for task in tasks for codec, grad in main]
+        runs += [Run("cola", f"block:bits=4,{ROTATED}", GRADIENT, seed)] if "cola" in tasks else []
         if seed == 0:
             runs += [Run(task, codec, None, 0) for codec in single("cola") for task in tasks if codec in single(task)]
             runs += [Run(task, codec, None, 0) for task in tasks for codec in single(task) if codec.startswith("low")]
