@@ -24,7 +24,7 @@ TRELLIS = "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy,patch=dct
 README_CODECS = (
     *((c, c, c) for c in ("none", "uniform:bits=8", "uniform:bits=4", "sort:bits=8", "sort:bits=4", "kmeans:bits=4",
                           "topk:ratio=0.2", "block:bits=4")),
-    *((f"rotated:bits={b}", ROTATED.format(b), ROTATED.format(b) + ",patch=dct") for b in (3, 2)),
+    *((f"rotated:bits={b}", ROTATED.format(b), ROTATED.format(b) + ",patch=dct") for b in (4, 3, 2)),
     ("trellis:bits=2", TRELLIS, TRELLIS),
 )  # fmt: skip
 TASKS = {"cola": "CoLA, MCC", "sst2": "SST-2, %", "cifar10": "CIFAR-10, %"}
