@@ -61,6 +61,11 @@ class ActCompressConfig:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
             self.saved = str(_spec(self.saved, "saved"))
+            if self.saved.startswith("ef+"):
+                raise ValueError(
+                    f"saved={self.saved!r}: error feedback would add what one tensor lost to another one. Use "
+                    f"{self.saved[3:]!r}."
+                )
         for name in ("first", "last", "meter_every", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:

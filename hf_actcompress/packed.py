@@ -1,7 +1,7 @@
 """What stands for a saved tensor between forward and backward: itself, a payload, or bits.
 
-Every class has `unpack()`, which may be called any number of times, and `nbytes`, what it holds.  This file knows
-tensors and codecs, not autograd's hooks.
+Every class has `unpack()`, which may be called any number of times; those that hold values of their own have `nbytes`.
+This file knows tensors and codecs, not autograd's hooks.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class SavedTensors:
         run, layout = (x.detach().contiguous(), None) if found is None else (found[0].detach(), found[1])
         use = self._consumers[-1] if self._consumers else None
         cores, place = self._cores(x), (x.storage_offset(), run.numel(), x.dtype, x._version, found is None)
-        key = (type(use), *place)
+        key = (_asks(use), *place)
         known = cores.get(key)
         core = None if known is None else known()
         if core is None:
@@ -149,7 +149,7 @@ class SavedTensors:
             dtype = narrowest(run)
             return None if dtype is None else Integers(run, dtype)
         if isinstance(use, nn.ReLU):  # its gradient asks for no more
-            return Bits(run > 0, 0.0, 1.0, run.dtype)
+            return Bits(~(run <= 0), 0.0, 1.0, run.dtype)  # NaN passes, as without
         if isinstance(use, nn.Hardtanh):  # nor does that of ReLU6
             inside = (run > use.min_val) & (run < use.max_val)
             return Bits(inside, use.min_val, (use.min_val + use.max_val) / 2, run.dtype)
@@ -209,6 +209,11 @@ def stochastic(codec: Codec) -> Codec:
     if "round" not in names or getattr(codec, "levels", "uniform") != "uniform" or getattr(codec, "clip", 1) != 1:
         return codec
     return dataclasses.replace(codec, round="stochastic")  # type: ignore[type-var]
+
+
+def _asks(use: nn.Module | None) -> tuple[float, ...] | None:
+    """What a rectifier asks of a tensor: between which values it lies.  None: the values themselves."""
+    return (use.min_val, use.max_val) if isinstance(use, nn.Hardtanh) else None if use is None else (0.0,)
 
 
 def _address(x: Tensor) -> int:

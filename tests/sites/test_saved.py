@@ -100,6 +100,31 @@ def test_masks_of_rectifiers_are_exact_and_take_one_bit(module):
     assert torch.equal(x.grad, expected.grad)
 
 
+def test_rectifiers_of_one_tensor_keep_their_own_masks():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.wide, self.relu = nn.Hardtanh(-0.1, 0.1), nn.Hardtanh(-1.0, 1.0), nn.ReLU()
+
+        def forward(self, x):
+            y = x * 1.0
+            return self.narrow(y) + self.wide(y) + self.relu(y)
+
+    x = torch.randn(40, 64)
+    x[0, 0] = math.nan
+    expected, found = x.clone().requires_grad_(), x.clone().requires_grad_()
+    model = Both()
+    model(expected).sum().backward()
+    with compress_model(model, only("block:bits=2")):
+        model(found).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_error_feedback_is_refused():
+    with pytest.raises(ValueError, match="saved='ef.topk:ratio=0.1': error feedback would add.*Use 'topk:ratio=0.1'"):
+        only("ef+topk:ratio=0.1")
+
+
 def test_a_rectifier_between_layers_masks_exactly_though_its_values_are_coded():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).double()
