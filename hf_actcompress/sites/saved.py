@@ -158,7 +158,11 @@ class SavedTensors:
             if value is not None:
                 return Bits(run != 0, 0.0, value, run.dtype)
         raw = raw_nbytes(tuple(run.shape), run.dtype)
-        if self.codec.payload_nbytes(tuple(run.shape), run.dtype) >= raw:
+        try:
+            nbytes = self.codec.payload_nbytes(tuple(run.shape), run.dtype)
+        except ValueError:  # a rank above its features
+            return None
+        if nbytes >= raw:
             return None
         payload = self.codec.encode(run, self.state)
         if payload.raw:

@@ -120,6 +120,12 @@ def test_rectifiers_of_one_tensor_keep_their_own_masks():
     torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_tensor_that_the_codec_cannot_take_is_kept():
+    x = torch.randn(64, 16)
+    _, grad, record = backward_of(lambda x: x.square(), x, "lowrank:rank=20")
+    assert torch.equal(grad, 2 * x) and record.kept_bytes == record.raw_bytes == 64 * 16 * 4
+
+
 def test_error_feedback_is_refused():
     with pytest.raises(ValueError, match="saved='ef.topk:ratio=0.1': error feedback would add.*Use 'topk:ratio=0.1'"):
         only("ef+topk:ratio=0.1")
