@@ -252,7 +252,7 @@ class Block(Codec):
         found = self._parts(shape)
         if self._turned:
             dtype = torch.float32 if self._patch(shape) > 1 or self._alike(shape) else payload.dtype
-            y = self._unite(turned.decode(self, codes, scales, found, mean, root, dtype), shape)
+            y = self._unite([turned.decode(self, codes, scales, found, mean, root, dtype)], shape)
             if self._alike(shape):
                 prototypes.add(y.view(-1, shape[-1]), payload.tensors["prototypes"], payload.tensors["rows"])
             return y.to(payload.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .compiled import Kernel
 from .levels import ceil16, floor16, safe_inverse
-from .packing import code_dtype, pack, unpack_parts
+from .packing import code_dtype, pack, pack_runs, unpack_parts
 from .rounding import noise
 
 RUN = 16  # columns that a small matrix turns; the lanes of a vector register
@@ -136,6 +136,19 @@ def _sort_roundtrip(
     return ((lo + inner * step).to(x.dtype),)
 
 
+def _sort_decode(codes: Tensor, scales: Tensor, *, bits: int, splits: int, dtype: torch.dtype) -> tuple[Tensor]:
+    """Codes of a group (high bits) and of a step in it, by scales fp32 [G, 2] (minimum, step)."""
+    inner, out = bits - splits, []
+    for _, run in unpack_parts(codes, bits, codes.shape[-1] * 8 // bits):
+        group, step = run.int() >> inner, (run.int() & (2**inner - 1)).float()
+        lo, width = scales[0, 0], scales[0, 1]
+        for g in range(1, 2**splits):
+            above = group >= g
+            lo, width = torch.where(above, scales[g, 0], lo), torch.where(above, scales[g, 1], width)
+        out.append((lo + step * width).to(dtype))
+    return (_joined(out),)
+
+
 def _nearest_encode(x: Tensor, edges: Tensor, ranks: Tensor, *, bits: int) -> tuple[Tensor]:
     """Codes by edges fp32 [k - 1] between neighbouring centroids; ranks: 0, 1, ... as fp32 [k]."""
     return (pack(_chosen(x.float(), edges, False, ranks)[0].to(code_dtype(bits)), bits),)
@@ -154,9 +167,9 @@ def _equalized(x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor]:
     return (_units(x, mean, inverse),)
 
 
-def _signed(x: Tensor, center: Tensor, signs: Tensor) -> tuple[Tensor]:
-    """fp32 groups less their means [N, K, 1], times signs [C]."""
-    return ((x - center) * signs,)
+def _signed(x: Tensor, mean: Tensor | None, inverse: Tensor | None, signs: Tensor) -> tuple[Tensor]:
+    """The same (in fp32 without tables) times signs [C]."""
+    return (_units(x, mean, inverse) * signs,)
 
 
 def _restored(
@@ -188,31 +201,38 @@ def _butterflies(x: Tensor, signs: Tensor | None) -> tuple[Tensor]:
 
 
 def _butterflies_restored(
-    x: Tensor, center: Tensor, mean: Tensor | None, root: Tensor | None, signs: Tensor, *, dtype: torch.dtype
-) -> tuple[Tensor]:
-    """The same, and then what `restored` does."""
+    x: Tensor, center: Tensor, step: Tensor | None, mean: Tensor | None, root: Tensor | None, signs: Tensor, *,
+    dtype: torch.dtype,
+) -> tuple[Tensor]:  # fmt: skip
+    """The same, times step [N, K, 1], and then what `restored` does."""
     out = []
-    for i, run in enumerate(_between_runs(x)):
+    for i, run in enumerate(_between_runs(x.float())):
         at = slice(i * RUN, (i + 1) * RUN)
-        y = run * signs[at] + center
+        y = (run if step is None else run * step) * signs[at] + center
         out.append((y if mean is None else y * root[:, at] + mean[:, at]).to(dtype))
     return (_joined(out),)
 
 
 def _butterflies_steps(
-    x: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None, *, bits: int, reach: float, stored: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, center: Tensor, starts: Tensor | None, ones: Tensor, lanes: Tensor | None, key: Tensor | None, *,
+    bits: int, reach: float, stored: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The second half of a rotation, and its codes in equal steps: codes, step [N, K, 1].
 
+    center: [N, K, 1], taken out of the groups after they are turned; ones: [C], what a group of ones is turned to.
     reach: the step over the largest magnitude.
     """
-    runs = _between_runs(x)
+    runs = [run - center * ones[i * RUN : (i + 1) * RUN] for i, run in enumerate(_between_runs(x))]
     hi, lo = runs[0], runs[0]
     for run in runs[1:]:
         hi, lo = torch.maximum(hi, run), torch.minimum(lo, run)
     step = torch.maximum(hi.amax(-1, keepdim=True), -lo.amin(-1, keepdim=True)) * reach
     step = ceil16(step) if stored == 16 else step
-    return _steps_encode(_joined(runs), step, starts, lanes, key, bits=bits)[0], step
+    codes, top, inverse = [], 2**bits - 1, safe_inverse(step)
+    for i, run in enumerate(runs):
+        own = None if lanes is None else lanes[i * RUN : (i + 1) * RUN]
+        codes.append(_rounded(run * inverse + top / 2, top, starts, own, key).to(code_dtype(bits)))
+    return pack_runs(codes, bits), step
 
 
 def _steps_encode(
@@ -228,6 +248,13 @@ def _steps_decode(codes: Tensor, step: Tensor, *, bits: int) -> tuple[Tensor]:
     middle = (2**bits - 1) / 2
     runs = unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)
     return (_joined([(run.float() - middle) * step for _, run in runs]),)
+
+
+def _halves(codes: Tensor, *, bits: int) -> tuple[Tensor]:
+    """Codes around 0, which are whole numbers and a half, in bf16: exact up to 8 bits."""
+    middle = (2**bits - 1) / 2
+    runs = unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)
+    return (_joined([(run.float() - middle).bfloat16() for _, run in runs]),)
 
 
 def _levels_encode(y: Tensor, spread: Tensor, edges: Tensor, ranks: Tensor, *, bits: int) -> tuple[Tensor]:
@@ -264,10 +291,11 @@ def _bitmap(condition: Tensor) -> Tensor:
     return bits.to(torch.uint8)
 
 
-def _band_bits(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Bitmaps of the magnitudes from lo to hi, and of those above hi (fp32 [], or fp64 for fp64)."""
+def _band_bits(x: Tensor, lo: Tensor, hi: Tensor, *, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Bitmaps of the magnitudes from lo to hi, of those above hi (fp32 [], or fp64 for fp64), and of those that are
+    NaN or beyond `limit`."""
     size = x.to(lo.dtype).abs()
-    return _bitmap((size >= lo) & (size <= hi)), _bitmap(size > hi)
+    return _bitmap((size >= lo) & (size <= hi)), _bitmap(size > hi), _bitmap(~(size <= limit))
 
 
 def _keep_above(x: Tensor, hi: Tensor) -> tuple[Tensor]:
@@ -290,12 +318,12 @@ def _place(bits: Tensor, ranks: Tensor, values: Tensor) -> tuple[Tensor]:
 
 group_encode, group_decode, group_roundtrip = Kernel(_group_encode), Kernel(_group_decode), Kernel(_group_roundtrip)
 line_encode, line_decode, line_roundtrip = Kernel(_line_encode), Kernel(_line_decode), Kernel(_line_roundtrip)
-sort_encode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_roundtrip)
+sort_encode, sort_decode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_decode), Kernel(_sort_roundtrip)
 nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
 table_decode = Kernel(_table_decode)
 keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_place)
 equalized, signed, restored = Kernel(_equalized), Kernel(_signed), Kernel(_restored)
-steps_encode, steps_decode = Kernel(_steps_encode), Kernel(_steps_decode)
+steps_encode, steps_decode, halves = Kernel(_steps_encode), Kernel(_steps_decode), Kernel(_halves)
 levels_encode, levels_decode = Kernel(_levels_encode), Kernel(_levels_decode)
 float8_encode, float8_decode, float8_roundtrip = (
     Kernel(_float8_encode), Kernel(_float8_decode), Kernel(_float8_roundtrip),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import strided_sample
+from .base import LARGEST, strided_sample
 from .kernels import band_bits
 from .rows import COLS, apply, join, parts
 
@@ -40,12 +40,14 @@ class Cut:
         return self.bits.index_add(0, at, (1 << bit).to(torch.uint8))
 
 
-def find_cut(flat: Tensor, k: int) -> Cut:
-    """The k largest magnitudes of `flat`; of equal ones the first."""
+def find_cut(flat: Tensor, k: int) -> Cut | None:
+    """The k largest magnitudes of `flat`; of equal ones the first.  None where one is NaN or beyond LARGEST."""
     n = flat.numel()
     for lo, hi in _bands(flat, k):
-        found = [apply(band_bits, part.take(flat), shared=[lo, hi]) for part in parts(n, COLS)]
-        inside, above = (join([bits.view(-1) for bits in both]) for both in zip(*found, strict=True))
+        found = [apply(band_bits, part.take(flat), shared=[lo, hi], limit=LARGEST) for part in parts(n, COLS)]
+        inside, above, strange = (join([piece.view(-1) for piece in pieces]) for pieces in zip(*found, strict=True))
+        if strange.any():
+            return None
         _clear_filling(above, n)
         rest = k - _count(above)
         band = set_bits(inside, n, sparse=True)

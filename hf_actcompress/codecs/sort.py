@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_choice, check_int, strided_sample
-from .kernels import sort_encode, sort_roundtrip, table_decode
+from .kernels import sort_decode, sort_encode, sort_roundtrip, table_decode
 from .levels import safe_inverse
 from .packing import MAX_BITS
 from .rows import codes_nbytes, decode_parts, encode_parts, join
 
 SAMPLE = 1 << 15
+FEW_SPLITS = 3  # up to here a chain of choices takes less time than a table
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,13 @@ class Sort(Codec):
         return self._payload(x, {"codes": join(codes), "scales": scales})
 
     def _decode(self, payload: Payload) -> Tensor:
-        scales = payload.tensors["scales"]
+        scales, codes, dtype = payload.tensors["scales"], payload.tensors["codes"], payload.dtype
+        if self.splits <= FEW_SPLITS:
+            static = {"bits": self.bits, "splits": self.splits, "dtype": dtype}
+            return decode_parts(sort_decode, codes, payload.shape, self.bits, [scales], **static)
         q = torch.arange(2 ** (self.bits - self.splits), device=scales.device)
-        table = (scales[:, :1] + q * scales[:, 1:]).view(-1).to(payload.dtype)
-        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, [table], bits=self.bits)
+        table = (scales[:, :1] + q * scales[:, 1:]).view(-1).to(dtype)
+        return decode_parts(table_decode, codes, payload.shape, self.bits, [table], bits=self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         edges, scales = self._groups(x.reshape(-1))

@@ -42,9 +42,16 @@ class TopK(Codec):
         return max(1, min(n, round(self.ratio * n)))
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+        payload = self._encode_checked(x, state)
+        assert payload is not None, "a tensor that was said to be finite is not"
+        return payload
+
+    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
         flat, n = x.reshape(-1), x.numel()
         k = self.kept(n)
         cut = find_cut(flat, k)
+        if cut is None:
+            return None
         if _bitmap_is_smaller(n, k):
             bits, values, at = cut.bitmap(), flat.new_empty(k), 0
             for start, index in runs_of_set_bits(bits, n):
@@ -67,6 +74,7 @@ class TopK(Codec):
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         flat, n = x.reshape(-1), x.numel()
         cut = find_cut(flat, self.kept(n))
+        assert cut is not None
         out = join(encode_parts(keep_above, x, [cut.hi]))[:n]
         out[cut.more] = flat[cut.more]
         return out.view(x.shape)

@@ -15,11 +15,22 @@ from torch import Tensor
 from . import trellis
 from .allocation import Regions, allocate, distortion
 from .base import CodecState
-from .hadamard import in_runs, rotate, rotate_back, signs, turn_runs
+from .hadamard import (
+    EXACT_BITS,
+    averaging,
+    in_runs,
+    rotate,
+    rotate_back,
+    signs,
+    turn_runs,
+    turn_whole_runs,
+    turned_ones,
+)
 from .kernels import (
     butterflies_restored,
     butterflies_steps,
     equalized,
+    halves,
     levels_decode,
     levels_encode,
     restored,
@@ -28,6 +39,7 @@ from .kernels import (
     steps_encode,
 )
 from .levels import bucket_edges, ceil16, level_table, safe_inverse
+from .memory import fresh
 from .packing import pack, unpack
 from .rounding import noise_source
 from .rows import Part, apply, blocks, counters
@@ -37,7 +49,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_GROUP = 128
-TURNED = 1 << 20  # elements of a tile: calls of matrix products and kernels should not be what takes the time
+TURNED = 1 << 21  # elements of a tile: calls of matrix products and kernels should not be what takes the time
 
 
 def encode(
@@ -53,7 +65,9 @@ def encode(
             scales[start:stop] = _center_and_spread(codec, x)[1]
     widths = _regions(codec, scales, parts)
     packed = torch.empty(widths.nbytes, dtype=torch.uint8, device=flat.device)
-    for start, stop, x in _tiles(flat, parts, mean, inverse):
+    runs = signs(cols, flat.device) if codec.levels == "uniform" and in_runs(cols) else None
+    scratch = None  # for all tiles: memory that is freed in between may go back to the system and cost page faults
+    for start, stop, x in _tiles(flat, parts, mean, inverse, runs):
         if codec.levels != "uniform":
             if codec.allocate:
                 scale = scales[start:stop].float()
@@ -67,7 +81,8 @@ def encode(
         else:
             starts = None if key is None else _starts(start, stop, cols, x.device)
             (_, _, at), = widths.parts(start, stop, x.shape[1])
-            codes, scale = _equal_steps(codec, x, starts, lanes, key)
+            scratch = torch.empty_like(x).view(-1) if scratch is None or scratch.numel() < x.numel() else scratch
+            codes, scale = _equal_steps(codec, x, starts, lanes, key, scratch)
             packed[at] = codes.view(-1)
         scales[start:stop] = scale
     return packed, scales
@@ -84,29 +99,39 @@ def _level_codes(codec: Block, y: Tensor, spread: Tensor, bits: int) -> Tensor:
 def decode(
     codec: Block, codes: Tensor, scales: Tensor, parts: list[Part], mean: Tensor | None, root: Tensor | None,
     dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """What each part [N, K, C] was, in `dtype`."""
-    widths, pieces, row = _regions(codec, scales, parts), [], 0
+) -> Tensor:  # fmt: skip
+    """What the parts were, one after another, flat, in `dtype`."""
+    widths, at, row = _regions(codec, scales, parts), 0, 0
+    whole = fresh(sum(part.groups * part.shape[2] for part in parts), dtype, codes.device)
     for part in parts:
-        out = torch.empty(part.shape, dtype=dtype, device=codes.device)
+        out = whole[at : at + part.groups * part.shape[2]].view(part.shape)
+        at += out.numel()
         means, roots = part.features(mean), part.features(root)
         for n, k in blocks(*part.shape, codes.device, TURNED):
             target = out[n, k]
             start, stop = row, row + target.shape[0] * target.shape[1]
             own = scales[start:stop].float()[:, None]
-            y = _decoded(codec, codes, own[..., 1:], widths.parts(start, stop, part.shape[2]))
-            center = own[..., :1].view(*target.shape[:2], 1)
+            center, step = own[..., :1].view(*target.shape[:2], 1), own[..., 1:]
             tables = [None if t is None else t[k] for t in (means, roots)]
-            if codec.rotate and in_runs(cols := y.shape[1]):
-                y, shared = turn_runs(y, False).view(target.shape), [signs(cols, y.device)]
-                y = apply(butterflies_restored, y, [center], tables, shared, dtype=dtype)[0]
+            runs = widths.parts(start, stop, part.shape[2])
+            if codec.rotate and in_runs(part.shape[2]):
+                shared = [signs(part.shape[2], codes.device)]
+                if codec.levels == "uniform" and codec.bits <= EXACT_BITS:
+                    (_, _, run), = runs
+                    y = codes[run].view(target.shape[0] * target.shape[1], 1, -1)
+                    y = turn_whole_runs(apply(halves, y, cols=part.shape[2], bits=codec.bits)[0])
+                    step = (step * part.shape[2] ** -0.5).view(center.shape)
+                else:
+                    y, step = turn_runs(_decoded(codec, codes, step, runs), False), None
+                y = y.view(target.shape)
+                y = apply(butterflies_restored, y, [center, step], tables, shared, dtype=dtype)[0]
             else:
+                y = _decoded(codec, codes, step, runs)
                 y = (rotate_back(y) if codec.rotate else y).view(target.shape)
                 y = apply(restored, y, [center], tables, dtype=dtype)[0]
             target.copy_(y)
             row = stop
-        pieces.append(out)
-    return pieces
+    return whole
 
 
 def _decoded(
@@ -146,49 +171,53 @@ def _regions(codec: Block, scales: Tensor, parts: list[Part]) -> Regions:
 
 
 def _tiles(
-    flat: Tensor, parts: list[Part], mean: Tensor | None, inverse: Tensor | None
+    flat: Tensor, parts: list[Part], mean: Tensor | None, inverse: Tensor | None, runs: Tensor | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(first group, last group + 1, equalized groups fp32 [R, C]) tile by tile."""
+    """(first group, last group + 1, equalized groups fp32 [R, C], times `runs` [C]) tile by tile."""
     row = 0
     for part in parts:
         x, means, inverses = part.take(flat), part.features(mean), part.features(inverse)
         for n, k in blocks(*part.shape, flat.device, TURNED):
             y = x[n, k]
             # A tensor of its own in any case: what follows works in place.
-            if means is None:
+            own = [None, None] if means is None else [means[k], inverses[k]]
+            if runs is not None:
+                y = apply(signed, y, tables=own, shared=[runs])[0]
+            elif means is None:
                 y = y.to(torch.float32, copy=True)
             else:
-                y = apply(equalized, y, tables=[means[k], inverses[k]])[0]
+                y = apply(equalized, y, tables=own)[0]
             y = y.reshape(-1, part.shape[2])
             yield row, row + y.shape[0], y
             row += y.shape[0]
 
 
-def _means(codec: Block, x: Tensor) -> Tensor:
-    """[R]: the means of rows as they are stored."""
-    mean = x.mean(1)
+def _stored(codec: Block, mean: Tensor) -> Tensor:
+    """Means of rows [R] as they are kept."""
     return mean.bfloat16().float() if codec.scale == 16 else mean
 
 
 def _center_and_spread(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 rows [R, C] -> rows around 0, in place; mean and deviation [R, 2], the latter rounded up."""
-    center = _means(codec, x)
+    center = _stored(codec, x.mean(1))
     x = x.sub_(center[:, None])
     spread = torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5
     return x, torch.stack([center, ceil16(spread) if codec.scale == 16 else spread], 1)
 
 
 def _equal_steps(
-    codec: Block, x: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """fp32 rows [R, C] -> codes of the turned rows, mean and step [R, 2]."""
-    center = _means(codec, x)
+    codec: Block, x: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None,
+    scratch: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """fp32 rows [R, C] (times signs, where they are turned in runs) -> codes when turned, mean and step [R, 2]."""
     reach = 2 * codec.clip / (2**codec.bits - 1)
     if in_runs(cols := x.shape[1]):
         static = {"bits": codec.bits, "reach": reach, "stored": codec.scale}
-        x = apply(signed, x[:, None], [center[:, None, None]], shared=[signs(cols, x.device)])[0]
-        codes, step = apply(butterflies_steps, turn_runs(x, False), [starts], shared=[lanes, key], **static)
+        center = _stored(codec, torch.mv(x, averaging(cols, x.device)))
+        own, shared = [center[:, None, None], starts], [turned_ones(cols, x.device), lanes, key]
+        codes, step = apply(butterflies_steps, turn_runs(x, False, scratch)[:, None], own, shared=shared, **static)
         return codes, torch.stack([center, step.view(-1)], 1)
+    center = _stored(codec, x.mean(1))
     y = rotate(x.sub_(center[:, None]))
     # amax and amin take a tenth of the time of the norm that is their larger one
     step = torch.maximum(y.amax(1), -y.amin(1)) * reach
