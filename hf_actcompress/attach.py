@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .budget import Auto
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
 from .layers import Layer, find_layers, match_layers, select_boundaries
@@ -85,7 +86,7 @@ class Handle:
                 head = {"boundary": name, "layer": layer.index, "direction": direction, "codec": str(channel.codec)}
                 rows.append(head | channel.meter.record())
         if self.saved is not None:
-            rows.append(self.saved.record.row(str(self.saved.codec)))
+            rows.append(self.saved.record.row(str(self.saved)))
         return rows
 
     def channels(self, name: str) -> list[tuple[str, Channel]]:
@@ -101,7 +102,9 @@ class Handle:
                 if channel.state is not None:
                     result[f"{name}/{direction}"] = {"codec": str(channel.codec), "state": channel.state.state_dict()}
         if self.saved is not None and self.saved.state is not None:
-            result["saved"] = {"codec": str(self.saved.codec), "state": self.saved.state.state_dict()}
+            result["saved"] = {"codec": str(self.saved), "state": self.saved.state.state_dict()}
+            if self.saved.auto is not None:
+                result["saved"]["auto"] = self.saved.auto.state_dict()
         return result
 
     def load_state_dict(self, values: dict[str, Any]) -> list[str]:
@@ -118,10 +121,12 @@ class Handle:
                     channel.state.load_state_dict(entry["state"])
         if self.saved is not None and self.saved.state is not None:
             entry = values.get("saved")
-            if entry is None or entry["codec"] != str(self.saved.codec):
+            if entry is None or entry["codec"] != str(self.saved):
                 missed.append("saved")
             else:
                 self.saved.state.load_state_dict(entry["state"])
+                if self.saved.auto is not None:
+                    self.saved.auto.load_state_dict(entry["auto"])
         return missed
 
 
@@ -186,7 +191,10 @@ def compress_model(
             handle._named.add(layer.name)
         handle._removers.append(inner.get_submodule(layer.module).register_forward_hook(boundary))
     if config.saved:
-        handle.saved = SavedTensors(parse_codec(config.saved), seed=seed, nonfinite=config.nonfinite)
+        auto = Auto.parse(config.saved) if config.saved.startswith("auto") else None
+        handle.saved = SavedTensors(auto or parse_codec(config.saved), seed=seed, nonfinite=config.nonfinite)
+        if auto is not None:
+            auto.around = handle.disabled
         handle._removers += install(handle.saved, inner)
     elif not handle.boundaries:
         logger.warning("first=0, last=0 and no layers: nothing is compressed.")

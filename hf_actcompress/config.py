@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .budget import Auto
 from .codecs import Codec, parse_codec
 
 CONFIG_NAME = "actcompress_config.json"
@@ -29,8 +30,9 @@ class ActCompressConfig:
     layers: overrides and additions by glob: {"encoder.layer.3": "sort:bits=8"} or
         {"blocks.*": {"codec": ..., "grad_codec": ...}}.
     blocks: the model's blocks as module paths or globs in run order ("net.*"), for models in which none are found.
-    saved: codec of the tensors that autograd saves for the backward pass; None leaves them alone.  With first=0 and
-        last=0 nothing else is compressed.
+    saved: codec of the tensors that autograd saves for the backward pass, or "auto:budget=0.15", which gives each the
+        bits that it needs within that share of the bytes; None leaves them alone.  With first=0 and last=0 nothing
+        else is compressed.
     stack: "encoder" or "decoder", to compress only that stack of an encoder-decoder.
     schedule: {epoch: codec}, or {epoch: {"codec": ..., "grad_codec": ...}}; the latest entry that has begun counts,
         and before the first one `codec` and `grad_codec` do.
@@ -60,7 +62,8 @@ class ActCompressConfig:
         if self.grad_codec is not None:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
-            self.saved = str(_spec(self.saved, "saved"))
+            auto = isinstance(self.saved, str) and self.saved.strip().lower().startswith("auto")
+            self.saved = str(Auto.parse(self.saved) if auto else _spec(self.saved, "saved"))
             if self.saved.startswith("ef+"):
                 raise ValueError(
                     f"saved={self.saved!r}: error feedback would add what one tensor lost to another one. Use "
@@ -183,7 +186,7 @@ class CompressionArguments:
         default=None, metadata={"help": "The model's blocks as module paths or globs, where none are found."}
     )
     saved: str | None = field(
-        default=None, metadata={"help": "Codec of what autograd saves for the backward pass, e.g. block:bits=4."}
+        default=None, metadata={"help": "Codec of what autograd saves, e.g. block:bits=4 or auto:budget=0.15."}
     )
     stack: str | None = field(default=None, metadata={"help": "Only this stack of an encoder-decoder."})
     schedule: str | None = field(

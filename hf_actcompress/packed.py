@@ -1,4 +1,4 @@
-"""What stands for a saved tensor between forward and backward: itself, a payload, or bits.
+"""What stands for a saved tensor between forward and backward: itself, a payload, bits, or slopes.
 
 Every class has `unpack()`, which may be called any number of times; those that hold values of their own have `nbytes`.
 This file knows tensors and codecs, not autograd's hooks.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec, Payload, pack_bits, unpack_bits
+from .codecs import Codec, Payload, decode_slopes, encode_slopes, unpack_flags
 
 
 class Kept:
@@ -76,20 +76,31 @@ class Coded:
 class Bits:
     """Two values, one bit each."""
 
-    def __init__(self, condition: Tensor, low: float, high: float, dtype: torch.dtype) -> None:
-        self.bits, self.shape = pack_bits(condition), tuple(condition.shape)
+    def __init__(self, bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> None:
+        self.bits, self.shape = bits, shape
         self.low, self.high, self.dtype = low, high, dtype
 
     def unpack(self) -> Tensor:
-        found = unpack_bits(self.bits, self.shape)
-        if self.dtype == torch.bool:
-            return found
-        return torch.where(found, *(torch.tensor(v, dtype=self.dtype, device=found.device)
-                                    for v in (self.high, self.low)))  # fmt: skip
+        return unpack_flags(self.bits, self.shape, self.low, self.high, self.dtype)
 
     @property
     def nbytes(self) -> int:
         return self.bits.numel()
+
+
+class Slopes:
+    """The input of an activation function as the function's slope there."""
+
+    def __init__(self, x: Tensor, name: str, bits: int, state: Any) -> None:
+        self.codes = encode_slopes(x, name, bits, state)
+        self.shape, self.dtype, self.name, self.bits = tuple(x.shape), x.dtype, name, bits
+
+    def unpack(self) -> Tensor:
+        return decode_slopes(self.codes, self.shape, self.dtype, self.name, self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.numel()
 
 
 class Integers:
@@ -136,12 +147,3 @@ def narrowest(x: Tensor) -> torch.dtype | None:
             return dtype if dtype.itemsize < x.dtype.itemsize else None
     return None
 
-
-def two_values(x: Tensor, look: int = 1024) -> float | None:
-    """c, if every value of the flat tensor `x` is 0 or c (dropout's mask), else None.  A sample settles most."""
-    some = x[:: max(1, x.numel() // look)]
-    top = float(some.abs().amax())
-    for value in (top, -top):
-        if top and bool(((some == 0) | (some == value)).all()) and bool(((x == 0) | (x == value)).all()):
-            return value
-    return None

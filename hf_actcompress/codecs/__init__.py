@@ -8,14 +8,15 @@ from .float8 import Float8
 from .identity import Identity
 from .kmeans import KMeans
 from .lowrank import LowRank
-from .packing import pack_bits, unpack_bits
+from .masks import pack_flags, pack_two_values, unpack_flags
 from .registry import CODECS, codec_names, parse_codec
+from .slopes import decode_slopes, encode_slopes
 from .sort import Sort
 from .topk import TopK
 from .uniform import Uniform
 
 __all__ = [
     "CODECS", "Block", "Chain", "Codec", "CodecState", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
-    "Payload", "Sort", "TopK", "Uniform", "codec_names", "pack_bits", "parse_codec", "raw_nbytes", "representable",
-    "unpack_bits",
+    "Payload", "Sort", "TopK", "Uniform", "codec_names", "decode_slopes", "encode_slopes", "pack_flags",
+    "pack_two_values", "parse_codec", "raw_nbytes", "representable", "unpack_flags",
 ]  # fmt: skip

@@ -7,6 +7,8 @@ they give the same bits compiled and eager.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -291,6 +293,42 @@ def _bitmap(condition: Tensor) -> Tensor:
     return bits.to(torch.uint8)
 
 
+def _flags(x: Tensor, *, low: float, high: float | None) -> tuple[Tensor]:
+    above = ~(x <= low)
+    return (_bitmap(above if high is None else above & (x < high)),)
+
+
+def _two_flags(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Bitmaps of what is not 0, and of what is neither 0 nor `value` []."""
+    zero = x == 0
+    return _bitmap(~zero), _bitmap(~(zero | (x == value)))
+
+
+def _unflag(bits: Tensor, values: Tensor) -> tuple[Tensor]:
+    """values [2]: for a bit that is not set, and for one that is."""
+    runs = unpack_parts(bits, 1, bits.shape[-1] * 8)
+    return (_joined([torch.where(run != 0, values[1], values[0]) for _, run in runs]),)
+
+
+def _slope_encode(
+    x: Tensor, starts: Tensor, lanes: Tensor, key: Tensor, *, function: str, bits: int, least: float, width: float
+) -> tuple[Tensor]:
+    """Slopes of an activation function at `x` in equal steps from `least` to `least + width`."""
+    x = x.float()
+    if function == "gelu":
+        slope = 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
+    elif function == "gelu_tanh":
+        k = (2 / math.pi) ** 0.5
+        t = torch.tanh(k * (x + 0.044715 * x * x * x))
+        slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (k * (1 + 3 * 0.044715 * x * x))
+    else:
+        s = torch.sigmoid(x)
+        slope = s * (1 + x * (1 - s))
+    top = 2**bits - 1
+    codes = _rounded((slope - least) * (top / width), top, starts, lanes, key)
+    return (pack(codes.to(code_dtype(bits)), bits),)
+
+
 def _band_bits(x: Tensor, lo: Tensor, hi: Tensor, *, limit: float) -> tuple[Tensor, Tensor, Tensor]:
     """Bitmaps of the magnitudes from lo to hi, of those above hi (fp32 [], or fp64 for fp64), and of those that are
     NaN or beyond `limit`."""
@@ -325,6 +363,7 @@ keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_
 equalized, signed, restored = Kernel(_equalized), Kernel(_signed), Kernel(_restored)
 steps_encode, steps_decode, halves = Kernel(_steps_encode), Kernel(_steps_decode), Kernel(_halves)
 levels_encode, levels_decode = Kernel(_levels_encode), Kernel(_levels_decode)
+flags, two_flags, unflag, slope_encode = Kernel(_flags), Kernel(_two_flags), Kernel(_unflag), Kernel(_slope_encode)
 float8_encode, float8_decode, float8_roundtrip = (
     Kernel(_float8_encode), Kernel(_float8_decode), Kernel(_float8_roundtrip),
 )  # fmt: skip

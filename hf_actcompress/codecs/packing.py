@@ -7,9 +7,6 @@ which vectorises on a CPU and coalesces on a GPU; neighbouring elements never sh
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,21 +120,3 @@ def unpack_parts(packed: Tensor, bits: int, cols: int) -> list[tuple[slice, Tens
             codes = part if codes is None else codes | part
         runs.append((slice(i * size, (i + 1) * size), codes))
     return runs
-
-
-def pack_bits(condition: Tensor) -> Tensor:
-    """bool of any shape -> uint8 [ceil(n / 8)]: element i is bit i % 8 of byte i // 8."""
-    flat = condition.reshape(-1)
-    if flat.device.type == "cpu":
-        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
-    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8).to(torch.uint8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse: bool of that shape."""
-    n = math.prod(shape)
-    if bits.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(bits.numpy(), count=n, bitorder="little").view(np.bool_)).view(shape)
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> shifts) & 1).view(-1)[:n].view(torch.bool).view(shape)

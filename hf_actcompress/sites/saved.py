@@ -5,7 +5,7 @@
 
 Forward values stay exact; gradients are computed from x'.  Values are rounded stochastically, so that where a gradient
 is linear in what was saved it is right on average.  What carries no value but a choice is kept exactly: masks in one
-bit, indices in the fewest bytes.
+bit, indices in the fewest bytes.  Of what goes into GELU and SiLU only the slope is kept.
 Sources: ActNN (Chen et al., 2021), GACT (Liu et al., 2022), Mesa (Pan et al., 2021).
 This file knows codecs and modules, not trainers.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,13 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..codecs import Codec, raw_nbytes
-from ..packed import Bits, Coded, Integers, Kept, Sharded, View, flatten, narrowest, two_values
+from ..budget import Auto
+from ..codecs import Block, Codec, pack_flags, pack_two_values, raw_nbytes
+from ..packed import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten, narrowest
 
 SMALLEST = 4096  # elements; smaller tensors are a thousandth of the bytes and would cost more calls than all others
+GROUP = 256  # of a plain block codec: a payload that is never sent need not adapt to single features
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16)
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)  # their gradients need to know where, not how much
+SLOPES = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "SiLU": "silu", "SiLUActivation": "silu"}
 COMPILED = (
     "saved= does not work inside torch.compile: compiled graphs save their tensors past these hooks, so nothing would "
     "be compressed. Train without torch_compile, or without saved=."
@@ -37,12 +41,15 @@ COMPILED = (
 class SavedTensors:
     """What is done with the saved tensors of one model.
 
-    codec: for floating point activations; made stochastic where it can be (`round`).
+    codec: for floating point activations; made stochastic where it can be (`round`).  Or an `Auto`, which gives every
+        tensor its own number of bits.
     nonfinite: "pass" keeps tensors with NaN or Inf as they are and counts them; "raise" stops.
     """
 
-    def __init__(self, codec: Codec, *, seed: int = 0, nonfinite: str = "pass") -> None:
-        self.codec, self.nonfinite = stochastic(codec), nonfinite
+    def __init__(self, codec: Codec | Auto, *, seed: int = 0, nonfinite: str = "pass") -> None:
+        self.auto = codec if isinstance(codec, Auto) else None
+        self.codec = Block(group=GROUP, equalize=None, round="stochastic") if self.auto else stochastic(codec)
+        self.nonfinite = nonfinite
         self.state = self.codec.init_state("saved", seed)
         self.enabled = True
         self.record = Record()
@@ -50,36 +57,45 @@ class SavedTensors:
 
     def _reset(self) -> None:
         self._entered: list[bool] = []  # for each forward pass under way whether its hooks were pushed
-        self._consumers: list[nn.Module] = []
+        self._modules: list[tuple[str, nn.Module]] = []  # those that are running, the innermost last
+        self._counts: Counter[str] = Counter()
         self._seen: dict[int, tuple[StorageWeakRef, dict]] = {}
         self._constant: set[int] = set()
         self._frozen: set[tuple[int, ...]] = set()
+        self.trial: Any = None  # a measurement of sensitivities that is under way
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running forward pass stays with it: copies of a model start without.
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "trial"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    def __str__(self) -> str:
+        return str(self.auto or self.codec)
 
     # -- around a forward pass ----------------------------------------------------------------------------------
     @property
     def active(self) -> bool:
         return any(self._entered)
 
-    def enter(self, model: nn.Module) -> None:
+    def enter(self, model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
         first = self.enabled and torch.is_grad_enabled() and not self.active
+        if first and torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
+        if first and self.auto is not None and self.trial is None:
+            self.auto.before(self, model, args, kwargs or {})
         self._entered.append(False)
         if not first:
             return
-        if torch.compiler.is_compiling():
-            raise RuntimeError(COMPILED)
         self._seen.clear()
+        self._counts.clear()
         self._constant = {_address(t) for t in model.buffers()}
         frozen = [tuple(p.shape) for p in model.parameters() if not p.requires_grad and p.numel() >= SMALLEST]
         self._frozen = {*frozen, *(shape[::-1] for shape in frozen)}
-        self.record.passes += 1
+        if self.trial is None:
+            self.record.passes += 1
         torch._C._autograd._push_saved_tensors_default_hooks(self.pack, unpack)
         self._entered[-1] = True
 
@@ -87,7 +103,7 @@ class SavedTensors:
         if self._entered and self._entered.pop():
             torch._C._autograd._pop_saved_tensors_default_hooks()
             self._seen.clear()
-            self._consumers.clear()
+            self._modules.clear()
 
     # -- one tensor -----------------------------------------------------------------------------------------------
     def pack(self, x: Tensor) -> Kept | View | Sharded:
@@ -100,25 +116,30 @@ class SavedTensors:
             return self._kept(x)
         found = flatten(x)
         run, layout = (x.detach().contiguous(), None) if found is None else (found[0].detach(), found[1])
-        use = self._consumers[-1] if self._consumers else None
+        name, use = self._modules[-1] if self._modules else ("", None)
         cores, place = self._cores(x), (x.storage_offset(), run.numel(), x.dtype, x._version, found is None)
         key = (_asks(use), *place)
         known = cores.get(key)
         core = None if known is None else known()
         if core is None:
-            core = self._encode(run, use, made_by_operation=x.grad_fn is not None or x.requires_grad)
+            # A rectifier and the layer after it save the same memory, which autograd would hold once.
+            raw = 0 if ("raw", *place) in cores else run.numel() * run.element_size()
+            slot = f"{name}#{self._counts[name]}"
+            self._counts[name] += 1
+            core = self._encode(slot, run, use, made_by_operation=x.grad_fn is not None or x.requires_grad)
             if core is None:
                 return self._kept(x)
             cores[key] = weakref.ref(core)
-            # A rectifier and the layer after it save the same memory, which autograd would hold once.
-            raw = 0 if ("raw", *place) in cores else run.numel() * run.element_size()
             cores[("raw", *place)] = lambda: None
-            self.record.count(raw, core.nbytes)
+            self._count(slot, raw, core.nbytes, exact=not isinstance(core, (Coded, Slopes)))
         return View(core, layout, tuple(x.shape))
 
     def _worth(self, x: Tensor) -> bool:
-        if x.numel() < SMALLEST or x.device.type == "meta":
+        rows = 1 if self.trial is None else self.trial.scale
+        if x.numel() * rows < SMALLEST or x.device.type == "meta":
             return False
+        if x.dtype in FLOATS and x.dim() > 1 and x.shape[-1] == 1:
+            return False  # means and deviations of norms: few, and everything depends on them
         if x.dtype in (torch.bfloat16, torch.float16) and not x.requires_grad and tuple(x.shape) in self._frozen:
             return False  # autocast's copy of a frozen weight
         return x.dtype in FLOATS or x.dtype in INTS or x.dtype == torch.bool
@@ -136,35 +157,53 @@ class SavedTensors:
         if "kept" not in cores:
             cores["kept"] = lambda: None
             size = x.untyped_storage().nbytes()
-            self.record.count(size, size)
+            self._count(f"{self._modules[-1][0] if self._modules else ''} (kept)", size, size, exact=True)
         return Kept(x)
 
+    def _count(self, slot: str, raw: int, kept: int, exact: bool) -> None:
+        if self.trial is None:
+            self.record.count(raw, kept)
+        else:
+            self.trial.count(slot, raw, kept, exact)
+
     def _encode(
-        self, run: Tensor, use: nn.Module | None, made_by_operation: bool
-    ) -> Bits | Integers | Coded | None:  # fmt: skip
+        self, slot: str, run: Tensor, use: nn.Module | None, made_by_operation: bool
+    ) -> Bits | Integers | Coded | Slopes | Any | None:
         """None where nothing would be gained."""
-        if run.dtype == torch.bool:
-            return Bits(run, 0, 1, torch.bool)
-        if run.dtype in INTS:
-            dtype = narrowest(run)
-            return None if dtype is None else Integers(run, dtype)
+        shape, dtype = tuple(run.shape), run.dtype
+        if dtype == torch.bool:
+            return Bits(pack_flags(run), shape, 0, 1, dtype)
+        if dtype in INTS:
+            narrow = narrowest(run)
+            return None if narrow is None else Integers(run, narrow)
         if isinstance(use, nn.ReLU):  # its gradient asks for no more
-            return Bits(~(run <= 0), 0.0, 1.0, run.dtype)  # NaN passes, as without
+            return Bits(pack_flags(run), shape, 0.0, 1.0, dtype)  # NaN passes, as without
         if isinstance(use, nn.Hardtanh):  # nor does that of ReLU6
-            inside = (run > use.min_val) & (run < use.max_val)
-            return Bits(inside, use.min_val, (use.min_val + use.max_val) / 2, run.dtype)
+            inside = pack_flags(run, use.min_val, use.max_val)
+            return Bits(inside, shape, use.min_val, (use.min_val + use.max_val) / 2, dtype)
         if not made_by_operation:
-            value = two_values(run.reshape(-1))
-            if value is not None:
-                return Bits(run != 0, 0.0, value, run.dtype)
+            found = pack_two_values(run)
+            if found is not None:
+                return Bits(found[0], shape, 0.0, found[1], dtype)
+        if self.trial is not None:
+            return self.trial.hold(slot, run, lambda codec: self._coded(codec, run, use))
+        bits = None if self.auto is None else self.auto.bits_of(slot)
+        return self._coded(self.codec if bits is None else dataclasses.replace(self.codec, bits=bits), run, use)
+
+    def _coded(self, codec: Codec, run: Tensor, use: nn.Module | None) -> Coded | Slopes | None:
+        slopes, bits = slopes_of(use), getattr(codec, "bits", None)
+        if slopes is not None and bits is not None and run.dtype != torch.float64 and bool(run.isfinite().all()):
+            # Three bits of a slope are worth four of a value: nothing of the error is multiplied on the way back.
+            bits = 3 if bits == 4 and self.auto is None else min(bits, 8)
+            return Slopes(run, slopes, bits, self.state)
         raw = raw_nbytes(tuple(run.shape), run.dtype)
         try:
-            nbytes = self.codec.payload_nbytes(tuple(run.shape), run.dtype)
+            nbytes = codec.payload_nbytes(tuple(run.shape), run.dtype)
         except ValueError:  # a rank above its features
             return None
         if nbytes >= raw:
             return None
-        payload = self.codec.encode(run, self.state)
+        payload = codec.encode(run, self.state)
         if payload.raw:
             self.record.nonfinite += 1
             if self.nonfinite == "raise":
@@ -173,7 +212,7 @@ class SavedTensors:
                     "nonfinite='pass' it would be kept as it is and counted."
                 )
             return None
-        return Coded(self.codec, payload)
+        return Coded(codec, payload)
 
 
 @dataclasses.dataclass
@@ -208,16 +247,30 @@ def unpack(packed: Kept | View | Sharded) -> Tensor:
 
 
 def stochastic(codec: Codec) -> Codec:
-    """The same codec with stochastic rounding, where it has that and no option that forbids it."""
+    """The same codec with stochastic rounding, where it has that and no option that forbids it.
+
+    A plain block codec also gets groups of GROUP and no scales of features, which pay for themselves on a wire only.
+    """
     names = {f.name for f in dataclasses.fields(codec)}  # type: ignore[arg-type]
     if "round" not in names or getattr(codec, "levels", "uniform") != "uniform" or getattr(codec, "clip", 1) != 1:
         return codec
-    return dataclasses.replace(codec, round="stochastic")  # type: ignore[type-var]
+    plain = isinstance(codec, Block) and codec == Block(bits=codec.bits, round=codec.round)
+    more = {"group": GROUP, "equalize": None} if plain else {}
+    return dataclasses.replace(codec, round="stochastic", **more)  # type: ignore[type-var]
 
 
-def _asks(use: nn.Module | None) -> tuple[float, ...] | None:
-    """What a rectifier asks of a tensor: between which values it lies.  None: the values themselves."""
-    return (use.min_val, use.max_val) if isinstance(use, nn.Hardtanh) else None if use is None else (0.0,)
+def slopes_of(use: nn.Module | None) -> str | None:
+    """The function of an activation module whose gradient asks for its slope only."""
+    if type(use) is nn.GELU:
+        return "gelu" if use.approximate == "none" else "gelu_tanh"
+    return SLOPES.get(type(use).__name__)
+
+
+def _asks(use: nn.Module | None) -> Any:
+    """What a module asks of a tensor: between which values it lies, or a slope.  None: the values themselves."""
+    if isinstance(use, nn.Hardtanh):
+        return use.min_val, use.max_val
+    return (0.0,) if isinstance(use, nn.ReLU) else slopes_of(use)
 
 
 def _address(x: Tensor) -> int:
@@ -243,8 +296,8 @@ class Enter:
     def __init__(self, saved: SavedTensors) -> None:
         self.saved = saved
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.saved.enter(module)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.saved.enter(module, args, kwargs)
 
 
 class Leave:
@@ -258,12 +311,12 @@ class Leave:
 class Begin:
     """Says which module saves what is packed now."""
 
-    def __init__(self, saved: SavedTensors) -> None:
-        self.saved = saved
+    def __init__(self, saved: SavedTensors, name: str) -> None:
+        self.saved, self.name = saved, name
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.saved.active:
-            self.saved._consumers.append(module)
+            self.saved._modules.append((self.name, module))
 
 
 class End:
@@ -271,8 +324,8 @@ class End:
         self.saved = saved
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.saved._consumers and self.saved._consumers[-1] is module:
-            self.saved._consumers.pop()
+        if self.saved._modules and self.saved._modules[-1][1] is module:
+            self.saved._modules.pop()
 
 
 def is_hook(hook: Any) -> bool:
@@ -280,13 +333,13 @@ def is_hook(hook: Any) -> bool:
 
 
 def install(saved: SavedTensors, model: nn.Module) -> Iterable[Any]:
-    """Hooks on `model` and on its rectifiers; returns what removes them."""
+    """Hooks on `model` and on the modules in it; returns what removes them."""
     removers = [
-        model.register_forward_pre_hook(Enter(saved), prepend=True),
+        model.register_forward_pre_hook(Enter(saved), prepend=True, with_kwargs=True),
         model.register_forward_hook(Leave(saved), always_call=True),
     ]
-    for module in model.modules():
-        if type(module) in RECTIFIERS:
-            removers.append(module.register_forward_pre_hook(Begin(saved)))
+    for name, module in model.named_modules():
+        if module is not model:
+            removers.append(module.register_forward_pre_hook(Begin(saved, name)))
             removers.append(module.register_forward_hook(End(saved), always_call=True))
     return removers

@@ -1,0 +1,280 @@
+"""Memory and time of a training step: what autograd saves kept compressed, against the ways that people use today.
+
+    python benchmarks/memory.py                                        # all models: about half an hour on 2 cores
+    python benchmarks/memory.py --models "minilm 32x128" --methods none "saved 4" --parts held
+
+held: bytes that stay between forward and backward as the operating system sees them (RSS after malloc_trim, before and
+after the forward pass), and the peak of a whole step with AdamW (VmHWM); each in its own process.
+time: steps of all methods in turn in one process, so that other load meets all alike; a multiple is that of the plain
+step of the same round.
+batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each in its own process.
+Writes benchmarks/results/memory.json after every measurement; what is there is kept, --force measures again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.codecs.compiled import VARIABLE
+from hf_actcompress.recipes import load_image_model, load_text_model
+from hf_actcompress.recipes.results import environment
+
+PATH = Path(__file__).parent / "results" / "memory.json"
+Batch = dict[str, torch.Tensor]
+
+
+def tokens(vocabulary: int, rows: int, length: int) -> Batch:
+    ids = torch.randint(0, vocabulary, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def minilm(length: int) -> tuple[torch.nn.Module, Callable[[int], Batch]]:
+    model, _ = load_text_model("minilm", 2)
+    return model, lambda rows: {**tokens(30000, rows, length), "labels": torch.randint(0, 2, (rows,))}
+
+
+def gpt2() -> tuple[torch.nn.Module, Callable[[int], Batch]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config())
+
+    def batch(rows: int) -> Batch:
+        made = tokens(50257, rows, 256)
+        return {**made, "labels": made["input_ids"]}
+
+    return model, batch
+
+
+def image(name: str, size: int, **options: Any) -> tuple[torch.nn.Module, Callable[[int], Batch]]:
+    model, _ = load_image_model(name, 10, size, pretrained=False, **options)
+
+    def batch(rows: int) -> Batch:
+        return {"pixel_values": torch.randn(rows, 3, size, size), "labels": torch.randint(0, 10, (rows,))}
+
+    return model, batch
+
+
+# name: (model and maker of batches, rows of a batch)
+MODELS: dict[str, tuple[Callable[[], tuple[torch.nn.Module, Callable[[int], Batch]]], int]] = {
+    "minilm 32x128": (lambda: minilm(128), 32),
+    "minilm 8x512": (lambda: minilm(512), 8),
+    "mobilenetv2_100 64x96px": (lambda: image("mobilenetv2_100", 96), 64),
+    "efficientnet_lite0 64x96px": (lambda: image("tf_efficientnet_lite0", 96), 64),
+    "resnet18 64x96px": (lambda: image("resnet18", 96), 64),
+    "vit_tiny 16x224px": (lambda: image("vit_tiny_patch16_224", 224), 16),
+    "gpt2 4x256": (gpt2, 4),
+}
+
+
+def saved(spec: str) -> Callable[[torch.nn.Module], AbstractContextManager]:
+    return lambda model: compress_model(model, ActCompressConfig(first=0, last=0, saved=spec))
+
+
+@contextmanager
+def checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """As the Trainer's gradient_checkpointing=True."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def checkpointing_saved(model: torch.nn.Module) -> Iterator[None]:
+    with checkpointing(model), saved("block:bits=4")(model):
+        yield
+
+
+METHODS: dict[str, Callable[[torch.nn.Module], AbstractContextManager]] = {
+    "none": lambda model: nullcontext(),
+    "saved 8": saved("block:bits=8"),
+    "saved 4": saved("block:bits=4"),
+    "saved 2": saved("block:bits=2"),
+    "checkpointing": checkpointing,
+    "save_on_cpu": lambda model: torch.autograd.graph.save_on_cpu(),
+    "checkpointing + saved 4": checkpointing_saved,
+}
+
+
+def trim() -> None:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def status(key: str) -> int:
+    """Bytes of an entry of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Run:
+    def __init__(self, model: str, autocast: bool) -> None:
+        torch.manual_seed(0)
+        make, self.rows = MODELS[model]
+        self.model, self.batch = make()
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.autocast = autocast
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return self.model(**batch).loss
+
+    def step(self, batch: Batch) -> None:
+        self.forward(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def peak(self, rows: int) -> int:
+        """Peak RSS of a step."""
+        batch = self.batch(rows)
+        self.step(batch)
+        trim()
+        reset_peak()
+        self.step(batch)
+        return status("VmHWM")
+
+
+def held(args: argparse.Namespace) -> dict[str, Any]:
+    run = Run(args.models[0], args.autocast)
+    found = []
+    with METHODS[args.methods[0]](run.model) as handle:
+        batch = run.batch(run.rows)
+        run.step(batch)
+        run.step(batch)
+        for _ in range(3):
+            trim()
+            before = status("VmRSS")
+            loss = run.forward(batch)
+            trim()
+            found.append(status("VmRSS") - before)
+            loss.backward()
+            run.optimizer.zero_grad()
+            del loss
+        reset_peak()
+        result = {"held_mb": statistics.median(found) / 1e6, "held_range_mb": [min(found) / 1e6, max(found) / 1e6]}
+        if getattr(handle, "saved", None) is not None:
+            record = handle.saved.record
+            result["metered"] = {"plain_mb": record.raw_bytes / record.passes / 1e6,
+                                 "held_mb": record.kept_bytes / record.passes / 1e6}  # fmt: skip
+        result["peak_mb"] = run.peak(run.rows) / 1e6
+    return {"n": len(found), **result}
+
+
+def times(args: argparse.Namespace) -> dict[str, Any]:
+    run = Run(args.models[0], args.autocast)
+    batch, seconds = run.batch(run.rows), {name: [] for name in args.methods}
+    for repeat in tqdm(range(-2, args.repeats), desc=args.models[0], disable=args.quiet):
+        for name in args.methods:
+            with METHODS[name](run.model):
+                began = time.perf_counter()
+                run.step(batch)
+                if repeat >= 0:
+                    seconds[name].append(time.perf_counter() - began)
+    result = {}
+    for name, own in seconds.items():
+        multiples = sorted(a / b for a, b in zip(own, seconds[args.methods[0]], strict=True))
+        quarter = len(multiples) // 4
+        result[name] = {"ms": 1e3 * statistics.median(own), "multiple": statistics.median(multiples),
+                        "quartiles": [multiples[quarter], multiples[-1 - quarter]], "n": len(own)}  # fmt: skip
+    return result
+
+
+def largest(args: argparse.Namespace) -> dict[str, Any]:
+    """The largest batch that peaks at no more than `--budget` bytes: by straight lines through what was measured."""
+    run = Run(args.models[0], args.autocast)
+    with METHODS[args.methods[0]](run.model):
+        peaks = {rows: run.peak(rows) for rows in (max(1, run.rows // 4), run.rows)}
+        for _ in range(4):
+            (a, at_a), (b, at_b) = sorted(peaks.items())[-2:]
+            slope = max(1.0, (at_b - at_a) / (b - a))
+            rows = max(1, int(b + (args.budget - at_b) / slope))
+            if rows in peaks or rows > 64 * run.rows:
+                break
+            peaks[rows] = run.peak(rows)
+            if 0 <= args.budget - peaks[rows] < 0.02 * args.budget:
+                break
+    fits = [rows for rows, peak in peaks.items() if peak <= args.budget]
+    return {"budget_mb": args.budget / 1e6, "rows": max(fits, default=0),
+            "peaks_mb": {rows: peak / 1e6 for rows, peak in sorted(peaks.items())}}  # fmt: skip
+
+
+PARTS = {"held": held, "time": times, "batch": largest}
+
+
+def alone(part: str, args: argparse.Namespace, model: str, methods: list[str], budget: int = 0) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    command = [sys.executable, __file__, "--one", part, "--models", model, "--methods", *methods, "--quiet",
+               "--repeats", str(args.repeats), "--budget", str(budget)]  # fmt: skip
+    done = subprocess.run(command + ["--autocast"] * args.autocast, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each method")
+    parser.add_argument("--autocast", action="store_true", help="in bf16 autocast")
+    parser.add_argument("--force", action="store_true", help="measure again what is there")
+    parser.add_argument("--one", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault(VARIABLE, "1")
+    if args.one:
+        print(json.dumps(PARTS[args.one](args)))
+        return
+    data = json.loads(PATH.read_text()) if PATH.is_file() else {}
+
+    def keep(key: str, make: Callable[[], Any]) -> Any:
+        if key not in data or args.force:
+            data[key] = make()
+            data.update(environment=environment(), command="python benchmarks/memory.py")
+            PATH.write_text(json.dumps(data, indent=1) + "\n")
+        return data[key]
+
+    suffix = " bf16" if args.autocast else ""
+    for model in tqdm(args.models, desc="models"):
+        if "time" in args.parts:
+            rows = keep(f"time {model}{suffix}", lambda model=model: alone("time", args, model, args.methods))
+            for name, row in rows.items():
+                tqdm.write(f"{model:28s} {name:24s} {row['ms']:8.0f} ms  {row['multiple']:.2f}")
+        for name in args.methods:
+            row = {}
+            if "held" in args.parts:
+                row = keep(f"held {model}{suffix} {name}", lambda m=model, n=name: alone("held", args, m, [n]))
+                tqdm.write(f"{model:28s} {name:24s} held {row['held_mb']:7.1f} MB, peak {row['peak_mb']:7.1f} MB")
+            if "batch" in args.parts:
+                budget = int(1e6 * data[f"held {model}{suffix} none"]["peak_mb"])
+                row = keep(
+                    f"batch {model}{suffix} {name}",
+                    lambda m=model, n=name, b=budget: alone("batch", args, m, [n], b),
+                )
+                tqdm.write(f"{model:28s} {name:24s} {row['rows']} rows in {row['budget_mb']:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

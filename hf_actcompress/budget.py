@@ -1,0 +1,310 @@
+"""Bits for every saved tensor under a budget: `saved="auto:budget=0.15"`.
+
+How much the gradient of the parameters suffers from the rounding of one saved tensor is measured, not guessed: on a
+few rows of a batch one forward pass keeps everything exact, and for each tensor a backward pass is run in which only
+that one is rounded.  Rounding noise of different tensors is independent, so their squared errors add up, and each bit
+more divides one by four; the bits that make the sum least are then found greedily, which is optimal because every
+further bit of a tensor gains less than the one before.
+Source: the adaptive bits of GACT (Liu et al., 2022), which shifts seeds where this rounds and leaves exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .packed import Slopes
+
+logger = logging.getLogger(__name__)
+
+CHOICES = (1, 2, 3, 4, 5, 6, 8)
+REFERENCE = 4  # bits at which errors are measured
+REFRESH = 500  # forward passes between measurements
+COST = 5.0  # a measurement stops after about so many steps' worth of time: 1 % of REFRESH
+ROWS = 2  # of a batch that a measurement takes; twice as many where there is batch normalisation
+
+
+@dataclass
+class Slot:
+    """A place in the model where a tensor is saved, with what all its forward passes have in common.
+
+    raw: bytes without compression.  numel: its elements.  overhead: bytes of scales, whatever the bits.
+    error: squared error of the parameters' gradient, relative, if this alone is rounded to REFERENCE bits; None where
+        not measured.
+    """
+
+    name: str
+    raw: int
+    numel: int
+    overhead: int
+    error: float | None = None
+    bits: int = REFERENCE
+
+    def nbytes(self, bits: int) -> int:
+        return self.numel * bits // 8 + self.overhead
+
+
+class Auto:
+    """The allotment, and when it is measured anew.
+
+    budget: share of the bytes without compression, in (0, 1).
+    around: a context in which measurements run (so that boundaries do not see them).
+    """
+
+    def __init__(self, budget: float) -> None:
+        if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 < budget < 1:
+            raise ValueError(
+                f"saved: budget={budget!r} is not between 0 and 1; it is the share of the uncompressed bytes that may "
+                "be held, for example auto:budget=0.15."
+            )
+        self.budget = float(budget)
+        self.around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        self.passes = 0
+        self.slots: dict[str, Slot] = {}
+        self.seconds = 0.0
+
+    @classmethod
+    def parse(cls, spec: str) -> "Auto":
+        """From "auto:budget=0.15"."""
+        found = re.fullmatch(r"auto:budget=([^,]+)", spec.strip().lower())
+        try:
+            return cls(float(found[1])) if found else cls(spec)  # type: ignore[arg-type]
+        except ValueError:
+            raise ValueError(
+                f"saved={spec!r} is not known. The automatic choice of bits takes a budget between 0 and 1, the share "
+                "of the uncompressed bytes that may be held: saved='auto:budget=0.15'."
+            ) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "around"}  # of the model that was attached to
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, around=contextlib.nullcontext)
+
+    def __str__(self) -> str:
+        return f"auto:budget={self.budget:g}"
+
+    def bits_of(self, slot: str) -> int:
+        """Of a tensor that was not there when it was measured: what the budget allows on average, rounded down."""
+        known = self.slots.get(slot)
+        return max(1, int(32 * self.budget)) if known is None else known.bits
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per place: name, raw bytes, bits, error."""
+        return [asdict(slot) for slot in self.slots.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes, "slots": {name: asdict(slot) for name, slot in self.slots.items()}}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self.passes = values["passes"]
+        self.slots = {name: Slot(**slot) for name, slot in values["slots"].items()}
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+    def before(self, saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Called before every forward pass of `model` with gradients; measures when it is time to."""
+        due, self.passes = self.passes % REFRESH == 0, self.passes + 1
+        if not due:
+            return
+        began = time.perf_counter()
+        trial = measure(saved, model, args, kwargs, self.around)
+        self.slots = {slot.name: slot for slot in allot(trial, self.budget)}
+        self.seconds += time.perf_counter() - began
+        counts = Counter(slot.bits for slot in self.slots.values())
+        mean = sum(s.bits * s.numel for s in self.slots.values()) / max(1, sum(s.numel for s in self.slots.values()))
+        logger.info(
+            "saved: %s allots %.2f bits on average (%s), measured in %.1f s", self, mean,
+            ", ".join(f"{n} at {bits}" for bits, n in sorted(counts.items())), time.perf_counter() - began,
+        )  # fmt: skip
+
+
+class Held:
+    """A tensor of a trial: itself, and rounded."""
+
+    def __init__(self, trial: "Trial", slot: Slot, exact: Tensor, coded: Any) -> None:
+        self.trial, self.slot, self.exact, self.coded = trial, slot, exact, coded
+        self.nbytes = coded.nbytes
+
+    def unpack(self) -> Tensor:
+        return self.coded.unpack() if self.trial.rounded == self.slot.name else self.exact
+
+
+class Trial:
+    """One forward pass on a few rows, with everything kept exact.
+
+    scale: rows of the batch over rows that are taken.
+    """
+
+    def __init__(self, scale: float, codec: Any) -> None:
+        self.scale, self.codec = scale, codec
+        self.slots: dict[str, Slot] = {}
+        self.fixed: Counter[str] = Counter()  # bytes of what is held exactly
+        self.raw = 0
+        self.rounded: str | None = None
+
+    def hold(self, name: str, run: Tensor, encode: Callable[[Any], Any]) -> Held | None:
+        coded = encode(self.codec)
+        if coded is None:
+            return None
+        overhead = coded.nbytes - run.numel() * coded.bits // 8 if isinstance(coded, Slopes) else (
+            coded.nbytes - run.numel() * REFERENCE // 8)  # fmt: skip
+        raw = run.numel() * run.element_size()
+        sizes = (int(size * self.scale) for size in (raw, run.numel(), max(0, overhead)))
+        slot = Slot(name, *sizes)
+        self.slots[name] = slot
+        return Held(self, slot, run, coded)
+
+    def count(self, name: str, raw: int, kept: int, exact: bool) -> None:
+        self.raw += int(raw * self.scale)
+        if exact and name not in self.slots:
+            self.fixed[name] += int(kept * self.scale)
+
+
+def measure(
+    saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Callable[[], Any]
+) -> Trial:  # fmt: skip
+    """The errors of all slots, on a few rows of this batch.  Leaves gradients, buffers and random numbers alone."""
+    args, kwargs, scale = _few_rows(model, args, kwargs)
+    trial = saved.trial = Trial(scale, saved.codec)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with around(), _undisturbed(model, parameters):
+            began = time.perf_counter()
+            loss = _loss(model(*args, **kwargs))
+
+            def gradients() -> list[Tensor | None]:
+                return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+
+            exact = gradients()
+            stop = time.perf_counter() + COST * scale * (time.perf_counter() - began)
+            norm = sum(float(g.float().square().sum()) for g in exact if g is not None)
+            for name in _order(trial.slots):
+                if time.perf_counter() > stop:
+                    break
+                trial.rounded = name
+                error = sum(
+                    float((a.float() - b.float()).square().sum())
+                    for a, b in zip(exact, gradients(), strict=True) if a is not None and b is not None
+                )  # fmt: skip
+                trial.slots[name].error = error / norm if norm > 0 else 0.0
+    finally:
+        saved.trial = None
+    return trial
+
+
+def _few_rows(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], float]:
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.dim()]
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    rows, take = (tensors[0].shape[0] if tensors else 1), ROWS * (2 if normed else 1)
+    if rows <= take:
+        return args, kwargs, 1.0
+
+    def few(value: Any) -> Any:
+        return value[:take] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
+
+    return tree_map(few, args), tree_map(few, kwargs), rows / take
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def _loss(output: Any) -> Tensor:
+    """The model's own loss, or else its outputs in a random direction."""
+    tensors = [t for t in tree_flatten(dict(output) if isinstance(output, dict) else output)[0]
+               if isinstance(t, Tensor) and t.requires_grad]  # fmt: skip
+    for t in tensors:
+        if t.dim() == 0:
+            return t
+    return sum((t.float() * torch.randn_like(t, dtype=torch.float32)).mean() for t in tensors)  # type: ignore
+
+
+def _order(slots: dict[str, Slot]) -> list[str]:
+    """The first slot of every kind, large ones first, then the last, then one between, then all others: what is not
+    measured in time takes the error of its nearest relative."""
+    kinds: dict[str, list[str]] = {}
+    for name in slots:
+        kinds.setdefault(_kind(name), []).append(name)
+    ranked = sorted(kinds.values(), key=lambda names: -sum(slots[n].raw for n in names))
+    picks = [names[at(len(names))] for at in (lambda n: 0, lambda n: n - 1, lambda n: n // 2) for names in ranked]
+    return list(dict.fromkeys([*picks, *(name for names in ranked for name in names)]))
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def fill_in(slots: list[Slot]) -> None:
+    """Errors of what was not measured: of the nearest slot of the same kind, in proportion to nothing else."""
+    places = {id(slot): i for i, slot in enumerate(slots)}
+    measured = [slot for slot in slots if slot.error is not None]
+    for slot in slots:
+        if slot.error is None:
+            kin = [m for m in measured if _kind(m.name) == _kind(slot.name)] or measured
+            nearest = min(kin, key=lambda m: abs(places[id(m)] - places[id(slot)]), default=None)
+            slot.error = 1.0 if nearest is None else nearest.error
+
+
+def allot(trial: Trial, budget: float) -> list[Slot]:
+    """Bits for every slot so that all that is held is at most `budget` of the raw bytes and the error is least.
+
+    Raises ValueError where one bit for each is too much already.
+    """
+    slots = list(trial.slots.values())
+    fill_in(slots)
+    left = budget * trial.raw - sum(trial.fixed.values()) - sum(slot.nbytes(CHOICES[0]) for slot in slots)
+    if left < 0:
+        held = Counter({name: size for name, size in trial.fixed.items()})
+        held.update({slot.name: slot.nbytes(CHOICES[0]) for slot in slots})
+        rows = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in held.most_common(5))
+        least = sum(held.values())
+        raise ValueError(
+            f"saved: budget={budget:g} cannot be met: with one bit for every value {least / 1e6:.2f} MB of "
+            f"{trial.raw / 1e6:.2f} MB are held, a share of {least / max(1, trial.raw):.3f}. The largest: {rows}. "
+            "Use a larger budget, or activation checkpointing beside it."
+        )
+
+    def error(slot: Slot, bits: int) -> float:
+        steps = (2**REFERENCE - 1) / (2**bits - 1)
+        return float(slot.error or 0.0) * steps * steps
+
+    def gain(slot: Slot, level: int) -> float:
+        """Error that the step from CHOICES[level] to the next saves, by byte."""
+        low, high = CHOICES[level], CHOICES[level + 1]
+        return (error(slot, low) - error(slot, high)) / max(1, slot.nbytes(high) - slot.nbytes(low))
+
+    heap = [(-gain(slot, 0), i, 0) for i, slot in enumerate(slots)]
+    heapq.heapify(heap)
+    for slot in slots:
+        slot.bits = CHOICES[0]
+    while heap:
+        _, i, level = heapq.heappop(heap)
+        more = slots[i].nbytes(CHOICES[level + 1]) - slots[i].nbytes(CHOICES[level])
+        if more > left:
+            continue
+        left -= more
+        slots[i].bits = CHOICES[level + 1]
+        if level + 2 < len(CHOICES):
+            heapq.heappush(heap, (-gain(slots[i], level + 1), i, level + 1))
+    return slots

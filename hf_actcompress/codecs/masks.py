@@ -1,0 +1,45 @@
+"""One bit per element: masks of dropout and of rectifiers, packed and unpacked in one pass over the tensor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .kernels import flags, two_flags, unflag
+from .rows import COLS, apply, decode_parts, encode_parts, join, parts
+
+
+def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
+    """Bitmap uint8 of where `x` (contiguous; bool or floating point) lies above `low` and, if given, below `high`.
+
+    Without `high` NaN counts as above, as in the gradient of a ReLU.
+    """
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x
+    return join(encode_parts(flags, x, [], low=low, high=high))
+
+
+def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
+    """(bitmap, c) if every value of `x` (contiguous) is 0 or c, as in dropout's mask, else None.
+
+    A sample settles most.
+    """
+    flat = x.reshape(-1)
+    some = flat[:: max(1, flat.numel() // look)]
+    lo, hi = (float(v) for v in torch.aminmax(some))
+    value = hi if hi > 0 else lo
+    if not (value and math.isfinite(value) and bool(((some == 0) | (some == value)).all())):
+        return None
+    shared = [torch.full((), value, dtype=x.dtype, device=x.device)]
+    found = [apply(two_flags, part.take(flat), shared=shared) for part in parts(flat.numel(), COLS)]
+    bits, strange = (join([piece.view(-1) for piece in pieces]) for pieces in zip(*found, strict=True))
+    return None if strange.any() else (bits, value)
+
+
+def unpack_flags(bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> Tensor:
+    """`high` where a bit is set and `low` elsewhere, in `dtype` (bool: True and False)."""
+    kind = torch.uint8 if dtype == torch.bool else dtype
+    shared = [torch.tensor([low, high], dtype=kind, device=bits.device)]
+    found = decode_parts(unflag, bits, shape, 1, shared)
+    return found.view(torch.bool) if dtype == torch.bool else found

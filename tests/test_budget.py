@@ -1,0 +1,159 @@
+"""Bits under a budget: the allotment is the best there is, and measuring disturbs nothing."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import batch_of, build, loss_of
+from torch import nn
+
+from hf_actcompress import ActCompressConfig, budget, compress_model
+from hf_actcompress.budget import CHOICES, REFERENCE, Auto, Slot, Trial, allot
+from hf_actcompress.sites import saved as site
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Tiny models have tiny tensors."""
+    monkeypatch.setattr(site, "SMALLEST", 16)
+
+
+def auto(share, **options):
+    return ActCompressConfig(first=0, last=0, saved=f"auto:budget={share}", **options)
+
+
+def trial_of(errors, numel=800, fixed=0):
+    trial = Trial(1.0, None)
+    for i, error in enumerate(errors):
+        trial.slots[f"layer.{i}#0"] = Slot(f"layer.{i}#0", 4 * numel, numel, 0, error)
+    trial.fixed["masks"] = fixed
+    trial.raw = 4 * numel * len(errors) + fixed
+    return trial
+
+
+def harm(errors, bits):
+    return sum(e * ((2**REFERENCE - 1) / (2**b - 1)) ** 2 for e, b in zip(errors, bits, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.15, 0.2])
+def test_no_other_choice_within_the_budget_is_better(share):
+    errors = [1e-4, 3e-2, 1.0, 2e-3]
+    slots = allot(trial_of(errors), share)
+    allowed = share * 4 * 800 * 4
+    assert sum(slot.nbytes(slot.bits) for slot in slots) <= allowed
+    # Greedy steps are optimal up to one step that no longer fits: no choice of a step's bytes less is better.
+    for bits in itertools.product(CHOICES, repeat=4):
+        if sum(800 * b // 8 for b in bits) <= allowed - 2 * 800 // 8:
+            assert harm(errors, [slot.bits for slot in slots]) <= harm(errors, bits) * (1 + 1e-9)
+    assert slots[2].bits >= slots[1].bits >= slots[3].bits >= slots[0].bits
+
+
+def test_all_bits_where_the_budget_has_no_limit():
+    assert {slot.bits for slot in allot(trial_of([1.0, 0.0]), 0.9)} == {8}
+
+
+def test_a_budget_that_cannot_be_met_names_what_fills_it():
+    with pytest.raises(ValueError, match=r"budget=0.05 cannot be met.*share of 0\.[0-9]+.*masks 0.00 MB.*larger"):
+        allot(trial_of([1.0, 1.0], fixed=2000), 0.05)
+
+
+@pytest.mark.parametrize("bad", ["auto", "auto:budget=0", "auto:budget=1", "auto:budget=x", "auto:bits=4", "auto:"])
+def test_wrong_budgets_are_refused(bad):
+    with pytest.raises(ValueError, match="budget between 0 and 1"):
+        ActCompressConfig(saved=bad)
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        Auto(2)
+
+
+@pytest.mark.parametrize("name", ["bert", "mobilenetv2_100", "vit"])
+def test_the_share_that_is_held_is_the_budget(name):
+    model, batch = build(name).train(), batch_of(name)
+    with compress_model(model, auto(0.2)) as handle:
+        loss_of(model, batch).backward()
+        record, table = handle.saved.record, handle.saved.auto.table()
+    assert 0.15 < record.kept_bytes / record.raw_bytes <= 0.2 + 0.01
+    assert len({row["bits"] for row in table}) > 1 and all(row["error"] is not None for row in table)
+
+
+def test_measuring_changes_nothing_but_bits():
+    """Gradients, buffers, random numbers, boundaries and counters are as without."""
+    model, batch = build("mobilenetv2_100").train(), batch_of("mobilenetv2_100")
+    model.dropout = nn.Dropout(0.5)
+    twin = copy.deepcopy(model)
+    config = ActCompressConfig(codec="block:bits=4,round=stochastic", saved="auto:budget=0.2")
+    with compress_model(model, config) as handle:
+        torch.manual_seed(1)
+        loss_of(model, batch).backward()
+        calls = {row["calls"] for row in handle.stats()}
+    assert calls == {1} and all(p.grad is not None for p in model.parameters())
+    with compress_model(twin, ActCompressConfig(codec="block:bits=4,round=stochastic")):
+        torch.manual_seed(1)
+        loss_of(twin, batch).backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_errors_are_those_of_the_gradients():
+    """One linear layer whose input is rounded: the squared error of its weights' gradient, against a direct sum."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 8, bias=False)), torch.randn(64, 32)
+    with compress_model(model, auto(0.2)) as handle:
+        model(x)
+        slot, = handle.saved.auto.slots.values()
+    step = (x[: budget.ROWS].flatten().amax() - x[: budget.ROWS].flatten().amin()) / 15
+    expected = float(step**2 / 6 / x[: budget.ROWS].square().mean())  # stochastic rounding: a sixth of a squared step
+    assert expected / 3 < slot.error < expected * 3
+
+
+def test_sensitive_tensors_get_more_bits():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loud, self.quiet = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x, y):
+            return (self.loud(x) + 1e-3 * self.quiet(y)).square().sum()
+
+    model = Two()
+    with compress_model(model, auto(0.125)) as handle:
+        model(torch.randn(64, 64), torch.randn(64, 64)).backward()
+        slots = handle.saved.auto.slots
+    assert slots["loud#0"].bits > slots["quiet#0"].bits
+
+
+def test_it_is_measured_now_and_then_and_goes_on_from_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(budget, "REFRESH", 3)
+    model, x, seen = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4)), torch.randn(64, 32), []
+    plain = budget.measure
+    monkeypatch.setattr(budget, "measure", lambda *args: seen.append(1) or plain(*args))
+    with compress_model(model, auto(0.15)) as handle:
+        for _ in range(4):
+            model(x).sum().backward()
+        assert len(seen) == 2
+        state = handle.state_dict()
+        table = handle.saved.auto.table()
+    with compress_model(model, auto(0.15)) as handle:
+        assert handle.load_state_dict(copy.deepcopy(state)) == []
+        assert handle.saved.auto.table() == table
+        for _ in range(2):
+            model(x).sum().backward()
+        assert len(seen) == 2  # two of three passes were done
+    with compress_model(model, auto(0.25)) as handle:
+        assert handle.load_state_dict(state) == ["saved"]
+
+
+def test_what_was_not_measured_in_time_takes_its_nearest_relative(monkeypatch):
+    monkeypatch.setattr(budget, "COST", 0.0)
+    model, batch = build("bert").train(), batch_of("bert")
+    with compress_model(model, auto(0.2)) as handle:
+        loss_of(model, batch).backward()
+        assert all(row["error"] is not None and math.isfinite(row["error"]) for row in handle.saved.auto.table())
+
+
+def test_copies_of_a_model_do_not_hold_the_handle():
+    model = nn.Sequential(nn.Linear(32, 32))
+    with compress_model(model, auto(0.2)):
+        model(torch.randn(64, 32)).sum().backward()
+        twin = copy.deepcopy(model)
+        twin(torch.randn(64, 32)).sum().backward()
