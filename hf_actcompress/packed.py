@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec, Payload, decode_slopes, encode_slopes, unpack_flags
+from .codecs import Codec, Payload, decode_slopes, unpack_flags
 
 
 class Kept:
@@ -91,9 +91,9 @@ class Bits:
 class Slopes:
     """The input of an activation function as the function's slope there."""
 
-    def __init__(self, x: Tensor, name: str, bits: int, state: Any) -> None:
-        self.codes = encode_slopes(x, name, bits, state)
-        self.shape, self.dtype, self.name, self.bits = tuple(x.shape), x.dtype, name, bits
+    def __init__(self, codes: Tensor, x: Tensor, name: str, bits: int) -> None:
+        self.codes, self.name, self.bits = codes, name, bits
+        self.shape, self.dtype = tuple(x.shape), x.dtype
 
     def unpack(self) -> Tensor:
         return decode_slopes(self.codes, self.shape, self.dtype, self.name, self.bits)

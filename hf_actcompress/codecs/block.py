@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import prototypes, turned
+from . import native, prototypes, turned
 from .base import LARGEST, Codec, CodecState, Payload, check_choice, check_int, representable
 from .equalize import applies, feature_dim, feature_scales, period, tables
 from .kernels import group_decode, group_encode, group_roundtrip
@@ -210,13 +210,15 @@ class Block(Codec):
             lanes, key = noise_source(self, state, self._cols(shape), x.device)
             results = []
             for part in found:
-                rows = [None if key is None else counters(part, x.device)]
                 own = [part.features(mean), part.features(inverse)]
-                shared = [None if lanes is None else lanes[: part.shape[2]], key]
-                results.append(apply(
-                    group_encode, part.take(flat), rows, own, shared,
-                    bits=self.bits, clip=self.clip, stored=self.scale,
-                ))  # fmt: skip
+                static = {"bits": self.bits, "clip": self.clip, "stored": self.scale}
+                result = native.group_encode(part.take(flat), part.start, *own, key, **static)
+                if result is None:
+                    rows = [None if key is None else counters(part, x.device)]
+                    shared = [None if lanes is None else lanes[: part.shape[2]], key]
+                    with native.patience():
+                        result = apply(group_encode, part.take(flat), rows, own, shared, **static)
+                results.append(result)
             codes = join([c.view(-1) for c, _ in results])
             scales = join([s.to(self.scale_dtype).view(-1, 2) for _, s in results])
         return self._payload(x, {"codes": codes, "scales": scales, **tensors})

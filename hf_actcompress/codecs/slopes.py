@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import native
 from .kernels import slope_encode, table_decode
 from .rounding import RoundingState, next_key
 from .rows import COLS, apply, counters, decode_parts, join, parts
@@ -67,19 +68,28 @@ def places(name: str, bits: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def encode_slopes(x: Tensor, name: str, bits: int, state: RoundingState | None) -> Tensor:
-    """Packed codes uint8 of `x` (any shape, fp32 / bf16 / fp16): bits / 8 bytes per element."""
+def encode_slopes(x: Tensor, name: str, bits: int, state: RoundingState | None) -> Tensor | None:
+    """Packed codes uint8 of `x` (any shape, fp32 / bf16 / fp16): bits / 8 bytes per element.
+
+    None where NaN or Inf is among them.
+    """
     flat, end = x.reshape(-1), extreme(name)
     least, most = SLOPES[name](-end), SLOPES[name](end)
     lanes = torch.arange(COLS, dtype=torch.int32, device=x.device)
     key = torch.full((), next_key(state), dtype=torch.int32, device=x.device)
-    pieces = [
-        apply(
-            slope_encode, part.take(flat), [counters(part, x.device)], shared=[lanes[: part.shape[2]], key],
-            function=name, bits=bits, least=least, width=most - least,
-        )[0].view(-1)
-        for part in parts(flat.numel(), COLS)
-    ]  # fmt: skip
+    static, pieces = {"function": name, "bits": bits, "least": least, "width": most - least}, []
+    for part in parts(flat.numel(), COLS):
+        run = part.take(flat)
+        found = native.slope_encode(run, part.start, key, **static)
+        if found is None:
+            if not bool(run.sum(dtype=torch.float32).isfinite()):
+                return None
+            shared = [lanes[: part.shape[2]], key]
+            with native.patience():
+                found = apply(slope_encode, run, [counters(part, x.device)], shared=shared, **static)[0], True
+        if not found[1]:
+            return None
+        pieces.append(found[0].view(-1))
     return join(pieces)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..budget import Auto
-from ..codecs import Block, Codec, pack_flags, pack_two_values, raw_nbytes
+from ..codecs import Block, Codec, encode_slopes, pack_flags, pack_two_values, raw_nbytes
 from ..packed import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten, narrowest
 
 SMALLEST = 4096  # elements; smaller tensors are a thousandth of the bytes and would cost more calls than all others
@@ -192,10 +192,12 @@ class SavedTensors:
 
     def _coded(self, codec: Codec, run: Tensor, use: nn.Module | None) -> Coded | Slopes | None:
         slopes, bits = slopes_of(use), getattr(codec, "bits", None)
-        if slopes is not None and bits is not None and run.dtype != torch.float64 and bool(run.isfinite().all()):
+        if slopes is not None and bits is not None and run.dtype != torch.float64:
             # Three bits of a slope are worth four of a value: nothing of the error is multiplied on the way back.
             bits = 3 if bits == 4 and self.auto is None else min(bits, 8)
-            return Slopes(run, slopes, bits, self.state)
+            codes = encode_slopes(run, slopes, bits, self.state)
+            if codes is not None:
+                return Slopes(codes, run, slopes, bits)
         raw = raw_nbytes(tuple(run.shape), run.dtype)
         try:
             nbytes = codec.payload_nbytes(tuple(run.shape), run.dtype)

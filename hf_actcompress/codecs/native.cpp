@@ -1,0 +1,235 @@
+// Groups to codes in one pass over memory: what a compiler makes of kernels._group_encode reads the tensor twice.
+// The arithmetic is that of the Python function, operation by operation, and gives the same bits.  Slopes of activation
+// functions agree to about 1e-7, which in rare cases is another code.
+// Compiled by native.py with -ffp-contract=off, because a fused multiply-add rounds once where two operations round twice.
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int LARGEST = 1024;  // columns of a group
+
+inline float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float load(const float* x) { return *x; }
+inline float load(const uint16_t* x) { return as_float(static_cast<uint32_t>(*x) << 16); }  // bf16
+
+inline float floor16(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x < 0) bits += 0xFFFF;
+    return as_float(static_cast<uint32_t>(bits >> 16) << 16);
+}
+
+inline uint32_t mix(uint32_t h) {
+    h ^= h >> 16;
+    h *= 0x7FEB352Du;
+    h ^= h >> 15;
+    h *= 0x846CA68Bu;
+    return h ^ (h >> 16);
+}
+
+// The layout of packing.py: planes whose widths are powers of two, the widest first; byte j of a plane joins element j
+// of every run.
+template <int LEFT, int WIDTH = 8>
+inline void pack(const uint8_t* codes, int cols, uint8_t* out) {
+    if constexpr (LEFT >= WIDTH) {
+        constexpr int FIELDS = 8 / WIDTH, SHIFT = LEFT - WIDTH, MASK = (1 << WIDTH) - 1;
+        const int run = cols / FIELDS;
+        for (int j = 0; j < run; ++j) {
+            int byte = 0;
+            for (int f = 0; f < FIELDS; ++f) byte |= (codes[f * run + j] >> SHIFT & MASK) << (f * WIDTH);
+            out[j] = static_cast<uint8_t>(byte);
+        }
+        pack<SHIFT, WIDTH>(codes, cols, out + run);
+    } else if constexpr (WIDTH > 1) {
+        pack<LEFT, WIDTH / 2>(codes, cols, out);
+    }
+}
+
+// Units of steps to a code; `y` is not negative.
+template <int TOP, bool NOISE>
+inline int rounded(float y, uint32_t counter, uint32_t key) {
+    if (NOISE)
+        y = y + static_cast<float>(static_cast<int32_t>(mix(counter ^ key) >> 8)) * 0x1p-24f;
+    else
+        y = std::nearbyintf(y);
+    const int code = static_cast<int>(y);
+    return code > TOP ? TOP : code;
+}
+
+template <typename T, int BITS, bool NOISE>
+void encode(const T* x, const float* mean, const float* inverse, int64_t period, int64_t groups, int cols,
+            uint32_t start, uint32_t key, bool stored16, uint8_t* codes, float* scales) {
+    constexpr int TOP = (1 << BITS) - 1;
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < groups; ++g) {
+        float y[LARGEST], low[LANES], high[LANES];
+        int strange[LANES];
+        for (int j = 0; j < LANES; ++j) low[j] = INFINITY, high[j] = -INFINITY, strange[j] = 0;
+        const T* own = x + g * cols;
+        const float *m = mean + (mean ? g % period * cols : 0), *s = inverse + (mean ? g % period * cols : 0);
+        for (int c = 0; c < cols; c += LANES)
+            for (int j = 0; j < LANES; ++j) {
+                float v = load(own + c + j);
+                if (mean) v = (v - m[c + j]) * s[c + j];
+                y[c + j] = v;
+                low[j] = v < low[j] ? v : low[j];
+                high[j] = v > high[j] ? v : high[j];
+                strange[j] |= v != v;
+            }
+        float lo = low[0], hi = high[0];
+        int nan = strange[0];
+        for (int j = 1; j < LANES; ++j) {
+            lo = low[j] < lo ? low[j] : lo;
+            hi = high[j] > hi ? high[j] : hi;
+            nan |= strange[j];
+        }
+        if (nan) lo = hi = NAN;
+        if (stored16) lo = floor16(lo);
+        float step = hi * static_cast<float>(1.0 / TOP) - lo * static_cast<float>(1.0 / TOP);
+        if (stored16) step = -floor16(-step);
+        const float unit = step >= FLT_MIN ? 1.0f / step : 0.0f;
+        scales[2 * g] = lo;
+        scales[2 * g + 1] = step;
+        uint8_t* out = codes + g * (cols * BITS / 8);
+        const uint32_t first = start + static_cast<uint32_t>(g) * static_cast<uint32_t>(cols);
+        if constexpr (8 % BITS == 0) {  // one plane: codes stay in registers
+            constexpr int FIELDS = 8 / BITS;
+            const int run = cols / FIELDS;
+            for (int j = 0; j < run; ++j) {
+                int byte = 0;
+                for (int f = 0; f < FIELDS; ++f) {
+                    const int c = f * run + j;
+                    byte |= rounded<TOP, NOISE>((y[c] - lo) * unit, first + c, key) << (f * BITS);
+                }
+                out[j] = static_cast<uint8_t>(byte);
+            }
+        } else {
+            uint8_t own[LARGEST];
+            for (int c = 0; c < cols; ++c)
+                own[c] = static_cast<uint8_t>(rounded<TOP, NOISE>((y[c] - lo) * unit, first + c, key));
+            pack<BITS>(own, cols, out);
+        }
+    }
+}
+
+// e**x, to 1e-7: 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 87.0f ? 87.0f : x;
+    const float n = std::nearbyintf(x * 1.44269504f);
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+enum Function { GELU, GELU_TANH, SILU };
+
+template <int FUNCTION>
+inline float slope(float x) {
+    if (FUNCTION == GELU) {  // erf by Abramowitz and Stegun 7.1.26, which needs the same exponential
+        const float e = exponential(-0.5f * x * x), t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::fabs(x));
+        float p = 1.061405429f;
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        const float erf = 1.0f - p * t * e;
+        return 0.5f + 0.5f * std::copysign(erf, x) + x * e * 0.39894228f;
+    }
+    if (FUNCTION == GELU_TANH) {
+        const float k = 0.79788456f, u = k * (x + 0.044715f * x * x * x), t = 1.0f - 2.0f / (1.0f + exponential(2 * u));
+        return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * k * (1.0f + 3 * 0.044715f * x * x);
+    }
+    const float s = 1.0f / (1.0f + exponential(-x));
+    return s * (1.0f + x * (1.0f - s));
+}
+
+template <typename T, int FUNCTION, int BITS>
+int slopes(const T* x, int64_t rows, int cols, float least, float scale, uint32_t start, uint32_t key, uint8_t* codes) {
+    constexpr int TOP = (1 << BITS) - 1;
+    int strange = 0;
+#pragma omp parallel for schedule(static) reduction(| : strange)
+    for (int64_t g = 0; g < rows; ++g) {
+        uint8_t own[LARGEST];
+        const T* values = x + g * cols;
+        const uint32_t first = start + static_cast<uint32_t>(g) * static_cast<uint32_t>(cols);
+        int odd = 0;
+        for (int c = 0; c < cols; ++c) {
+            const float v = load(values + c);
+            odd |= !(std::fabs(v) <= FLT_MAX);
+            float y = (slope<FUNCTION>(v) - least) * scale;
+            y = y > 0.0f ? y : 0.0f;
+            own[c] = static_cast<uint8_t>(rounded<TOP, true>(y, first + c, key));
+        }
+        strange |= odd;
+        pack<BITS>(own, cols, codes + g * (cols * BITS / 8));
+    }
+    return strange;
+}
+
+template <typename T, int FUNCTION>
+int slopes_of(int bits, const void* x, int64_t rows, int cols, float least, float scale, uint32_t start, uint32_t key,
+              uint8_t* codes) {
+    const T* values = static_cast<const T*>(x);
+    switch (bits) {
+        case 1: return slopes<T, FUNCTION, 1>(values, rows, cols, least, scale, start, key, codes);
+        case 2: return slopes<T, FUNCTION, 2>(values, rows, cols, least, scale, start, key, codes);
+        case 3: return slopes<T, FUNCTION, 3>(values, rows, cols, least, scale, start, key, codes);
+        case 4: return slopes<T, FUNCTION, 4>(values, rows, cols, least, scale, start, key, codes);
+        case 5: return slopes<T, FUNCTION, 5>(values, rows, cols, least, scale, start, key, codes);
+        case 6: return slopes<T, FUNCTION, 6>(values, rows, cols, least, scale, start, key, codes);
+        default: return slopes<T, FUNCTION, 8>(values, rows, cols, least, scale, start, key, codes);
+    }
+}
+
+template <typename T, bool NOISE>
+void choose(int bits, const void* x, const float* mean, const float* inverse, int64_t period, int64_t groups, int cols,
+            uint32_t start, uint32_t key, bool stored16, uint8_t* codes, float* scales) {
+    const T* v = static_cast<const T*>(x);
+    switch (bits) {
+        case 1: return encode<T, 1, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+        case 2: return encode<T, 2, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+        case 3: return encode<T, 3, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+        case 4: return encode<T, 4, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+        case 5: return encode<T, 5, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+        case 6: return encode<T, 6, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+        default: return encode<T, 8, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+    }
+}
+
+}  // namespace
+
+// x [groups, cols] fp32 or bf16; mean, inverse [period, cols] or null; codes [groups, cols * bits / 8], scales [groups, 2].
+extern "C" void group_encode(const void* x, int bf16, int noise, int bits, const float* mean, const float* inverse,
+                             int64_t period, int64_t groups, int cols, uint32_t start, uint32_t key, int stored16,
+                             uint8_t* codes, float* scales) {
+    auto run = bf16 ? (noise ? choose<uint16_t, true> : choose<uint16_t, false>)
+                    : (noise ? choose<float, true> : choose<float, false>);
+    run(bits, x, mean, inverse, period, groups, cols, start, key, stored16 != 0, codes, scales);
+}
+
+// Slopes of a function at x [rows, cols], from `least` in steps of 1 / scale.  Returns whether NaN or Inf was among x.
+extern "C" int slope_encode(const void* x, int bf16, int function, int bits, int64_t rows, int cols, float least,
+                            float scale, uint32_t start, uint32_t key, uint8_t* codes) {
+    using Run = int (*)(int, const void*, int64_t, int, float, float, uint32_t, uint32_t, uint8_t*);
+    const Run runs[2][3] = {
+        {slopes_of<float, GELU>, slopes_of<float, GELU_TANH>, slopes_of<float, SILU>},
+        {slopes_of<uint16_t, GELU>, slopes_of<uint16_t, GELU_TANH>, slopes_of<uint16_t, SILU>},
+    };
+    return runs[bf16][function](bits, x, rows, cols, least, scale, start, key, codes);
+}

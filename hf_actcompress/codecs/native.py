@@ -1,0 +1,156 @@
+"""The few kernels written by hand, where a compiled one reads memory twice or calls a slow library.
+
+`native.cpp` is compiled once for a machine's processor and kept in a cache.  It stands beside the kernels of
+kernels.py, gives the same bits, and is switched by the same variable, HF_ACTCOMPRESS_COMPILE.  Without a compiler, or
+for a tensor that it does not take, the functions here return None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .compiled import SMALLEST, compiler_for, policy
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
+         "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
+WIDE = "-mprefer-vector-width=512"  # a quarter faster where there is AVX-512, which g++ would use by halves
+PATIENCE = 4.0  # seconds of eligible work before a first compilation, which takes about three
+LARGEST = 1024  # columns of a group
+BITS = (1, 2, 3, 4, 5, 6, 8)
+FUNCTIONS = ("gelu", "gelu_tanh", "silu")
+
+_waited = 0.0
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+@functools.cache
+def _target() -> Path | None:
+    """Where the library for this source and processor is kept; None where that place cannot be trusted."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()) / f"hf_actcompress_{_user()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+            return None
+    except OSError:
+        return None
+    text = SOURCE.read_text() + _processor() + str(compiler_for("cpu")) + " ".join(FLAGS)
+    return folder / f"native_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid()) if hasattr(os, "getuid") else "user"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library, compiled if need be."""
+    target, compiler = _target(), compiler_for("cpu")
+    if target is None or compiler is None or platform.system() != "Linux":
+        return None
+    try:
+        if not target.is_file():
+            own = target.with_suffix(f".{os.getpid()}.tmp")
+            wide = [WIDE] if platform.machine() == "x86_64" else []
+            subprocess.run([compiler, *FLAGS, *wide, "-o", own, SOURCE], check=True, capture_output=True, timeout=120)
+            os.replace(own, target)
+        library = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        text = getattr(error, "stderr", b"") or b""
+        logger.warning("native.cpp could not be compiled (%s): %s", error, text.decode(errors="replace")[-500:])
+        return None
+    p, i, n, u, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
+    library.group_encode.argtypes = [p, i, i, i, p, p, n, n, i, u, u, i, p, p]
+    library.group_encode.restype = None
+    library.slope_encode.argtypes = [p, i, i, i, n, i, f, f, u, u, p]
+    library.slope_encode.restype = i
+    return library
+
+
+def _ready(x: Tensor, bits: int) -> ctypes.CDLL | None:
+    """The library, if it takes `x` [N, K, C] and the policy allows it."""
+    chosen = policy()
+    if (
+        chosen == "0" or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bits not in BITS
+        or x.shape[-1] % 16 or x.shape[-1] > LARGEST or not x.is_contiguous()
+        or (x.numel() < SMALLEST and chosen != "1") or torch.compiler.is_compiling()
+    ):  # fmt: skip
+        return None
+    if chosen == "auto" and _waited < PATIENCE and ((target := _target()) is None or not target.is_file()):
+        return None
+    return _library()
+
+
+class patience:
+    """A context around what runs instead: how long that took tells whether compiling would have paid."""
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        global _waited
+        _waited += time.perf_counter() - self.began
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def group_encode(
+    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, key: Tensor | None, *, bits: int, clip: float,
+    stored: int,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """`kernels.group_encode` for x [N, K, C] whose groups count from `start` on: codes, scales; or None."""
+    library = _ready(x, bits) if clip == 1 else None
+    if library is None:
+        return None
+    n, k, c = x.shape
+    mean, inverse = (None if t is None else t.contiguous() for t in (mean, inverse))
+    codes = torch.empty(n, k, c * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(n, k, 2, dtype=torch.float32)
+    library.group_encode(
+        x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, _address(mean), _address(inverse), k, n * k, c,
+        start & 0xFFFFFFFF, 0 if key is None else int(key) & 0xFFFFFFFF, stored == 16, codes.data_ptr(),
+        scales.data_ptr(),
+    )  # fmt: skip
+    return codes, scales
+
+
+def slope_encode(
+    x: Tensor, start: int, key: Tensor, *, function: str, bits: int, least: float, width: float
+) -> tuple[Tensor, bool] | None:
+    """`kernels.slope_encode` for x [N, 1, C]: codes, and whether all of `x` is finite; or None."""
+    library = _ready(x, bits)
+    if library is None:
+        return None
+    codes = torch.empty(*x.shape[:2], x.shape[2] * bits // 8, dtype=torch.uint8)
+    strange = library.slope_encode(
+        x.data_ptr(), x.dtype == torch.bfloat16, FUNCTIONS.index(function), bits, x.shape[0] * x.shape[1], x.shape[2],
+        least, (2**bits - 1) / width, start & 0xFFFFFFFF, int(key) & 0xFFFFFFFF, codes.data_ptr(),
+    )  # fmt: skip
+    return codes, not strange

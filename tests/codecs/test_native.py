@@ -1,0 +1,109 @@
+"""Kernels written by hand give the bits of those that they stand beside, or step aside."""
+
+import subprocess
+
+import pytest
+import torch
+
+from hf_actcompress.codecs import encode_slopes, native, parse_codec
+from hf_actcompress.codecs.compiled import compiler_for
+
+needs_compiler = pytest.mark.skipif(compiler_for("cpu") is None, reason="no C++ compiler")
+SHAPES = [(256,), (64, 768), (3, 5, 128), (2, 3, 40, 50), (7, 1000)]
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Counts the calls that the library took."""
+    calls, plain = [], native._ready
+
+    def ready(*args):
+        found = plain(*args)
+        if found is not None:
+            calls.append(args)
+        return found
+
+    monkeypatch.setattr(native, "_ready", ready)
+    return calls
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("options", ["", ",round=stochastic", ",equalize=none,group=256", ",scale=32", ",group=48"])
+def test_same_payload(bits, options, dtype, used, monkeypatch):
+    codec = parse_codec(f"block:bits={bits}{options}")
+    for i, shape in enumerate(SHAPES):
+        torch.manual_seed(i)
+        x = (torch.randn(shape) * torch.rand(shape) * 3 - 1).to(dtype)
+        x.view(-1)[:3] = torch.tensor([0.0, -0.0, 50.0])
+        payloads = []
+        for policy in ("0", "1"):
+            monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+            payloads.append(codec.encode(x, codec.init_state("here")))
+        for name, tensor in payloads[0].tensors.items():
+            assert torch.equal(tensor, payloads[1].tensors[name]), (shape, name)
+    assert used
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_values_that_cannot_be_coded_are_seen(value, monkeypatch):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    x = torch.randn(64, 256)
+    x[33, 100] = value
+    assert parse_codec("block:bits=4").encode(x).raw
+    if value != 1e30:
+        assert encode_slopes(x, "gelu", 3, None) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", ["block:bits=4,clip=0.9", "block:bits=7", "block:bits=12", "block:bits=4,group=40"])
+def test_what_it_does_not_take_goes_the_other_way(spec, used, monkeypatch):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    parse_codec(spec).encode(torch.randn(64, 240))
+    assert not used
+
+
+def test_without_a_compiler_nothing_changes(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    codec, x = parse_codec("block:bits=4"), torch.randn(64, 256)
+    expected = codec.encode(x)
+
+    def broken(*args, **kwargs):
+        raise subprocess.CalledProcessError(1, "g++", stderr=b"no such file")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native.subprocess, "run", broken)
+    native._target.cache_clear()
+    native._library.cache_clear()
+    try:
+        found = codec.encode(x)
+        assert native._library() is None
+    finally:
+        native._target.cache_clear()
+        native._library.cache_clear()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_only_when_that_pays(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "auto")
+    monkeypatch.setattr(native, "_waited", 0.0)
+    native._target.cache_clear()
+    native._library.cache_clear()
+    try:
+        x = torch.randn(1024, 1, 128)
+        assert native._ready(x, 4) is None
+        monkeypatch.setattr(native, "_waited", native.PATIENCE)
+        assert native._ready(x, 4) is not None
+        assert native._target().is_file() and tmp_path in native._target().parents
+        monkeypatch.setattr(native, "_waited", 0.0)
+        assert native._ready(x, 4) is not None  # it is there now
+        assert native._ready(x[:8], 4) is None  # small tensors gain nothing
+        assert native._ready(x.half(), 4) is None
+        assert native._ready(x.view(512, 2, 128).transpose(0, 1), 4) is None
+    finally:
+        native._target.cache_clear()
+        native._library.cache_clear()
