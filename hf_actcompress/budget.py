@@ -117,6 +117,11 @@ class Auto:
         due, self.passes = self.passes % REFRESH == 0, self.passes + 1
         if not due:
             return
+        if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+            raise ValueError(
+                f"saved={str(self)!r} measures gradients of whole parameters, and fully_shard or tensor parallelism "
+                "has cut them. Use the same bits for all there, for example saved='block:bits=4'."
+            )
         began = time.perf_counter()
         trial = measure(saved, model, args, kwargs, self.around)
         self.slots = {slot.name: slot for slot in allot(trial, self.budget)}

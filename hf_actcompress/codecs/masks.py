@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import native
 from .kernels import flags, two_flags, unflag
 from .rows import COLS, apply, decode_parts, encode_parts, join, parts
 
@@ -31,10 +32,18 @@ def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
     value = hi if hi > 0 else lo
     if not (value and math.isfinite(value) and bool(((some == 0) | (some == value)).all())):
         return None
-    shared = [torch.full((), value, dtype=x.dtype, device=x.device)]
-    found = [apply(two_flags, part.take(flat), shared=shared) for part in parts(flat.numel(), COLS)]
-    bits, strange = (join([piece.view(-1) for piece in pieces]) for pieces in zip(*found, strict=True))
-    return None if strange.any() else (bits, value)
+    shared, pieces = [torch.full((), value, dtype=x.dtype, device=x.device)], []
+    for part in parts(flat.numel(), COLS):
+        run = part.take(flat)
+        found = native.two_flags(run, value)
+        if found is None:
+            with native.patience():
+                bits, strange = apply(two_flags, run, shared=shared)
+                found = bits, not bool(strange.any())
+        if not found[1]:
+            return None
+        pieces.append(found[0].view(-1))
+    return join(pieces), value
 
 
 def unpack_flags(bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> Tensor:

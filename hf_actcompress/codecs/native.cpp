@@ -127,14 +127,14 @@ inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 87.0f ? 87.0f : x;
     const float n = std::nearbyintf(x * 1.44269504f);
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.0f) * as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+    p = std::fma(p, r, 1.3981999507e-3f);
+    p = std::fma(p, r, 8.3334519073e-3f);
+    p = std::fma(p, r, 4.1665795894e-2f);
+    p = std::fma(p, r, 1.6666665459e-1f);
+    p = std::fma(p, r, 5.0000001201e-1f);
+    return (std::fma(p * r, r, r) + 1.0f) * as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
 enum Function { GELU, GELU_TANH, SILU };
@@ -144,10 +144,10 @@ inline float slope(float x) {
     if (FUNCTION == GELU) {  // erf by Abramowitz and Stegun 7.1.26, which needs the same exponential
         const float e = exponential(-0.5f * x * x), t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::fabs(x));
         float p = 1.061405429f;
-        p = p * t - 1.453152027f;
-        p = p * t + 1.421413741f;
-        p = p * t - 0.284496736f;
-        p = p * t + 0.254829592f;
+        p = std::fma(p, t, -1.453152027f);
+        p = std::fma(p, t, 1.421413741f);
+        p = std::fma(p, t, -0.284496736f);
+        p = std::fma(p, t, 0.254829592f);
         const float erf = 1.0f - p * t * e;
         return 0.5f + 0.5f * std::copysign(erf, x) + x * e * 0.39894228f;
     }
@@ -212,6 +212,29 @@ void choose(int bits, const void* x, const float* mean, const float* inverse, in
     }
 }
 
+// Bytes j of 16 join elements j, 16 + j, ...: which of them are not 0.  Returns whether one is neither 0 nor `value`.
+template <typename T>
+int two_flags_of(const T* x, int64_t rows, float value, uint8_t* bits) {
+    int strange = 0;
+#pragma omp parallel for schedule(static) reduction(| : strange)
+    for (int64_t g = 0; g < rows; ++g) {
+        int byte[LANES], odd[LANES];
+        for (int j = 0; j < LANES; ++j) byte[j] = odd[j] = 0;
+        for (int f = 0; f < 8; ++f)
+            for (int j = 0; j < LANES; ++j) {
+                const float v = load(x + 128 * g + LANES * f + j);
+                const int there = !(v == 0.0f);
+                byte[j] |= there << f;
+                odd[j] |= there & !(v == value);
+            }
+        for (int j = 0; j < LANES; ++j) {
+            bits[LANES * g + j] = static_cast<uint8_t>(byte[j]);
+            strange |= odd[j];
+        }
+    }
+    return strange;
+}
+
 }  // namespace
 
 // x [groups, cols] fp32 or bf16; mean, inverse [period, cols] or null; codes [groups, cols * bits / 8], scales [groups, 2].
@@ -232,4 +255,10 @@ extern "C" int slope_encode(const void* x, int bf16, int function, int bits, int
         {slopes_of<uint16_t, GELU>, slopes_of<uint16_t, GELU_TANH>, slopes_of<uint16_t, SILU>},
     };
     return runs[bf16][function](bits, x, rows, cols, least, scale, start, key, codes);
+}
+
+// Where x [rows, 128] is not 0; returns whether a value is neither 0 nor `value`.
+extern "C" int two_flags(const void* x, int bf16, int64_t rows, float value, uint8_t* bits) {
+    return bf16 ? two_flags_of(static_cast<const uint16_t*>(x), rows, value, bits)
+                : two_flags_of(static_cast<const float*>(x), rows, value, bits);
 }

@@ -89,6 +89,8 @@ def _library() -> ctypes.CDLL | None:
     library.group_encode.restype = None
     library.slope_encode.argtypes = [p, i, i, i, n, i, f, f, u, u, p]
     library.slope_encode.restype = i
+    library.two_flags.argtypes = [p, i, n, f, p]
+    library.two_flags.restype = i
     return library
 
 
@@ -154,3 +156,13 @@ def slope_encode(
         least, (2**bits - 1) / width, start & 0xFFFFFFFF, int(key) & 0xFFFFFFFF, codes.data_ptr(),
     )  # fmt: skip
     return codes, not strange
+
+
+def two_flags(x: Tensor, value: float) -> tuple[Tensor, bool] | None:
+    """`kernels.two_flags` for x [N, 1, 128]: the bitmap, and whether every value is 0 or `value`; or None."""
+    library = _ready(x, 1) if x.shape[2] == 128 else None
+    if library is None:
+        return None
+    bits = torch.empty(*x.shape[:2], x.shape[2] // 8, dtype=torch.uint8)
+    strange = library.two_flags(x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], value, bits.data_ptr())
+    return bits, not strange

@@ -30,16 +30,21 @@ def test_bools_come_back(shape):
     assert torch.equal(unpack_flags(pack_flags(x), shape, 0, 1, torch.bool), x)
 
 
+@pytest.mark.parametrize("policy", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("value", [1.0, -2.0, 1 / 0.9])
-def test_masks_of_two_values_are_found(shape, value):
-    x = (torch.rand(shape) > 0.1).float() * value
+def test_masks_of_two_values_are_found(shape, value, dtype, policy, monkeypatch):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+    x = ((torch.rand(shape) > 0.1).float() * value).to(dtype)
     x.view(-1)[-1] = value
     bits, found = pack_two_values(x)
     assert found == x.view(-1)[-1] and torch.equal(unpack_flags(bits, shape, 0.0, found, x.dtype), x)
 
 
-def test_other_tensors_are_not():
+@pytest.mark.parametrize("policy", ["0", "1"])
+def test_other_tensors_are_not(policy, monkeypatch):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
     for values in ([0.0, 2.0, 1.0], [0.0] * 4, [2.0, -2.0], [math.inf, 0.0], [math.nan, 1.0]):
         assert pack_two_values(torch.tensor(values)) is None
     many = torch.zeros(100_000)
