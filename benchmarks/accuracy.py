@@ -97,7 +97,7 @@ def single(task: str) -> list[str]:
 @contextlib.contextmanager
 def claimed(run: Run) -> Iterator[bool]:
     """Whether the run is ours; False where another process is at it."""
-    name = f"hf_actcompress-{run.task}-{run.path.stem}.lock"
+    name = f"hf_actcompress-{run.path.parent.parent.name}-{run.task}-{run.path.stem}.lock"
     with (Path(tempfile.gettempdir()) / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

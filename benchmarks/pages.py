@@ -1,4 +1,4 @@
-"""Fill the generated parts of docs/results.md and README.md from benchmarks/results.
+"""Fill the generated parts of docs/results.md, docs/memory.md and README.md from benchmarks/results.
 
     python benchmarks/pages.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import memory_pages
 import speed
 
 from hf_actcompress.report import accuracy_table, load_records
@@ -136,6 +137,13 @@ def main() -> None:
         if record is not None:
             fill(page, name.replace("_", " "), make(record))
     fill(readme, "summary", summary())
+    memory, record = ROOT / "docs" / "memory.md", load("memory")
+    if record is not None:
+        fill(memory, "memory", memory_pages.section(record))
+        memory_pages.plot(record, ROOT / "docs" / "figures" / "memory.png")
+    if (RESULTS / "saved").is_dir():
+        runs = load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy")
+        fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")

@@ -1,0 +1,131 @@
+"""Tables and a plot of benchmarks/results/memory.json and results/saved, for pages.py."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from hf_actcompress.plots import _figure, _save
+
+# (model, method) -> how many times less has to be held; model -> what a step with "saved 4" may take, in plain steps.
+ASKED = {
+    ("minilm 32x128", "saved 4"): 9, ("minilm 32x128", "saved 2"): 14,
+    ("mobilenetv2_100 64x96px", "saved 4"): 7.5, ("mobilenetv2_100 64x96px", "saved 2"): 13,
+    ("efficientnet_lite0 64x96px", "saved 4"): 7.5, ("efficientnet_lite0 64x96px", "saved 2"): 13,
+}  # fmt: skip
+STEP = {"minilm 32x128": 1.08, "mobilenetv2_100 64x96px": 1.25, "resnet18 64x96px": 1.15}
+COLORS = {
+    "none": "#555555", "saved 8": "#9ecae1", "saved 4": "#3182bd", "saved 2": "#08306b", "checkpointing": "#e6550d",
+    "save_on_cpu": "#bdbdbd", "checkpointing + saved 4": "#31a354",
+}  # fmt: skip
+
+
+def models(record: dict[str, Any]) -> list[str]:
+    return [key.removeprefix("time ") for key in record if key.startswith("time ") and not key.endswith(" bf16")]
+
+
+def methods(record: dict[str, Any], model: str) -> list[str]:
+    return [key.removeprefix(f"held {model} ") for key in record if key.startswith(f"held {model} ")]
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = ["| model | | held, MB | times less | asked | step | asked | peak of a step, MB | largest batch |",
+             "| --- | --- |" + " ---: |" * 7]  # fmt: skip
+    for model in models(record):
+        none = record[f"held {model} none"]["held_mb"]
+        for method in methods(record, model):
+            held, time = record[f"held {model} {method}"], record[f"time {model}"].get(method)
+            less, wanted = none / held["held_mb"], ASKED.get((model, method))
+            batch = record.get(f"batch {model} {method}")
+            step, most = ("" if time is None else _step(time)), STEP.get(model) if method == "saved 4" else None
+            lines.append(
+                f"| {model} | {method} | {held['held_mb']:.0f} | {less:.1f} | "
+                f"{_verdict(wanted, wanted is None or less >= wanted)} | {step} | "
+                f"{_verdict(most, most is None or time['multiple'] <= most)} | {held['peak_mb']:.0f} | "
+                f"{'' if batch is None else batch['rows']} |"
+            )
+    return "\n".join(lines)
+
+
+def _step(time: dict[str, Any]) -> str:
+    return f"{time['multiple']:.2f} ({time['quartiles'][0]:.2f}-{time['quartiles'][1]:.2f})"
+
+
+def _verdict(asked: float | None, met: bool) -> str:
+    return "" if asked is None else f"{asked:g}" if met else f"{asked:g} **missed**"
+
+
+def autocast(record: dict[str, Any]) -> str:
+    names = [key for key in record if key.startswith("time ") and key.endswith(" bf16")]
+    if not names:
+        return ""
+    every = list(dict.fromkeys(method for name in names for method in record[name]))
+    lines = ["| bf16 autocast, step in plain steps | " + " | ".join(every) + " |", "| --- |" + " ---: |" * len(every)]
+    for name in names:
+        cells = [_step(record[name][m]) if m in record[name] else "" for m in every]
+        lines.append(f"| {name.removeprefix('time ').removesuffix(' bf16')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def section(record: dict[str, Any]) -> str:
+    n = next(iter(record[f"time {models(record)[0]}"].values()))["n"]
+    about = ", ".join(f"{k} {v}" for k, v in sorted(record["environment"].items()) if v is not None)
+    return "\n\n".join(part for part in (
+        table(record),
+        f"held: median of three. step: time over that of the plain step of the same round, median of {n} (quartiles). "
+        "largest batch: rows whose step peaks at no more than the plain step of the batch in the first column. "
+        f"`{record['command']}`. Environment: {about}.",
+        autocast(record),
+    ) if part)  # fmt: skip
+
+
+def accuracy(records: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
+    """What was saved in training against runs without compression: mean and deviation over seeds."""
+    lines = ["| task | saved | seeds | accuracy | of none | drop in deviations of none | allowed |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for task in ("sst2", "cifar10"):
+        none = [100 * r["metrics"]["accuracy"]["plain"] for r in plain if r["task"] == task and r["codec"] == "none"]
+        for spec in dict.fromkeys(r["saved"] for r in records if r["task"] == task):
+            own = [_metric(r) for r in records if r["task"] == task and r["saved"] == spec]
+            if len(own) < 2 or len(none) < 2:
+                continue
+            drop = (statistics.fmean(none) - statistics.fmean(own)) / statistics.stdev(none)
+            most = 2 if spec.startswith("auto") else 1
+            lines.append(f"| {task} | {spec} | {len(own)} | {_mean(own)} | {_mean(none)} ({len(none)}) | {drop:.1f} | "
+                         f"{_verdict(most, drop <= most)} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _metric(record: dict[str, Any]) -> float:
+    found = record["metrics"]["accuracy"]
+    return 100 * next(found[k] for k in ("compressed", "plain") if found.get(k) is not None)
+
+
+def plot(record: dict[str, Any], path: Path) -> Path:
+    """Step time against what is held, a panel per model."""
+    names = models(record)
+    figure, axes = _figure(2, -(-len(names) // 2), 2.6)
+    for ax, model in zip(axes, names, strict=False):
+        none = record[f"held {model} none"]["held_mb"]
+        for method, time in record[f"time {model}"].items():
+            held = record.get(f"held {model} {method}")
+            if held is None:
+                continue
+            ax.plot(none / held["held_mb"], time["multiple"], "o", color=COLORS.get(method, "black"), markersize=7,
+                    markeredgecolor="white", label=method)  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        ax.minorticks_off()
+        ax.set_title(model, loc="left", fontweight="bold", fontsize=9)
+        ax.set_xlabel("times less held")
+        ax.set_ylabel("step over plain step")
+    for ax in axes[len(names) :]:
+        ax.axis("off")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return _save(figure, path)

@@ -1,0 +1,70 @@
+"""Accuracy of training whose saved tensors are compressed: the runs behind the last table of docs/memory.md.
+
+    python benchmarks/saved_accuracy.py                 # everything that is not there yet: 12 runs
+    python benchmarks/saved_accuracy.py --list
+
+SST-2 (5,000 rows) and CIFAR-10 (5,000 images), three seeds, settings as in benchmarks/accuracy.py, whose runs of
+`none` are the other side of the comparison.  No layer boundaries.  Resumable, and several calls may share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accuracy
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results" / "saved"
+SPECS = ("block:bits=4", "auto:budget=0.065")  # the share of about 2 bits
+OPTIONS = ("--first", "0", "--last", "0", "--evaluate", "on")
+
+
+@dataclass(frozen=True)
+class Run:
+    task: str
+    saved: str
+    seed: int
+    codec: str = "block:bits=4"  # of no boundary
+    grad_codec: None = None
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.task / f"{re.sub('[^a-zA-Z0-9.=+_]+', '-', self.saved)}__seed{self.seed}.json"
+
+
+def plan() -> list[Run]:
+    return [Run(task, spec, seed) for seed in (0, 1, 2) for task in ("sst2", "cifar10") for spec in SPECS]
+
+
+def slim(record: dict[str, Any], run: Run) -> dict[str, Any]:
+    return {**record, "saved": run.saved, "command": "python benchmarks/saved_accuracy.py"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=accuracy.ROOT.parent / "shared" / "data")
+    parser.add_argument("--list", action="store_true", help="show the plan and what is done")
+    args, extra = parser.parse_known_args()
+    if args.list:
+        for run in plan():
+            print("done" if run.path.exists() else "open", run.path.relative_to(RESULTS))
+        return
+    if not args.data.is_dir():
+        raise SystemExit(f"There is no data folder at {args.data}; give one with --data.")
+    for run in (progress := tqdm(plan(), desc="runs")):
+        with accuracy.claimed(run) as ours:
+            if not ours or run.path.exists():
+                continue
+            progress.set_postfix_str(f"{run.task} {run.saved} seed {run.seed}")
+            record = accuracy.execute(run, args.data, [*OPTIONS, "--saved", run.saved, *extra])
+            accuracy.save(run, slim(record, run))
+            print(json.dumps(record["metrics"]))
+
+
+if __name__ == "__main__":
+    main()
