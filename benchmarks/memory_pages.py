@@ -30,8 +30,9 @@ def methods(record: dict[str, Any], model: str) -> list[str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    lines = ["| model | | held, MB | times less | asked | step | asked | peak of a step, MB | largest batch |",
-             "| --- | --- |" + " ---: |" * 7]  # fmt: skip
+    head = ("model", "", "held, MB", "times less", "asked", "step", "asked", "peak: tensors, MB", "peak: resident, MB",
+            "largest batch")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * 8]
     for model in models(record):
         none = record[f"held {model} none"]["held_mb"]
         for method in methods(record, model):
@@ -42,7 +43,8 @@ def table(record: dict[str, Any]) -> str:
             lines.append(
                 f"| {model} | {method} | {held['held_mb']:.0f} | {less:.1f} | "
                 f"{_verdict(wanted, wanted is None or less >= wanted)} | {step} | "
-                f"{_verdict(most, most is None or time['multiple'] <= most)} | {held['peak_mb']:.0f} | "
+                f"{_verdict(most, most is None or time['multiple'] <= most)} | "
+                f"{held['live_peak_mb']:.0f} | {held['peak_mb']:.0f} | "
                 f"{'' if batch is None else batch['rows']} |"
             )
     return "\n".join(lines)
