@@ -100,6 +100,11 @@ class Auto:
         known = self.slots.get(slot)
         return max(1, int(32 * self.budget)) if known is None else known.bits
 
+    def mean_bits(self) -> float:
+        """Per element, over what is not held exactly."""
+        total = sum(slot.numel for slot in self.slots.values())
+        return sum(slot.bits * slot.numel for slot in self.slots.values()) / max(1, total)
+
     def table(self) -> list[dict[str, Any]]:
         """One row per place: name, raw bytes, bits, error."""
         return [asdict(slot) for slot in self.slots.values()]
@@ -127,9 +132,8 @@ class Auto:
         self.slots = {slot.name: slot for slot in allot(trial, self.budget)}
         self.seconds += time.perf_counter() - began
         counts = Counter(slot.bits for slot in self.slots.values())
-        mean = sum(s.bits * s.numel for s in self.slots.values()) / max(1, sum(s.numel for s in self.slots.values()))
         logger.info(
-            "saved: %s allots %.2f bits on average (%s), measured in %.1f s", self, mean,
+            "saved: %s allots %.2f bits on average (%s), measured in %.1f s", self, self.mean_bits(),
             ", ".join(f"{n} at {bits}" for bits, n in sorted(counts.items())), time.perf_counter() - began,
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ from .sites.saved import COMPILED, Record
 
 logger = logging.getLogger(__name__)
 
+ALLOTMENT_NAME = "actcompress_allotment.json"  # of saved="auto:...", to be read: resuming takes it from the state
 UNCOMPRESSED = "uncompressed"  # the name that the second metrics of evaluate="both" carry
 
 
@@ -41,8 +42,9 @@ class ActCompressCallback(TrainerCallback):
     Each log line of the Trainer (and so `log_history` and TensorBoard) gets, per boundary since the last line:
     `compress/<layer>/forward_ratio`, `..._error` (relative), `..._cosine`, the same for `backward`, and
     `saved_mb`, the megabytes saved so far; with `saved`, `compress/saved/plain_mb` and `held_mb`, what autograd would
-    have held of a forward pass and what was held.  After training, `stats` holds the whole table; evaluation then runs
-    without compression unless it is done under `with callback.attached(model):`.
+    have held of a forward pass and what was held, and `mean_bits` where a budget chooses them.  After training,
+    `stats` holds the whole table; evaluation then runs without compression unless it is done under
+    `with callback.attached(model):`.
 
     Checkpoints get the configuration and, per rank, the codecs' state; both are picked up by
     `resume_from_checkpoint`.  A checkpoint without them starts with fresh state.
@@ -128,6 +130,9 @@ class ActCompressCallback(TrainerCallback):
             return
         if state.is_world_process_zero:
             self.config.save_pretrained(folder)
+            if self.handle.saved is not None and self.handle.saved.auto is not None:
+                table = self.handle.saved.auto.table()
+                (folder / ALLOTMENT_NAME).write_text(json.dumps(table, indent=1) + "\n")
         tensors, rest = flatten_state(self.handle.state_dict())
         meters = {
             f"{name}/{direction}": vars(channel.meter)
@@ -175,6 +180,8 @@ class ActCompressCallback(TrainerCallback):
             result[f"compress/{name}/saved_mb"] = round(saved / 1e6, 3)
         if self.handle.saved is not None:
             result |= self._memory_metrics(self.handle.saved.record)
+            if self.handle.saved.auto is not None:
+                result["compress/saved/mean_bits"] = round(self.handle.saved.auto.mean_bits(), 3)
         return result
 
     def _memory_metrics(self, record: Record) -> dict[str, float]:

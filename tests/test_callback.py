@@ -478,14 +478,31 @@ def test_saved_with_identity_is_training_without(tmp_path):
     assert same(weights(plain), weights(trainer))
 
 
+def test_bits_of_a_budget_are_logged_and_saved(tmp_path, monkeypatch, caplog):
+    from hf_actcompress.sites import saved
+
+    monkeypatch.setattr(saved, "SMALLEST", 16)
+    callback = ActCompressCallback(ActCompressConfig(first=0, last=0, saved="auto:budget=0.2"))
+    trainer = make_trainer(tmp_path, callback, save_strategy="steps", save_steps=3)
+    with caplog.at_level("INFO", logger="hf_actcompress.budget"):
+        trainer.train()
+    assert "auto:budget=0.2 allots" in caplog.text
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(line["compress/saved/held_mb"] <= 0.21 * line["compress/saved/plain_mb"] for line in lines)
+    table = json.loads((tmp_path / "checkpoint-3" / "actcompress_allotment.json").read_text())
+    mean = sum(row["bits"] * row["numel"] for row in table) / sum(row["numel"] for row in table)
+    assert mean == pytest.approx(lines[0]["compress/saved/mean_bits"], abs=1e-3)
+
+
+@pytest.mark.parametrize("codec", ["block:bits=2", "auto:budget=0.2"])
 @pytest.mark.parametrize("restore", [False, True])
-def test_saved_tensors_resume_as_if_unbroken(tmp_path, monkeypatch, restore):
+def test_saved_tensors_resume_as_if_unbroken(tmp_path, monkeypatch, restore, codec):
     from hf_actcompress.sites import saved
 
     monkeypatch.setattr(saved, "SMALLEST", 16)
 
     def callback():
-        return ActCompressCallback(ActCompressConfig(first=0, last=0, saved="block:bits=2"))
+        return ActCompressCallback(ActCompressConfig(first=0, last=0, saved=codec))
 
     options = {"save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": restore}
     whole = make_trainer(tmp_path, callback(), **options)
