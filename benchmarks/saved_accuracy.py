@@ -20,7 +20,7 @@ import accuracy
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results" / "saved"
-SPECS = ("block:bits=4", "auto:budget=0.065")  # the share of about 2 bits
+SPECS = ("block:bits=4", "auto:budget=0.07")  # the share of about 2 bits
 OPTIONS = ("--first", "0", "--last", "0", "--evaluate", "on")
 
 

@@ -2,15 +2,18 @@
 
 How much the gradient of the parameters suffers from the rounding of one saved tensor is measured, not guessed: on a
 few rows of a batch one forward pass keeps everything exact, and for each tensor a backward pass is run in which only
-that one is rounded.  Rounding noise of different tensors is independent, so their squared errors add up, and each bit
-more divides one by four; the bits that make the sum least are then found greedily, which is optimal because every
-further bit of a tensor gains less than the one before.
+that one is rounded.  Rounding noise of different tensors is independent, so while it is small their squared errors add
+up, and each bit more divides one by four; the bits that make the sum least are then found greedily, which is optimal
+because every further bit of a tensor gains less than the one before.  Where bits are few, errors multiply and a tensor
+at one bit can spoil all that comes after it: so several allotments, with one, two, three bits as the least, are tried
+on the same rows, and the one with the least error of the whole gradient is taken.
 Source: the adaptive bits of GACT (Liu et al., 2022), which shifts seeds where this rounds and leaves exact.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import heapq
 import logging
 import re
@@ -29,6 +32,7 @@ from .packed import Slopes
 logger = logging.getLogger(__name__)
 
 CHOICES = (1, 2, 3, 4, 5, 6, 8)
+LEAST = (1, 2, 3)  # bits that every tensor gets, in the allotments that are tried
 REFERENCE = 4  # bits at which errors are measured
 REFRESH = 500  # forward passes between measurements
 COST = 5.0  # a measurement stops after about so many steps' worth of time: 1 % of REFRESH
@@ -128,8 +132,7 @@ class Auto:
                 "has cut them. Use the same bits for all there, for example saved='block:bits=4'."
             )
         began = time.perf_counter()
-        trial = measure(saved, model, args, kwargs, self.around)
-        self.slots = {slot.name: slot for slot in allot(trial, self.budget)}
+        self.slots = {s.name: s for s in measure(saved, model, args, kwargs, self.around, self.budget)}
         self.seconds += time.perf_counter() - began
         counts = Counter(slot.bits for slot in self.slots.values())
         logger.info(
@@ -139,14 +142,15 @@ class Auto:
 
 
 class Held:
-    """A tensor of a trial: itself, and rounded."""
+    """A tensor of a trial: itself, and what rounds it."""
 
-    def __init__(self, trial: "Trial", slot: Slot, exact: Tensor, coded: Any) -> None:
-        self.trial, self.slot, self.exact, self.coded = trial, slot, exact, coded
-        self.nbytes = coded.nbytes
+    def __init__(self, trial: "Trial", slot: Slot, exact: Tensor, encode: Callable[[Any], Any], nbytes: int) -> None:
+        self.trial, self.slot, self.exact, self.encode, self.nbytes = trial, slot, exact, encode, nbytes
 
     def unpack(self) -> Tensor:
-        return self.coded.unpack() if self.trial.rounded == self.slot.name else self.exact
+        bits = self.trial.rounded.get(self.slot.name)
+        coded = None if bits is None else self.encode(dataclasses.replace(self.trial.codec, bits=bits))
+        return self.exact if coded is None else coded.unpack()
 
 
 class Trial:
@@ -160,7 +164,7 @@ class Trial:
         self.slots: dict[str, Slot] = {}
         self.fixed: Counter[str] = Counter()  # bytes of what is held exactly
         self.raw = 0
-        self.rounded: str | None = None
+        self.rounded: dict[str, int] = {}  # bits of what is rounded in the next backward pass
 
     def hold(self, name: str, run: Tensor, encode: Callable[[Any], Any]) -> Held | None:
         coded = encode(self.codec)
@@ -172,7 +176,7 @@ class Trial:
         sizes = (int(size * self.scale) for size in (raw, run.numel(), max(0, overhead)))
         slot = Slot(name, *sizes)
         self.slots[name] = slot
-        return Held(self, slot, run, coded)
+        return Held(self, slot, run, encode, coded.nbytes)
 
     def count(self, name: str, raw: int, kept: int, exact: bool) -> None:
         self.raw += int(raw * self.scale)
@@ -181,9 +185,10 @@ class Trial:
 
 
 def measure(
-    saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Callable[[], Any]
-) -> Trial:  # fmt: skip
-    """The errors of all slots, on a few rows of this batch.  Leaves gradients, buffers and random numbers alone."""
+    saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Callable[[], Any], budget: float
+) -> list[Slot]:  # fmt: skip
+    """The slots with their errors and bits, found on a few rows of this batch.  Leaves gradients, buffers and random
+    numbers alone.  Raises ValueError for a budget that cannot be met."""
     args, kwargs, scale = _few_rows(model, args, kwargs)
     trial = saved.trial = Trial(scale, saved.codec)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -195,21 +200,29 @@ def measure(
             def gradients() -> list[Tensor | None]:
                 return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
 
+            def error(rounded: dict[str, int]) -> float:
+                trial.rounded = rounded
+                return sum(
+                    float((a.float() - b.float()).square().sum())
+                    for a, b in zip(exact, gradients(), strict=True) if a is not None and b is not None
+                ) / norm  # fmt: skip
+
             exact = gradients()
             stop = time.perf_counter() + COST * scale * (time.perf_counter() - began)
-            norm = sum(float(g.float().square().sum()) for g in exact if g is not None)
+            norm = sum(float(g.float().square().sum()) for g in exact if g is not None) or 1.0
             for name in _order(trial.slots):
                 if time.perf_counter() > stop:
                     break
-                trial.rounded = name
-                error = sum(
-                    float((a.float() - b.float()).square().sum())
-                    for a, b in zip(exact, gradients(), strict=True) if a is not None and b is not None
-                )  # fmt: skip
-                trial.slots[name].error = error / norm if norm > 0 else 0.0
+                trial.slots[name].error = error({name: REFERENCE})
+            fill_in(list(trial.slots.values()))
+            found = [bits for least in LEAST if (bits := allot(trial, budget, least)) is not None]
+            # Noise is drawn anew: of nearly equal ones any may win, which does no harm.
+            best = found[0] if len(found) == 1 else min(found, key=error)
     finally:
         saved.trial = None
-    return trial
+    for name, bits in best.items():
+        trial.slots[name].bits = bits
+    return list(trial.slots.values())
 
 
 def _few_rows(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], float]:
@@ -275,14 +288,16 @@ def fill_in(slots: list[Slot]) -> None:
             slot.error = 1.0 if nearest is None else nearest.error
 
 
-def allot(trial: Trial, budget: float) -> list[Slot]:
-    """Bits for every slot so that all that is held is at most `budget` of the raw bytes and the error is least.
+def allot(trial: Trial, budget: float, least: int = CHOICES[0]) -> dict[str, int] | None:
+    """Bits for every slot, at least `least`, so that all that is held is at most `budget` of the raw bytes and the sum
+    of errors is least; None where `least` bits for each are too many.
 
     Raises ValueError where one bit for each is too much already.
     """
-    slots = list(trial.slots.values())
-    fill_in(slots)
-    left = budget * trial.raw - sum(trial.fixed.values()) - sum(slot.nbytes(CHOICES[0]) for slot in slots)
+    slots, first = list(trial.slots.values()), CHOICES.index(least)
+    left = budget * trial.raw - sum(trial.fixed.values()) - sum(slot.nbytes(least) for slot in slots)
+    if left < 0 and first > 0:
+        return None
     if left < 0:
         held = Counter({name: size for name, size in trial.fixed.items()})
         held.update({slot.name: slot.nbytes(CHOICES[0]) for slot in slots})
@@ -303,17 +318,16 @@ def allot(trial: Trial, budget: float) -> list[Slot]:
         low, high = CHOICES[level], CHOICES[level + 1]
         return (error(slot, low) - error(slot, high)) / max(1, slot.nbytes(high) - slot.nbytes(low))
 
-    heap = [(-gain(slot, 0), i, 0) for i, slot in enumerate(slots)]
+    heap = [(-gain(slot, first), i, first) for i, slot in enumerate(slots)]
     heapq.heapify(heap)
-    for slot in slots:
-        slot.bits = CHOICES[0]
+    bits = {slot.name: least for slot in slots}
     while heap:
         _, i, level = heapq.heappop(heap)
         more = slots[i].nbytes(CHOICES[level + 1]) - slots[i].nbytes(CHOICES[level])
         if more > left:
             continue
         left -= more
-        slots[i].bits = CHOICES[level + 1]
+        bits[slots[i].name] = CHOICES[level + 1]
         if level + 2 < len(CHOICES):
             heapq.heappush(heap, (-gain(slots[i], level + 1), i, level + 1))
-    return slots
+    return bits

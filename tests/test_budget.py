@@ -40,18 +40,24 @@ def harm(errors, bits):
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.15, 0.2])
 def test_no_other_choice_within_the_budget_is_better(share):
     errors = [1e-4, 3e-2, 1.0, 2e-3]
-    slots = allot(trial_of(errors), share)
+    trial = trial_of(errors)
+    slots, found = trial.slots.values(), list(allot(trial, share).values())
     allowed = share * 4 * 800 * 4
-    assert sum(slot.nbytes(slot.bits) for slot in slots) <= allowed
+    assert sum(slot.nbytes(b) for slot, b in zip(slots, found, strict=True)) <= allowed
     # Greedy steps are optimal up to one step that no longer fits: no choice of a step's bytes less is better.
     for bits in itertools.product(CHOICES, repeat=4):
         if sum(800 * b // 8 for b in bits) <= allowed - 2 * 800 // 8:
-            assert harm(errors, [slot.bits for slot in slots]) <= harm(errors, bits) * (1 + 1e-9)
-    assert slots[2].bits >= slots[1].bits >= slots[3].bits >= slots[0].bits
+            assert harm(errors, found) <= harm(errors, bits) * (1 + 1e-9)
+    assert found[2] >= found[1] >= found[3] >= found[0]
+
+
+def test_no_tensor_gets_less_than_the_least():
+    assert min(allot(trial_of([1e-9, 1.0, 1.0]), 0.1, 2).values()) == 2
+    assert allot(trial_of([1e-9, 1.0, 1.0]), 0.06, 2) is None
 
 
 def test_all_bits_where_the_budget_has_no_limit():
-    assert {slot.bits for slot in allot(trial_of([1.0, 0.0]), 0.9)} == {8}
+    assert set(allot(trial_of([1.0, 0.0]), 0.9).values()) == {8}
 
 
 def test_a_budget_that_cannot_be_met_names_what_fills_it():

@@ -26,8 +26,9 @@ from ..budget import Auto
 from ..codecs import Block, Codec, encode_slopes, pack_flags, pack_two_values, raw_nbytes
 from ..packed import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten, narrowest
 
-SMALLEST = 4096  # elements; smaller tensors are a thousandth of the bytes and would cost more calls than all others
-GROUP = 256  # of a plain block codec: a payload that is never sent need not adapt to single features
+# Elements; smaller tensors are a thousandth of the bytes.  What a pooler or a classifier takes is among them, and half
+# of the error of all gradients would come from there.
+SMALLEST = 1 << 14
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16)
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)  # their gradients need to know where, not how much
@@ -48,7 +49,7 @@ class SavedTensors:
 
     def __init__(self, codec: Codec | Auto, *, seed: int = 0, nonfinite: str = "pass") -> None:
         self.auto = codec if isinstance(codec, Auto) else None
-        self.codec = Block(group=GROUP, equalize=None, round="stochastic") if self.auto else stochastic(codec)
+        self.codec = Block(equalize=None, round="stochastic") if self.auto else stochastic(codec)
         self.nonfinite = nonfinite
         self.state = self.codec.init_state("saved", seed)
         self.enabled = True
@@ -153,11 +154,15 @@ class SavedTensors:
         return entry[1]
 
     def _kept(self, x: Tensor) -> Kept:
+        name = f"{self._modules[-1][0] if self._modules else ''} (kept)"
+        size, own = x.untyped_storage().nbytes(), x.numel() * x.element_size()
+        if size > 4 * own:  # one token of every row: not worth all the others that lie between
+            self._count(name, own, own, exact=True)
+            return Kept(x.detach().clone())
         cores = self._cores(x)
         if "kept" not in cores:
             cores["kept"] = lambda: None
-            size = x.untyped_storage().nbytes()
-            self._count(f"{self._modules[-1][0] if self._modules else ''} (kept)", size, size, exact=True)
+            self._count(name, size, size, exact=True)
         return Kept(x)
 
     def _count(self, slot: str, raw: int, kept: int, exact: bool) -> None:
@@ -251,13 +256,13 @@ def unpack(packed: Kept | View | Sharded) -> Tensor:
 def stochastic(codec: Codec) -> Codec:
     """The same codec with stochastic rounding, where it has that and no option that forbids it.
 
-    A plain block codec also gets groups of GROUP and no scales of features, which pay for themselves on a wire only.
+    A plain block codec also does without scales of features, which pay for themselves on a wire only.
     """
     names = {f.name for f in dataclasses.fields(codec)}  # type: ignore[arg-type]
     if "round" not in names or getattr(codec, "levels", "uniform") != "uniform" or getattr(codec, "clip", 1) != 1:
         return codec
     plain = isinstance(codec, Block) and codec == Block(bits=codec.bits, round=codec.round)
-    more = {"group": GROUP, "equalize": None} if plain else {}
+    more = {"equalize": None} if plain else {}
     return dataclasses.replace(codec, round="stochastic", **more)  # type: ignore[type-var]
 
 
