@@ -82,6 +82,33 @@ def section(record: dict[str, Any]) -> str:
     ) if part)  # fmt: skip
 
 
+def summary(record: dict[str, Any]) -> str:
+    """The README's table: what is held, and the step, for a few methods."""
+    shown = ("saved 4", "saved 2", "checkpointing")
+    lines = ["| model, fp32 | held without | " + " | ".join(shown) + " |", "| --- |" + " ---: |" * (1 + len(shown))]
+    for model in models(record):
+        none, cells = record[f"held {model} none"]["held_mb"], []
+        for method in shown:
+            held, time = record[f"held {model} {method}"], record[f"time {model}"][method]
+            cells.append(f"1/{none / held['held_mb']:.1f}, step {time['multiple']:.2f}")
+        lines.append(f"| {model} | {none:.0f} MB | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gradient_error(record: dict[str, Any]) -> str:
+    """Relative error of the gradient: all parameters, and the least and largest of the layers."""
+    lines = ["| | saved | share held | all parameters | layers, least to largest |", "| --- | --- | ---: | ---: | --- |"]
+    for model, rows in record["models"].items():
+        for spec, row in rows.items():
+            layers = sorted(v for k, v in row.items() if k not in ("all", "share held", "stem and head"))
+            lines.append(f"| {model} | {spec} | {row['share held']:.3f} | {row['all']:.3f} | "
+                         f"{layers[0]:.3f} to {layers[-1]:.3f}, median {statistics.median(layers):.3f} |")  # fmt: skip
+    return "\n".join(lines) + (
+        f"\n\n|g' - g| / |g|, one batch, mean over {record['draws']} draws of the noise; every layer stands in "
+        f"benchmarks/results/saved_gradient_error.json. `{record['command']}`."
+    )
+
+
 def accuracy(records: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
     """What was saved in training against runs without compression: mean and deviation over seeds."""
     lines = ["| task | saved | seeds | accuracy | of none | drop in deviations of none | allowed |",

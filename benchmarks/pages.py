@@ -140,7 +140,11 @@ def main() -> None:
     memory, record = ROOT / "docs" / "memory.md", load("memory")
     if record is not None:
         fill(memory, "memory", memory_pages.section(record))
+        fill(readme, "memory summary", memory_pages.summary(record))
         memory_pages.plot(record, ROOT / "docs" / "figures" / "memory.png")
+    record = load("saved_gradient_error")
+    if record is not None:
+        fill(memory, "gradient error", memory_pages.gradient_error(record))
     if (RESULTS / "saved").is_dir():
         runs = load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy")
         fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
