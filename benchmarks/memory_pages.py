@@ -97,7 +97,8 @@ def summary(record: dict[str, Any]) -> str:
 
 def gradient_error(record: dict[str, Any]) -> str:
     """Relative error of the gradient: all parameters, and the least and largest of the layers."""
-    lines = ["| | saved | share held | all parameters | layers, least to largest |", "| --- | --- | ---: | ---: | --- |"]
+    lines = ["| | saved | share held | all parameters | layers, least to largest |",
+             "| --- | --- | ---: | ---: | --- |"]  # fmt: skip
     for model, rows in record["models"].items():
         for spec, row in rows.items():
             layers = sorted(v for k, v in row.items() if k not in ("all", "share held", "stem and head"))
