@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .kernels import RUN, butterflies
 from .rows import apply
+from .turned_kernels import RUN, butterflies
 
 LARGEST = 1024
 BUTTERFLIES = 256

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .kernels import flags, two_flags, unflag
+from .bit_kernels import flags, two_flags, unflag
 from .rows import COLS, apply, decode_parts, encode_parts, join, parts
 
 

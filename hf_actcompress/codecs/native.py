@@ -146,7 +146,7 @@ def group_encode(
 def slope_encode(
     x: Tensor, start: int, key: Tensor, *, function: str, bits: int, least: float, width: float
 ) -> tuple[Tensor, bool] | None:
-    """`kernels.slope_encode` for x [N, 1, C]: codes, and whether all of `x` is finite; or None."""
+    """`bit_kernels.slope_encode` for x [N, 1, C]: codes, and whether all of `x` is finite; or None."""
     library = _ready(x, bits)
     if library is None:
         return None
@@ -159,7 +159,7 @@ def slope_encode(
 
 
 def two_flags(x: Tensor, value: float) -> tuple[Tensor, bool] | None:
-    """`kernels.two_flags` for x [N, 1, 128]: the bitmap, and whether every value is 0 or `value`; or None."""
+    """`bit_kernels.two_flags` for x [N, 1, 128]: the bitmap, and whether every value is 0 or `value`; or None."""
     library = _ready(x, 1) if x.shape[2] == 128 else None
     if library is None:
         return None

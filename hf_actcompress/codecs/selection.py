@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import LARGEST, strided_sample
-from .kernels import band_bits
+from .bit_kernels import band_bits
 from .rows import COLS, apply, join, parts
 
 SAMPLE = 1 << 15

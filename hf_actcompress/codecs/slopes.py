@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .kernels import slope_encode, table_decode
+from .bit_kernels import slope_encode
+from .kernels import table_decode
 from .rounding import RoundingState, next_key
 from .rows import COLS, apply, counters, decode_parts, join, parts
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, LeafShapes, Payload
-from .kernels import keep_above, place
+from .bit_kernels import keep_above, place
 from .rows import decode_parts, encode_parts, join
 from .selection import find_cut, ranks, runs_of_set_bits, set_bits
 

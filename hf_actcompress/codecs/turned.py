@@ -26,7 +26,12 @@ from .hadamard import (
     turn_whole_runs,
     turned_ones,
 )
-from .kernels import (
+from .levels import bucket_edges, ceil16, level_table, safe_inverse
+from .memory import fresh
+from .packing import pack, unpack
+from .rounding import noise_source
+from .rows import Part, apply, blocks, counters
+from .turned_kernels import (
     butterflies_restored,
     butterflies_steps,
     equalized,
@@ -38,11 +43,6 @@ from .kernels import (
     steps_decode,
     steps_encode,
 )
-from .levels import bucket_edges, ceil16, level_table, safe_inverse
-from .memory import fresh
-from .packing import pack, unpack
-from .rounding import noise_source
-from .rows import Part, apply, blocks, counters
 
 if TYPE_CHECKING:
     from .block import Block

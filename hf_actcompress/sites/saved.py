@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..budget import Auto
 from ..codecs import Block, Codec, encode_slopes, pack_flags, pack_two_values, raw_nbytes
+from ..consumers import asks, slopes_of
 from ..packed import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten, narrowest
 
 # Elements; smaller tensors are a thousandth of the bytes.  What a pooler or a classifier takes is among them, and half
@@ -31,8 +32,6 @@ from ..packed import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten
 SMALLEST = 1 << 14
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16)
-RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)  # their gradients need to know where, not how much
-SLOPES = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "SiLU": "silu", "SiLUActivation": "silu"}
 COMPILED = (
     "saved= does not work inside torch.compile: compiled graphs save their tensors past these hooks, so nothing would "
     "be compressed. Train without torch_compile, or without saved=."
@@ -119,7 +118,7 @@ class SavedTensors:
         run, layout = (x.detach().contiguous(), None) if found is None else (found[0].detach(), found[1])
         name, use = self._modules[-1] if self._modules else ("", None)
         cores, place = self._cores(x), (x.storage_offset(), run.numel(), x.dtype, x._version, found is None)
-        key = (_asks(use), *place)
+        key = (asks(use), *place)
         known = cores.get(key)
         core = None if known is None else known()
         if core is None:
@@ -264,20 +263,6 @@ def stochastic(codec: Codec) -> Codec:
     plain = isinstance(codec, Block) and codec == Block(bits=codec.bits, round=codec.round)
     more = {"equalize": None} if plain else {}
     return dataclasses.replace(codec, round="stochastic", **more)  # type: ignore[type-var]
-
-
-def slopes_of(use: nn.Module | None) -> str | None:
-    """The function of an activation module whose gradient asks for its slope only."""
-    if type(use) is nn.GELU:
-        return "gelu" if use.approximate == "none" else "gelu_tanh"
-    return SLOPES.get(type(use).__name__)
-
-
-def _asks(use: nn.Module | None) -> Any:
-    """What a module asks of a tensor: between which values it lies, or a slope.  None: the values themselves."""
-    if isinstance(use, nn.Hardtanh):
-        return use.min_val, use.max_val
-    return (0.0,) if isinstance(use, nn.ReLU) else slopes_of(use)
 
 
 def _address(x: Tensor) -> int:

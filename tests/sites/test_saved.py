@@ -14,9 +14,10 @@ from transformers.activations import ACT2FN
 
 from hf_actcompress import ActCompressConfig, compress_model, parse_codec, remove_compression
 from hf_actcompress.codecs.slopes import SLOPES, extreme
+from hf_actcompress.consumers import slopes_of
 from hf_actcompress.packed import flatten, narrowest
 from hf_actcompress.sites import saved as site
-from hf_actcompress.sites.saved import SavedTensors, slopes_of, stochastic
+from hf_actcompress.sites.saved import SavedTensors, stochastic
 
 
 @pytest.fixture(autouse=True)
@@ -475,6 +476,7 @@ def test_small_helpers():
 @pytest.mark.parametrize(("module", "name"), [
     (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.SiLU(), "silu"), (ACT2FN["gelu"], "gelu"),
     (ACT2FN["silu"], "silu"), (ACT2FN["gelu_pytorch_tanh"], "gelu_tanh"), (nn.ReLU(), None), (None, None),
+    (ACT2FN["gelu_python"], None), (ACT2FN["gelu_new"], None),
 ])  # fmt: skip
 def test_which_modules_ask_for_slopes(module, name):
     assert slopes_of(module) == name
