@@ -1,0 +1,159 @@
+"""A payload as bytes on a link: one buffer of a size that both sides know, with a header that tells whether it fits.
+
+    sender:    payload ──write──▶ uint8 buffer ═══ link ═══▶ uint8 buffer ──read──▶ payload :receiver
+
+Sizes are fixed by the codec and by the shape and dtype of what is sent, so that a receiver can post its buffer before
+anything was computed.  Tensors lie in the buffer with the widest element first, which keeps each aligned; reading
+makes views, no copies.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..codecs import Codec, CodecState, Payload, raw_nbytes
+
+MAGIC = b"hfac"
+VERSION = 1
+# magic, version, flags, fingerprint, number of the micro-batch, bytes of the body, checksum; padded to HEADER bytes,
+# so that the tensors behind it are aligned.
+LAYOUT = struct.Struct("<4sHHIIQI")
+HEADER = 64
+STRANGE = 1  # flag: the sender's tensor held NaN, Inf or magnitudes above 2**48, and there is no body
+
+
+class WireError(RuntimeError):
+    """What arrived is not what was to arrive."""
+
+
+@dataclass(frozen=True)
+class _Field:
+    """Where a tensor of the payload lies: `path` through the parts of a chain, its name last."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return raw_nbytes(self.shape, self.dtype)
+
+
+class WireFormat:
+    """How tensors of one shape and dtype travel under one codec.
+
+    codec: its payloads have the same tensors for every input of that shape (all codecs of this package do).
+    checksum: whether the body is summed (crc32, about a millisecond per MB).
+
+    `nbytes` is the size of the buffer.  Raises ValueError for a codec that cannot take such a tensor.
+    """
+
+    def __init__(self, codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, *, checksum: bool = True) -> None:
+        self.codec, self.shape, self.dtype, self.checksum = codec, tuple(shape), dtype, checksum
+        # Shapes of what is inside follow from the input's shape alone, so any tensor shows them.
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(self.shape, generator=generator).to(dtype)
+        self._template = codec.encode(example, codec.init_state("wire"))
+        found = sorted(_tensors(self._template), key=lambda item: -item[1].element_size())
+        self._fields, at = [], HEADER
+        for path, tensor in found:
+            self._fields.append(_Field(path, tuple(tensor.shape), tensor.dtype, at))
+            at += self._fields[-1].nbytes
+        self.nbytes = at
+        text = f"{VERSION} {codec} {self.shape} {dtype} {[(f.path, f.shape, str(f.dtype)) for f in self._fields]}"
+        self.fingerprint = zlib.crc32(text.encode())
+
+    def buffer(self, device: torch.device | str = "cpu") -> Tensor:
+        """uint8 [nbytes]"""
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+
+    def encode(self, x: Tensor, state: CodecState | None, buffer: Tensor, number: int = 0) -> None:
+        """Encode `x` into `buffer`, as micro-batch `number`.  Raises ValueError for another shape or dtype."""
+        if tuple(x.shape) != self.shape or x.dtype != self.dtype:
+            raise ValueError(
+                f"A tensor of shape {tuple(x.shape)} and dtype {x.dtype} is to go over a link that was set up for "
+                f"{self.shape} and {self.dtype}. Pipelines have fixed shapes: pad the last batch, or drop it."
+            )
+        self.write(self.codec.encode(x, state), buffer, number)
+
+    def write(self, payload: Payload, buffer: Tensor, number: int = 0) -> None:
+        """Put `payload` into `buffer`."""
+        # A payload of `identity` says raw, too, but then so does the template.
+        strange = payload.raw and not self._template.raw
+        if not strange:
+            tensors = dict(_tensors(payload))
+            for field in self._fields:
+                tensor = tensors[field.path]
+                if tuple(tensor.shape) != field.shape or tensor.dtype != field.dtype:
+                    raise ValueError(
+                        f"{self.codec}: '{'/'.join(field.path)}' is {tuple(tensor.shape)} {tensor.dtype}, expected "
+                        f"{field.shape} {field.dtype}: the payload belongs to another codec or shape."
+                    )
+                self._view(buffer, field).copy_(tensor)
+        total = self._sum(buffer) if self.checksum and not strange else 0
+        head = LAYOUT.pack(
+            MAGIC, VERSION, STRANGE if strange else 0, self.fingerprint, number, self.nbytes - HEADER, total
+        )
+        buffer[:HEADER] = torch.frombuffer(bytearray(head.ljust(HEADER, b"\0")), dtype=torch.uint8)
+
+    def read(self, buffer: Tensor, number: int = 0, where: str = "link") -> Payload:
+        """The payload in `buffer`, as views of it.
+
+        Raises WireError, which begins with `where`, if it is not the one of micro-batch `number` under this codec, if
+        it was damaged, or if the sender's tensor was not finite.
+        """
+        head = bytes(buffer[:HEADER].cpu().numpy())
+        magic, version, flags, fingerprint, found, length, total = LAYOUT.unpack(head[: LAYOUT.size])
+        if magic != MAGIC:
+            raise WireError(
+                f"{where}: what arrived does not begin as a payload does ({magic!r}). The peer sends something else, "
+                "or the two sides are out of step."
+            )
+        if version != VERSION:
+            raise WireError(f"{where}: the peer speaks version {version} of the format, this side {VERSION}.")
+        if fingerprint != self.fingerprint or length != self.nbytes - HEADER:
+            raise WireError(
+                f"{where}: the peer uses another codec, shape or dtype than this side ({self.codec} for {self.shape} "
+                f"{self.dtype}). Give both sides the same configuration and model."
+            )
+        if found != number:
+            raise WireError(f"{where}: micro-batch {found} arrived where {number} was expected: a message was lost.")
+        if flags & STRANGE:
+            raise WireError(
+                f"{where}: the tensor of micro-batch {number} holds NaN, Inf or magnitudes above 2**48 on the sender's"
+                " side. Lower the learning rate, or look for the cause there."
+            )
+        if self.checksum and (own := self._sum(buffer)) != total:
+            raise WireError(
+                f"{where}: the payload of micro-batch {number} was damaged on its way (checksum {own:#010x}, "
+                f"{total:#010x} was sent)."
+            )
+        tensors = {field.path: self._view(buffer, field) for field in self._fields}
+        return _filled(self._template, tensors, ())
+
+    def decode(self, buffer: Tensor, number: int = 0, where: str = "link") -> Tensor:
+        """The tensor that was sent, decoded."""
+        return self.codec.decode(self.read(buffer, number, where))
+
+    def _view(self, buffer: Tensor, field: _Field) -> Tensor:
+        return buffer[field.start : field.start + field.nbytes].view(field.dtype).view(field.shape)
+
+    def _sum(self, buffer: Tensor) -> int:
+        return zlib.crc32(buffer[HEADER:].cpu().numpy())
+
+
+def _tensors(payload: Payload, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Tensor]]:
+    found = [((*path, name), tensor) for name, tensor in payload.tensors.items()]
+    return found + [item for name, part in payload.parts.items() for item in _tensors(part, (*path, name))]
+
+
+def _filled(template: Payload, tensors: dict[tuple[str, ...], Tensor], path: tuple[str, ...]) -> Payload:
+    own = {name: tensors[(*path, name)] for name in template.tensors}
+    parts = {name: _filled(part, tensors, (*path, name)) for name, part in template.parts.items()}
+    return replace(template, tensors=own, parts=parts)
