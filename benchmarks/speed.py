@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +66,29 @@ def _judged(value: float, most: float) -> str:
 
 def _growth(found: dict[str, dict]) -> str:
     """Time per byte at 1 GiB over that at 16 MiB, fp32."""
-    cells = []
+    cells, clones = [], []
     for codec, rows in found.items():
         small, large = rows.get(("16M", "float32")), rows.get(("1G", "float32"))
         if small and large:
-            ratios = [
-                large[way]["ms"] / large["bytes"] / (small[way]["ms"] / small["bytes"]) for way in ("encode", "decode")
-            ]
-            worst = " **missed**" if max(ratios) > GROWTH else ""
-            cells.append(f"| {codec} | {ratios[0]:.2f} | {ratios[1]:.2f}{worst} |")
+            encode, decode, clone = (
+                large[way]["ms"] / large["bytes"] / (small[way]["ms"] / small["bytes"])
+                for way in ("encode", "decode", "clone")
+            )
+            clones.append(clone)
+            cells.append(f"| {codec} | {_grown(encode)} | {_grown(decode)} |")
     if not cells:
         return ""
-    head = "Time per byte at 1 GiB over time per byte at 16 MiB, fp32 (allowed: 1.3):\n\n"
+    head = (
+        "Time per byte at 1 GiB over time per byte at 16 MiB, fp32 (allowed: 1.3). What writes a tensor grows by "
+        f"more, and so does `x.clone()`, by {statistics.median(clones):.1f}: 16 MiB come back from the heap with "
+        "their pages in place and stay in a cache, while a mapping of 1 GiB is touched for the first time, which is "
+        "nine tenths of a clone's time.\n\n"
+    )
     return head + "\n".join(["| codec | encode | decode |", "| --- | ---: | ---: |", *cells])
+
+
+def _grown(ratio: float) -> str:
+    return f"{ratio:.2f}" + (" **missed**" if ratio > GROWTH else "")
 
 
 def _baselines(rows: dict[str, dict]) -> str:

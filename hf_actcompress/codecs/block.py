@@ -280,11 +280,14 @@ class Block(Codec):
         pieces = []
         for part in self._parts(shape):
             own = [part.features(mean), part.features(inverse), part.features(root)]
-            pieces += apply(
-                group_roundtrip, part.take(flat), [None if key is None else counters(part, x.device)], own,
-                [None if lanes is None else lanes[: part.shape[2]], key],
-                bits=self.bits, clip=self.clip, stored=self.scale,
-            )  # fmt: skip
+            static = {"bits": self.bits, "clip": self.clip, "stored": self.scale}
+            result = native.group_roundtrip(part.take(flat), part.start, *own, key, **static)
+            if result is None:
+                rows = [None if key is None else counters(part, x.device)]
+                shared = [None if lanes is None else lanes[: part.shape[2]], key]
+                with native.patience():
+                    result, = apply(group_roundtrip, part.take(flat), rows, own, shared, **static)
+            pieces.append(result)
         return self._unite(pieces, shape)
 
     @property

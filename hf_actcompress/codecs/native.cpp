@@ -66,42 +66,68 @@ inline int rounded(float y, uint32_t counter, uint32_t key) {
     return code > TOP ? TOP : code;
 }
 
-template <typename T, int BITS, bool NOISE>
-void encode(const T* x, const float* mean, const float* inverse, int64_t period, int64_t groups, int cols,
-            uint32_t start, uint32_t key, bool stored16, uint8_t* codes, float* scales) {
-    constexpr int TOP = (1 << BITS) - 1;
-#pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < groups; ++g) {
-        float y[LARGEST], low[LANES], high[LANES];
-        int strange[LANES];
-        for (int j = 0; j < LANES; ++j) low[j] = INFINITY, high[j] = -INFINITY, strange[j] = 0;
-        const T* own = x + g * cols;
-        const float *m = mean + (mean ? g % period * cols : 0), *s = inverse + (mean ? g % period * cols : 0);
-        for (int c = 0; c < cols; c += LANES)
-            for (int j = 0; j < LANES; ++j) {
-                float v = load(own + c + j);
-                if (mean) v = (v - m[c + j]) * s[c + j];
-                y[c + j] = v;
-                low[j] = v < low[j] ? v : low[j];
-                high[j] = v > high[j] ? v : high[j];
-                strange[j] |= v != v;
-            }
-        float lo = low[0], hi = high[0];
-        int nan = strange[0];
-        for (int j = 1; j < LANES; ++j) {
-            lo = low[j] < lo ? low[j] : lo;
-            hi = high[j] > hi ? high[j] : hi;
-            nan |= strange[j];
+// Groups [groups, cols] and what they share; mean, inverse, root: [period, cols] or null.
+template <typename T>
+struct Groups {
+    const T* x;
+    const float *mean, *inverse, *root;
+    int64_t period, groups;
+    int cols;
+    uint32_t start, key;
+    bool stored16;
+};
+
+struct Scale {
+    float lo, step, unit;
+};
+
+// Values of group `g` in y, and its minimum and step.
+template <int TOP, typename T>
+inline Scale prepare(const Groups<T>& all, int64_t g, float* y) {
+    float low[LANES], high[LANES];
+    int strange[LANES];
+    for (int j = 0; j < LANES; ++j) low[j] = INFINITY, high[j] = -INFINITY, strange[j] = 0;
+    const T* own = all.x + g * all.cols;
+    const bool features = all.mean != nullptr;
+    const int64_t at = features ? g % all.period * all.cols : 0;
+    const float *m = all.mean + at, *s = all.inverse + at;
+    for (int c = 0; c < all.cols; c += LANES)
+        for (int j = 0; j < LANES; ++j) {
+            float v = load(own + c + j);
+            if (features) v = (v - m[c + j]) * s[c + j];
+            y[c + j] = v;
+            low[j] = v < low[j] ? v : low[j];
+            high[j] = v > high[j] ? v : high[j];
+            strange[j] |= v != v;
         }
-        if (nan) lo = hi = NAN;
-        if (stored16) lo = floor16(lo);
-        float step = hi * static_cast<float>(1.0 / TOP) - lo * static_cast<float>(1.0 / TOP);
-        if (stored16) step = -floor16(-step);
-        const float unit = step >= FLT_MIN ? 1.0f / step : 0.0f;
+    float lo = low[0], hi = high[0];
+    int nan = strange[0];
+    for (int j = 1; j < LANES; ++j) {
+        lo = low[j] < lo ? low[j] : lo;
+        hi = high[j] > hi ? high[j] : hi;
+        nan |= strange[j];
+    }
+    if (nan) lo = hi = NAN;
+    if (all.stored16) lo = floor16(lo);
+    float step = hi * static_cast<float>(1.0 / TOP) - lo * static_cast<float>(1.0 / TOP);
+    if (all.stored16) step = -floor16(-step);
+    return {lo, step, step >= FLT_MIN ? 1.0f / step : 0.0f};
+}
+
+template <typename T, int BITS, bool NOISE>
+void encode(const Groups<T>& all, uint8_t* codes, float* scales) {
+    constexpr int TOP = (1 << BITS) - 1;
+    const int cols = all.cols;
+    const uint32_t key = all.key;
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < all.groups; ++g) {
+        float y[LARGEST];
+        const Scale scale = prepare<TOP>(all, g, y);
+        const float lo = scale.lo, unit = scale.unit;
         scales[2 * g] = lo;
-        scales[2 * g + 1] = step;
+        scales[2 * g + 1] = scale.step;
         uint8_t* out = codes + g * (cols * BITS / 8);
-        const uint32_t first = start + static_cast<uint32_t>(g) * static_cast<uint32_t>(cols);
+        const uint32_t first = all.start + static_cast<uint32_t>(g) * static_cast<uint32_t>(cols);
         if constexpr (8 % BITS == 0) {  // one plane: codes stay in registers
             constexpr int FIELDS = 8 / BITS;
             const int run = cols / FIELDS;
@@ -118,6 +144,34 @@ void encode(const T* x, const float* mean, const float* inverse, int64_t period,
             for (int c = 0; c < cols; ++c)
                 own[c] = static_cast<uint8_t>(rounded<TOP, NOISE>((y[c] - lo) * unit, first + c, key));
             pack<BITS>(own, cols, out);
+        }
+    }
+}
+
+inline void store(float* out, float value) { *out = value; }
+inline void store(uint16_t* out, float value) {  // bf16, to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    *out = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// What would be decoded of the codes, without making them.
+template <typename T, int BITS, bool NOISE>
+void roundtrip(const Groups<T>& all, T* out) {
+    constexpr int TOP = (1 << BITS) - 1;
+    const bool features = all.mean != nullptr;
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < all.groups; ++g) {
+        float y[LARGEST];
+        const Scale scale = prepare<TOP>(all, g, y);
+        const uint32_t first = all.start + static_cast<uint32_t>(g) * static_cast<uint32_t>(all.cols);
+        const int64_t at = features ? g % all.period * all.cols : 0;
+        const float *m = all.mean + at, *r = all.root + at;
+        T* own = out + g * all.cols;
+        for (int c = 0; c < all.cols; ++c) {
+            const int code = rounded<TOP, NOISE>((y[c] - scale.lo) * scale.unit, first + c, all.key);
+            const float v = scale.lo + static_cast<float>(code) * scale.step;
+            store(own + c, features ? v * r[c] + m[c] : v);
         }
     }
 }
@@ -197,18 +251,26 @@ int slopes_of(int bits, const void* x, int64_t rows, int cols, float least, floa
     }
 }
 
-template <typename T, bool NOISE>
-void choose(int bits, const void* x, const float* mean, const float* inverse, int64_t period, int64_t groups, int cols,
-            uint32_t start, uint32_t key, bool stored16, uint8_t* codes, float* scales) {
-    const T* v = static_cast<const T*>(x);
+// Codes and scales, or with `out` the roundtrip.
+template <typename T, int BITS>
+void run(const Groups<T>& all, bool noise, uint8_t* codes, float* scales, void* out) {
+    T* values = static_cast<T*>(out);
+    if (values)
+        noise ? roundtrip<T, BITS, true>(all, values) : roundtrip<T, BITS, false>(all, values);
+    else
+        noise ? encode<T, BITS, true>(all, codes, scales) : encode<T, BITS, false>(all, codes, scales);
+}
+
+template <typename T>
+void choose(int bits, const Groups<T>& all, bool noise, uint8_t* codes, float* scales, void* out) {
     switch (bits) {
-        case 1: return encode<T, 1, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
-        case 2: return encode<T, 2, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
-        case 3: return encode<T, 3, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
-        case 4: return encode<T, 4, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
-        case 5: return encode<T, 5, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
-        case 6: return encode<T, 6, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
-        default: return encode<T, 8, NOISE>(v, mean, inverse, period, groups, cols, start, key, stored16, codes, scales);
+        case 1: return run<T, 1>(all, noise, codes, scales, out);
+        case 2: return run<T, 2>(all, noise, codes, scales, out);
+        case 3: return run<T, 3>(all, noise, codes, scales, out);
+        case 4: return run<T, 4>(all, noise, codes, scales, out);
+        case 5: return run<T, 5>(all, noise, codes, scales, out);
+        case 6: return run<T, 6>(all, noise, codes, scales, out);
+        default: return run<T, 8>(all, noise, codes, scales, out);
     }
 }
 
@@ -237,13 +299,18 @@ int two_flags_of(const T* x, int64_t rows, float value, uint8_t* bits) {
 
 }  // namespace
 
-// x [groups, cols] fp32 or bf16; mean, inverse [period, cols] or null; codes [groups, cols * bits / 8], scales [groups, 2].
-extern "C" void group_encode(const void* x, int bf16, int noise, int bits, const float* mean, const float* inverse,
-                             int64_t period, int64_t groups, int cols, uint32_t start, uint32_t key, int stored16,
-                             uint8_t* codes, float* scales) {
-    auto run = bf16 ? (noise ? choose<uint16_t, true> : choose<uint16_t, false>)
-                    : (noise ? choose<float, true> : choose<float, false>);
-    run(bits, x, mean, inverse, period, groups, cols, start, key, stored16 != 0, codes, scales);
+// x [groups, cols] fp32 or bf16; mean, inverse, root [period, cols] or null.  Writes codes [groups, cols * bits / 8] and
+// scales [groups, 2], or, where it is given, what is decoded of them to out [groups, cols].
+extern "C" void group_codes(const void* x, int bf16, int noise, int bits, const float* mean, const float* inverse,
+                            const float* root, int64_t period, int64_t groups, int cols, uint32_t start, uint32_t key,
+                            int stored16, uint8_t* codes, float* scales, void* out) {
+    const bool keep16 = stored16 != 0;
+    if (bf16)
+        choose<uint16_t>(bits, {static_cast<const uint16_t*>(x), mean, inverse, root, period, groups, cols, start, key,
+                                keep16}, noise, codes, scales, out);
+    else
+        choose<float>(bits, {static_cast<const float*>(x), mean, inverse, root, period, groups, cols, start, key,
+                             keep16}, noise, codes, scales, out);
 }
 
 // Slopes of a function at x [rows, cols], from `least` in steps of 1 / scale.  Returns whether NaN or Inf was among x.

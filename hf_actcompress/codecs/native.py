@@ -85,8 +85,8 @@ def _library() -> ctypes.CDLL | None:
         logger.warning("native.cpp could not be compiled (%s): %s", error, text.decode(errors="replace")[-500:])
         return None
     p, i, n, u, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
-    library.group_encode.argtypes = [p, i, i, i, p, p, n, n, i, u, u, i, p, p]
-    library.group_encode.restype = None
+    library.group_codes.argtypes = [p, i, i, i, p, p, p, n, n, i, u, u, i, p, p, p]
+    library.group_codes.restype = None
     library.slope_encode.argtypes = [p, i, i, i, n, i, f, f, u, u, p]
     library.slope_encode.restype = i
     library.two_flags.argtypes = [p, i, n, f, p]
@@ -131,16 +131,35 @@ def group_encode(
     library = _ready(x, bits) if clip == 1 else None
     if library is None:
         return None
-    n, k, c = x.shape
-    mean, inverse = (None if t is None else t.contiguous() for t in (mean, inverse))
-    codes = torch.empty(n, k, c * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(n, k, 2, dtype=torch.float32)
-    library.group_encode(
-        x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, _address(mean), _address(inverse), k, n * k, c,
-        start & 0xFFFFFFFF, 0 if key is None else int(key) & 0xFFFFFFFF, stored == 16, codes.data_ptr(),
-        scales.data_ptr(),
-    )  # fmt: skip
+    codes = torch.empty(*x.shape[:2], x.shape[2] * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(*x.shape[:2], 2, dtype=torch.float32)
+    _group_codes(library, x, start, (mean, inverse, None), key, bits, stored, (codes, scales, None))
     return codes, scales
+
+
+def group_roundtrip(
+    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None, key: Tensor | None, *,
+    bits: int, clip: float, stored: int,
+) -> Tensor | None:  # fmt: skip
+    """`kernels.group_roundtrip`, likewise: what is decoded, as `x`; or None."""
+    library = _ready(x, bits) if clip == 1 else None
+    if library is None:
+        return None
+    out = torch.empty_like(x)
+    _group_codes(library, x, start, (mean, inverse, root), key, bits, stored, (None, None, out))
+    return out
+
+
+def _group_codes(
+    library: ctypes.CDLL, x: Tensor, start: int, tables: tuple[Tensor | None, ...], key: Tensor | None, bits: int,
+    stored: int, results: tuple[Tensor | None, ...],
+) -> None:  # fmt: skip
+    n, k, c = x.shape
+    tables = tuple(None if t is None else t.contiguous() for t in tables)
+    library.group_codes(
+        x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, *map(_address, tables), k, n * k, c,
+        start & 0xFFFFFFFF, 0 if key is None else int(key) & 0xFFFFFFFF, stored == 16, *map(_address, results),
+    )  # fmt: skip
 
 
 def slope_encode(

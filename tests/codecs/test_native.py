@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import encode_slopes, native, parse_codec
-from hf_actcompress.codecs.compiled import compiler_for
+from hf_actcompress.codecs.compiled import Kernel, compiler_for
 
 needs_compiler = pytest.mark.skipif(compiler_for("cpu") is None, reason="no C++ compiler")
 SHAPES = [(256,), (64, 768), (3, 5, 128), (2, 3, 40, 50), (7, 1000)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_else_is_compiled(monkeypatch):
+    """Every combination of bits and dtypes would take seconds; tests/codecs/test_compiled.py is about that."""
+    monkeypatch.setattr(Kernel, "choose", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
@@ -37,12 +43,14 @@ def test_same_payload(bits, options, dtype, used, monkeypatch):
         torch.manual_seed(i)
         x = (torch.randn(shape) * torch.rand(shape) * 3 - 1).to(dtype)
         x.view(-1)[:3] = torch.tensor([0.0, -0.0, 50.0])
-        payloads = []
+        payloads, decoded = [], []
         for policy in ("0", "1"):
             monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
             payloads.append(codec.encode(x, codec.init_state("here")))
+            decoded.append(codec.roundtrip(x, codec.init_state("here")))
         for name, tensor in payloads[0].tensors.items():
             assert torch.equal(tensor, payloads[1].tensors[name]), (shape, name)
+        assert torch.equal(decoded[0], decoded[1]) and torch.equal(decoded[0], codec.decode(payloads[0]))
     assert used
 
 
