@@ -56,7 +56,7 @@ def _target() -> Path | None:
             return None
     except OSError:
         return None
-    text = SOURCE.read_text() + _processor() + str(compiler_for("cpu")) + " ".join(FLAGS)
+    text = SOURCE.read_text() + _processor() + str(compiler_for("cpu")) + " ".join((*FLAGS, WIDE))
     return folder / f"native_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
 
 
