@@ -136,6 +136,14 @@ def training(record: dict[str, Any]) -> str:
     )
 
 
+def boundary(record: dict[str, Any]) -> str:
+    """The parts of a boundary's time."""
+    lines = ["| codec | roundtrip, ms | whole boundary, ms |", "| --- | ---: | ---: |"]
+    lines += [f"| {spec} | {row['roundtrip']:.1f} | {row['whole']:.1f} |" for spec, row in record["codecs"].items()]
+    parts = "; ".join(f"{name} {value:.1f}" for name, value in record["ms"].items())
+    return "\n".join(lines) + f"\n\nOf each whole, in ms: {parts}. `{record['command']}`."
+
+
 def plot(record: dict[str, Any], path: Path) -> Path | None:
     """Time over that of a clone against size, encode and decode, fp32; None without at least two sizes."""
     from matplotlib.ticker import FuncFormatter, NullLocator

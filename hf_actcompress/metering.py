@@ -89,8 +89,12 @@ def dense(x: Tensor) -> Tensor:
 
 def _in_memory_order(x: Tensor) -> Tensor:
     """A view of the same values in the order in which they lie (channels_last and transposed tensors)."""
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    return x.permute(order)
+    return x.permute(memory_order(x))
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The dimensions from the one of the longest stride on."""
+    return sorted(range(x.dim()), key=lambda d: -x.stride(d))
 
 
 def distance(x: Tensor, y: Tensor) -> tuple[float, float]:

@@ -87,6 +87,12 @@ class Codec:
     # Names of the payload tensors that hold floats a second codec of a chain can compress further.
     leaves: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether what becomes of a value depends on the others only through their minimum and maximum, so that their
+        order in memory makes no difference."""
+        return False
+
     # -- what users call ---------------------------------------------------------------------------------------
     def encode(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Payload:
         """Compress `x` (any shape; fp32, bf16, fp16 or fp64; contiguous or not).

@@ -31,6 +31,10 @@ class Float8(Codec):
     def __post_init__(self) -> None:
         check_choice(self.name, "format", self.format, tuple(_FORMATS))
 
+    @property
+    def pointwise(self) -> bool:
+        return True
+
     def _scale(self, x: Tensor) -> Tensor:
         """fp32 []"""
         top = torch.finfo(_FORMATS[self.format]).max

@@ -21,6 +21,10 @@ class Identity(Codec):
     name: ClassVar[str] = "identity"
     leaves: ClassVar[tuple[str, ...]] = ("values",)
 
+    @property
+    def pointwise(self) -> bool:
+        return True
+
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         return self._payload(x, {"values": x.contiguous()})
 

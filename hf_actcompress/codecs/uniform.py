@@ -37,6 +37,10 @@ class Uniform(Codec):
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return RoundingState(site, seed) if self.round == "stochastic" else None
 
+    @property
+    def pointwise(self) -> bool:
+        return self.round == "nearest"
+
     def _scale(self, x: Tensor) -> Tensor:
         """fp32 [2]: minimum and step."""
         lo, hi = (v.float() for v in torch.aminmax(x))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, CodecState, Feedback, raw_nbytes, representable
 from ..layers import first_tensor, replace_first_tensor
-from ..metering import Meter, dense, pick
+from ..metering import Meter, dense, memory_order, pick
 
 
 class Channel:
@@ -54,7 +54,7 @@ class Channel:
             self.meter.count(raw := raw_nbytes(x.shape, x.dtype), raw, 0.0)
             return x.clone()
         codec, state = (self.codec, self._state_for(x, remember)) if learn else self._borrowed()
-        y = _laid_out_like(x, codec.roundtrip(x, state, check=False))
+        y = _roundtrip(codec, x, state)
         seconds = time.perf_counter() - began
         if self.meter.due():
             self.meter.sample(pick(x), pick(y))
@@ -66,7 +66,7 @@ class Channel:
         """The value of an earlier call again, for a forward pass that activation checkpointing recomputes."""
         x = dense(x)
         state = self._replays.get(_fingerprint(x)) or self.state
-        return _laid_out_like(x, self.codec.roundtrip(x, None if state is None else state.snapshot()))
+        return _roundtrip(self.codec, x, None if state is None else state.snapshot(), check=True)
 
     def _borrowed(self) -> tuple[Codec, CodecState | None]:
         """Codec and a copy of its state.  The error of a training batch is none of evaluation's data."""
@@ -157,6 +157,15 @@ class _Compress(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.boundary.backward(grad), None, None
+
+
+def _roundtrip(codec: Codec, x: Tensor, state: CodecState | None, check: bool = False) -> Tensor:
+    """codec.roundtrip of a dense tensor, with its strides."""
+    if codec.pointwise and not x.is_contiguous():  # no need to go to another order and back
+        order = memory_order(x)
+        y = codec.roundtrip(x.permute(order), state, check=check)
+        return y.permute([order.index(d) for d in range(x.dim())])
+    return _laid_out_like(x, codec.roundtrip(x, state, check=check))
 
 
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:

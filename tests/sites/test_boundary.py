@@ -361,3 +361,16 @@ def test_copies_go_their_own_way_from_the_same_state(duplicate, spec):
     twin(x)
     assert (other.forward.meter.calls, boundary.forward.meter.calls) == (3, 2)
     assert boundary.forward.state is None or other.forward.state is not boundary.forward.state
+
+
+@pytest.mark.parametrize(
+    "codec", ["identity", "float8", "uniform:bits=4", "uniform:bits=4,round=stochastic", "block:bits=4"]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_order_in_memory_changes_no_value(codec, layout):
+    """A boundary gives what a wire would, which sends tensors in their logical order."""
+    codec, x = parse_codec(codec), torch.randn(4, 24, 6, 5).contiguous(memory_format=layout)
+    channel = Channel("here", codec, 0, 0, "pass")
+    y = channel(x)
+    assert y.stride() == x.stride()
+    assert torch.equal(y, codec.roundtrip(x.contiguous(), codec.init_state("here")))
