@@ -7,8 +7,8 @@
 held: bytes that stay between forward and backward as the operating system sees them (RSS after malloc_trim, before and
 after the forward pass); the peak of a whole step with AdamW, as tensors that live (torch's profiler) and as resident
 memory (VmHWM, with libraries); each in its own process, in which malloc returns what is freed.
-time: steps of all methods in turn in one process, so that other load meets all alike; a multiple is that of the plain
-step of the same round.
+time: blocks of two steps of all methods in turn in one process, the second one timed, so that other load meets all
+alike; a multiple is that of the plain step of the same round.
 batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each in its own process.
 Writes benchmarks/results/memory.json after every measurement; what is there is kept, --force measures again.
 """
@@ -199,9 +199,10 @@ def held(args: argparse.Namespace) -> dict[str, Any]:
 def times(args: argparse.Namespace) -> dict[str, Any]:
     run = Run(args.models[0], args.autocast)
     batch, seconds = run.batch(run.rows), {name: [] for name in args.methods}
-    for repeat in tqdm(range(-2, args.repeats), desc=args.models[0], disable=args.quiet):
+    for repeat in tqdm(range(-1, args.repeats), desc=args.models[0], disable=args.quiet):
         for name in args.methods:
             with METHODS[name](run.model):
+                run.step(batch)  # finds malloc's heap as another method left it
                 began = time.perf_counter()
                 run.step(batch)
                 if repeat >= 0:
