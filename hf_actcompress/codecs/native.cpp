@@ -8,28 +8,31 @@
 #include <cstdint>
 #include <cstring>
 
+// Not a hint: past a growth of the file the compiler stops to inline, and what it calls it does not vectorise.
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 constexpr int LANES = 16;
 constexpr int LARGEST = 1024;  // columns of a group
 
-inline float as_float(uint32_t bits) {
+INLINE float as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
 
-inline float load(const float* x) { return *x; }
-inline float load(const uint16_t* x) { return as_float(static_cast<uint32_t>(*x) << 16); }  // bf16
+INLINE float load(const float* x) { return *x; }
+INLINE float load(const uint16_t* x) { return as_float(static_cast<uint32_t>(*x) << 16); }  // bf16
 
-inline float floor16(float x) {
+INLINE float floor16(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, 4);
     if (x < 0) bits += 0xFFFF;
     return as_float(static_cast<uint32_t>(bits >> 16) << 16);
 }
 
-inline uint32_t mix(uint32_t h) {
+INLINE uint32_t mix(uint32_t h) {
     h ^= h >> 16;
     h *= 0x7FEB352Du;
     h ^= h >> 15;
@@ -40,7 +43,7 @@ inline uint32_t mix(uint32_t h) {
 // The layout of packing.py: planes whose widths are powers of two, the widest first; byte j of a plane joins element j
 // of every run.
 template <int LEFT, int WIDTH = 8>
-inline void pack(const uint8_t* codes, int cols, uint8_t* out) {
+INLINE void pack(const uint8_t* codes, int cols, uint8_t* out) {
     if constexpr (LEFT >= WIDTH) {
         constexpr int FIELDS = 8 / WIDTH, SHIFT = LEFT - WIDTH, MASK = (1 << WIDTH) - 1;
         const int run = cols / FIELDS;
@@ -57,7 +60,7 @@ inline void pack(const uint8_t* codes, int cols, uint8_t* out) {
 
 // Units of steps to a code; `y` is not negative.
 template <int TOP, bool NOISE>
-inline int rounded(float y, uint32_t counter, uint32_t key) {
+INLINE int rounded(float y, uint32_t counter, uint32_t key) {
     if (NOISE)
         y = y + static_cast<float>(static_cast<int32_t>(mix(counter ^ key) >> 8)) * 0x1p-24f;
     else
@@ -83,7 +86,7 @@ struct Scale {
 
 // Values of group `g` in y, and its minimum and step.
 template <int TOP, typename T>
-inline Scale prepare(const Groups<T>& all, int64_t g, float* y) {
+INLINE Scale prepare(const Groups<T>& all, int64_t g, float* y) {
     float low[LANES], high[LANES];
     int strange[LANES];
     for (int j = 0; j < LANES; ++j) low[j] = INFINITY, high[j] = -INFINITY, strange[j] = 0;
@@ -148,8 +151,8 @@ void encode(const Groups<T>& all, uint8_t* codes, float* scales) {
     }
 }
 
-inline void store(float* out, float value) { *out = value; }
-inline void store(uint16_t* out, float value) {  // bf16, to the nearest, ties to even
+INLINE void store(float* out, float value) { *out = value; }
+INLINE void store(uint16_t* out, float value) {  // bf16, to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     *out = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
@@ -177,7 +180,7 @@ void roundtrip(const Groups<T>& all, T* out) {
 }
 
 // e**x, to 1e-7: 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
-inline float exponential(float x) {
+INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 87.0f ? 87.0f : x;
     const float n = std::nearbyintf(x * 1.44269504f);
@@ -194,7 +197,7 @@ inline float exponential(float x) {
 enum Function { GELU, GELU_TANH, SILU };
 
 template <int FUNCTION>
-inline float slope(float x) {
+INLINE float slope(float x) {
     if (FUNCTION == GELU) {  // erf by Abramowitz and Stegun 7.1.26, which needs the same exponential
         const float e = exponential(-0.5f * x * x), t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::fabs(x));
         float p = 1.061405429f;
