@@ -22,7 +22,9 @@ COLORS = {
 
 
 def models(record: dict[str, Any]) -> list[str]:
-    return [key.removeprefix("time ") for key in record if key.startswith("time ") and not key.endswith(" bf16")]
+    """Those of which both parts were measured."""
+    timed = [key.removeprefix("time ") for key in record if key.startswith("time ") and not key.endswith(" bf16")]
+    return [model for model in timed if f"held {model} none" in record]
 
 
 def methods(record: dict[str, Any], model: str) -> list[str]:
@@ -89,8 +91,9 @@ def summary(record: dict[str, Any]) -> str:
     for model in models(record):
         none, cells = record[f"held {model} none"]["held_mb"], []
         for method in shown:
-            held, time = record[f"held {model} {method}"], record[f"time {model}"][method]
-            cells.append(f"1/{none / held['held_mb']:.1f}, step {time['multiple']:.2f}")
+            held, time = record.get(f"held {model} {method}"), record[f"time {model}"].get(method)
+            whole = held is not None and time is not None
+            cells.append(f"1/{none / held['held_mb']:.1f}, step {time['multiple']:.2f}" if whole else "")
         lines.append(f"| {model} | {none:.0f} MB | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -138,7 +138,7 @@ def main() -> None:
             fill(page, name.replace("_", " "), make(record))
     fill(readme, "summary", summary())
     memory, record = ROOT / "docs" / "memory.md", load("memory")
-    if record is not None:
+    if record is not None and memory_pages.models(record):
         fill(memory, "memory", memory_pages.section(record))
         fill(readme, "memory summary", memory_pages.summary(record))
         memory_pages.plot(record, ROOT / "docs" / "figures" / "memory.png")
