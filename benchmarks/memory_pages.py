@@ -24,7 +24,7 @@ COLORS = {
 def models(record: dict[str, Any]) -> list[str]:
     """Those of which both parts were measured."""
     timed = [key.removeprefix("time ") for key in record if key.startswith("time ") and not key.endswith(" bf16")]
-    return [model for model in timed if f"held {model} none" in record]
+    return [model for model in timed if all(f"held {model} {method}" in record for method in ("none", "saved 4"))]
 
 
 def methods(record: dict[str, Any], model: str) -> list[str]:
@@ -152,7 +152,8 @@ def plot(record: dict[str, Any], path: Path) -> Path:
             ax.plot(none / held["held_mb"], time["multiple"], "o", color=COLORS.get(method, "black"), markersize=7,
                     markeredgecolor="white", label=method)  # fmt: skip
         ax.set_xscale("log")
-        ax.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        low, high = ax.get_xlim()
+        ax.set_xticks(ticks := [2**i for i in range(10) if low <= 2**i <= high], [str(tick) for tick in ticks])
         ax.minorticks_off()
         ax.set_title(model, loc="left", fontweight="bold", fontsize=9)
         ax.set_xlabel("times less held")
