@@ -131,7 +131,8 @@ def main() -> None:
     report(["--results", str(RESULTS / "accuracy"), "--page", str(page), "--figures", str(ROOT / "docs" / "figures")])
     parts = {"codec_error": codec_error, "logit_noise": logit_noise, "gradient_noise": gradient_noise,
              "schedule": schedule, "metering": metering, "codecs": speed.codecs,
-             "training": speed.training, "boundary_profile": speed.boundary}  # fmt: skip
+             "training": speed.training, "boundary_profile": speed.boundary,
+             "kernels": speed.kernels}  # fmt: skip
     for name, make in parts.items():
         record = load(name)
         if record is not None:

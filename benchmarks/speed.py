@@ -82,7 +82,7 @@ def _growth(found: dict[str, dict]) -> str:
         "Time per byte at 1 GiB over time per byte at 16 MiB, fp32 (allowed: 1.3). What writes a tensor grows by "
         f"more, and so does `x.clone()`, by {statistics.median(clones):.1f}: 16 MiB come back from the heap with "
         "their pages in place and stay in a cache, while a mapping of 1 GiB is touched for the first time, which is "
-        "nine tenths of a clone's time.\n\n"
+        "most of a clone's time.\n\n"
     )
     return head + "\n".join(["| codec | encode | decode |", "| --- | ---: | ---: |", *cells])
 
@@ -142,6 +142,14 @@ def boundary(record: dict[str, Any]) -> str:
     lines += [f"| {spec} | {row['roundtrip']:.1f} | {row['whole']:.1f} |" for spec, row in record["codecs"].items()]
     parts = "; ".join(f"{name} {value:.1f}" for name, value in record["ms"].items())
     return "\n".join(lines) + f"\n\nOf each whole, in ms: {parts}. `{record['command']}`."
+
+
+def kernels(record: dict[str, Any]) -> str:
+    """Page faults, and kernels by hand beside compiled ones."""
+    pages = "; ".join(f"{name} {value:.1f}" for name, value in record["pages_ms"].items())
+    lines = ["| 25 MB of fp32 | by hand, ms | compiled, ms |", "| --- | ---: | ---: |"]
+    lines += [f"| {k} | {v['by hand']:.1f} | {v['compiled']:.1f} |" for k, v in record["kernels_ms"].items()]
+    return f"64 MiB, in ms: {pages}.\n\n" + "\n".join(lines) + f"\n\n`{record['command']}`."
 
 
 def plot(record: dict[str, Any], path: Path) -> Path | None:

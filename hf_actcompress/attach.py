@@ -156,9 +156,10 @@ def compress_model(
                 "that compress_model returned, or leave its `with` block, before attaching again. Where the handle is "
                 "lost (a copied model, a run that was stopped): hf_actcompress.remove_compression(model)."
             )
-    if config.saved and any(m._compiled_call_impl is not None for m in (model, *inner.modules())) or (
-        config.saved and inner is not model and hasattr(model, "_orig_mod")
-    ):
+    compiled = hasattr(model, "_orig_mod") or any(
+        module._compiled_call_impl is not None for module in (model, *inner.modules())
+    )
+    if config.saved and compiled:
         raise ValueError(COMPILED)
     layers = find_layers(inner, example_inputs, config.blocks) if _needs_layers(config) else []
     cuts = select_boundaries(layers, config.first, config.last, config.placement, config.stack)

@@ -1,8 +1,8 @@
 """Memory for what is decoded.
 
-A large new tensor on a CPU costs more in page faults than in arithmetic: of the 15 ms that x.clone() takes for 64 MiB,
-13 are the first touch of its 16384 pages.  On Linux
-pages of 2 MiB take a fifth of that, where they are asked for.
+A large new tensor on a CPU costs more in page faults than in arithmetic: most of the time of x.clone() for 64 MiB is
+the first touch of its 16384 pages.  On Linux pages of 2 MiB take less, where they are asked for
+(benchmarks/kernels.py).
 """
 
 from __future__ import annotations

@@ -211,7 +211,8 @@ class SavedTensors:
             return None
         payload = codec.encode(run, self.state)
         if payload.raw:
-            self.record.nonfinite += 1
+            if self.trial is None:  # a trial sees the same tensors once more
+                self.record.nonfinite += 1
             if self.nonfinite == "raise":
                 raise FloatingPointError(
                     f"saved: NaN, Inf or a magnitude above 2**48 in a saved tensor of shape {tuple(run.shape)}. With "
