@@ -132,8 +132,12 @@ class Auto:
                 "has cut them. Use the same bits for all there, for example saved='block:bits=4'."
             )
         began = time.perf_counter()
-        self.slots = {s.name: s for s in measure(saved, model, args, kwargs, self.around, self.budget)}
+        found = measure(saved, model, args, kwargs, self.around, self.budget)
         self.seconds += time.perf_counter() - began
+        if found is None:
+            self.passes = 0  # the next batch may do
+            return
+        self.slots = {slot.name: slot for slot in found}
         counts = Counter(slot.bits for slot in self.slots.values())
         logger.info(
             "saved: %s allots %.2f bits on average (%s), measured in %.1f s", self, self.mean_bits(),
@@ -164,6 +168,7 @@ class Trial:
         self.slots: dict[str, Slot] = {}
         self.fixed: Counter[str] = Counter()  # bytes of what is held exactly
         self.raw = 0
+        self.strange = False  # whether a tensor could not be coded, so that nothing can be said about errors
         self.rounded: dict[str, int] = {}  # bits of what is rounded in the next backward pass
 
     def hold(self, name: str, run: Tensor, encode: Callable[[Any], Any]) -> Held | None:
@@ -186,9 +191,9 @@ class Trial:
 
 def measure(
     saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Callable[[], Any], budget: float
-) -> list[Slot]:  # fmt: skip
+) -> list[Slot] | None:  # fmt: skip
     """The slots with their errors and bits, found on a few rows of this batch.  Leaves gradients, buffers and random
-    numbers alone.  Raises ValueError for a budget that cannot be met."""
+    numbers alone.  None where a tensor holds NaN or Inf.  Raises ValueError for a budget that cannot be met."""
     args, kwargs, scale = _few_rows(model, args, kwargs)
     trial = saved.trial = Trial(scale, saved.codec)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -196,6 +201,8 @@ def measure(
         with around(), _undisturbed(model, parameters):
             began = time.perf_counter()
             loss = _loss(model(*args, **kwargs))
+            if trial.strange:
+                return None
 
             def gradients() -> list[Tensor | None]:
                 return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))

@@ -163,3 +163,13 @@ def test_copies_of_a_model_do_not_hold_the_handle():
         model(torch.randn(64, 32)).sum().backward()
         twin = copy.deepcopy(model)
         twin(torch.randn(64, 32)).sum().backward()
+
+
+def test_values_that_cannot_be_coded_are_counted_once_and_kept():
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Tanh()), torch.randn(64, 32)
+    x[0, 0] = math.nan
+    with compress_model(model, auto(0.25)) as handle:
+        model(x).sum().backward()
+        assert 0 < handle.saved.record.nonfinite <= 2
+        model(torch.randn(64, 32)).sum().backward()
+        assert all(1 <= row["bits"] <= 8 for row in handle.saved.auto.table())

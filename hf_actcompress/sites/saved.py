@@ -211,8 +211,10 @@ class SavedTensors:
             return None
         payload = codec.encode(run, self.state)
         if payload.raw:
-            if self.trial is None:  # a trial sees the same tensors once more
-                self.record.nonfinite += 1
+            if self.trial is not None:  # the pass itself sees the same tensors once more
+                self.trial.strange = True
+                return None
+            self.record.nonfinite += 1
             if self.nonfinite == "raise":
                 raise FloatingPointError(
                     f"saved: NaN, Inf or a magnitude above 2**48 in a saved tensor of shape {tuple(run.shape)}. With "
