@@ -79,22 +79,9 @@ def pick(x: Tensor) -> Tensor:
     return flat[:: (flat.numel() // SAMPLE) | 1].float()
 
 
-def dense(x: Tensor) -> Tensor:
-    """`x` itself if a permutation makes it contiguous, else (expanded, sliced) a contiguous copy.
-
-    Only dense tensors have a memory order that a result with the same strides shares.
-    """
-    return x if x.is_contiguous() or _in_memory_order(x).is_contiguous() else x.contiguous()
-
-
 def _in_memory_order(x: Tensor) -> Tensor:
     """A view of the same values in the order in which they lie (channels_last and transposed tensors)."""
-    return x.permute(memory_order(x))
-
-
-def memory_order(x: Tensor) -> list[int]:
-    """The dimensions from the one of the longest stride on."""
-    return sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d)))
 
 
 def distance(x: Tensor, y: Tensor) -> tuple[float, float]:

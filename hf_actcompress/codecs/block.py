@@ -273,14 +273,18 @@ class Block(Codec):
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         if self._turned:
             return self._decode(self._encode(x, state))
-        shape, flat = tuple(x.shape), self._flat(x)
+        shape, static = tuple(x.shape), {"bits": self.bits, "clip": self.clip, "stored": self.scale}
+        lanes, key = noise_source(self, state, self._cols(shape), x.device)
+        if not self._equalizes(shape) and not self._channels(shape):
+            moved = native.planes_roundtrip(x, self._cols(shape), key, **static)
+            if moved is not None:
+                return moved
+        flat = self._flat(x)
         mean, root = self._tables(feature_scales(x) if self._equalizes(shape) else None, shape)
         inverse = None if root is None else 1 / root
-        lanes, key = noise_source(self, state, self._cols(shape), x.device)
         pieces = []
         for part in self._parts(shape):
             own = [part.features(mean), part.features(inverse), part.features(root)]
-            static = {"bits": self.bits, "clip": self.clip, "stored": self.scale}
             result = native.group_roundtrip(part.take(flat), part.start, *own, key, **static)
             if result is None:
                 rows = [None if key is None else counters(part, x.device)]

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, check_choice
+from .base import Codec, CodecState, Payload, check_choice, extremes
 from .kernels import float8_decode, float8_encode, float8_roundtrip
-from .rows import codes_nbytes, decode_parts, encode_parts, join
+from .rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -31,15 +31,11 @@ class Float8(Codec):
     def __post_init__(self) -> None:
         check_choice(self.name, "format", self.format, tuple(_FORMATS))
 
-    @property
-    def pointwise(self) -> bool:
-        return True
-
     def _scale(self, x: Tensor) -> Tensor:
         """fp32 []"""
         top = torch.finfo(_FORMATS[self.format]).max
-        lo, hi = torch.aminmax(x)
-        largest = torch.maximum(-lo, hi).float()
+        lo, hi = extremes(x)
+        largest = torch.maximum(-lo, hi)
         # Below the smallest normal number of fp32 a division would overflow: such tensors become zero.
         tiny = torch.finfo(torch.float32).tiny
         return torch.where(largest > top * tiny, largest / top, torch.ones_like(largest))
@@ -58,8 +54,7 @@ class Float8(Codec):
         )
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        pieces = encode_parts(float8_roundtrip, x, [self._scale(x)], format=_FORMATS[self.format])
-        return join(pieces)[: x.numel()].view(x.shape)
+        return roundtrip_parts(float8_roundtrip, x, [self._scale(x)], format=_FORMATS[self.format])
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return math.prod(shape) + 4

@@ -21,15 +21,14 @@ class Identity(Codec):
     name: ClassVar[str] = "identity"
     leaves: ClassVar[tuple[str, ...]] = ("values",)
 
-    @property
-    def pointwise(self) -> bool:
-        return True
-
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         return self._payload(x, {"values": x.contiguous()})
 
     def _decode(self, payload: Payload) -> Tensor:
         return payload.tensors["values"].clone()
+
+    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
+        return x.clone()
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return raw_nbytes(shape, dtype)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, check_int, strided_sample
+from .base import Codec, CodecState, Payload, check_int, ranked, strided_sample
 from .kernels import nearest_encode, nearest_roundtrip, table_decode
-from .rows import codes_nbytes, decode_parts, encode_parts, join
+from .rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 
 SAMPLE = 1 << 14
 EXACT = 512  # up to this many weighted points the codebook is found by dynamic programming
@@ -48,8 +48,7 @@ class KMeans(Codec):
         return CodebookState()
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        flat = x.reshape(-1)
-        table = self._fit(strided_sample(flat, SAMPLE), state)
+        table = self._fit(strided_sample(x, SAMPLE), state)
         ranks = torch.arange(table.numel(), dtype=torch.float32, device=x.device)
         static = {"bits": self.bits, "compilable": self.bits <= 6}
         codes = encode_parts(nearest_encode, x, [_edges(table), ranks], **static)
@@ -57,7 +56,7 @@ class KMeans(Codec):
 
     def _fit(self, sample: Tensor, state: CodecState | None) -> Tensor:
         """Sorted fp32 centroids [2**bits]."""
-        points = sample.double().sort().values
+        points = ranked(sample).double()
         mean, std = points.mean(), points.std(correction=0)
         if not std > 0:
             return points[0].float().expand(2**self.bits).contiguous()
@@ -81,9 +80,8 @@ class KMeans(Codec):
         return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, shared, bits=self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        table = self._fit(strided_sample(x.reshape(-1), SAMPLE), state)
-        static = {"compilable": self.bits <= 6}
-        return join(encode_parts(nearest_roundtrip, x, [_edges(table), table], **static))[: x.numel()].view(x.shape)
+        table = self._fit(strided_sample(x, SAMPLE), state)
+        return roundtrip_parts(nearest_roundtrip, x, [_edges(table), table], compilable=self.bits <= 6)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return codes_nbytes(math.prod(shape), self.bits) + 4 * 2**self.bits

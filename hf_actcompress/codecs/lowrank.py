@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, site_hash
+from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, extremes, site_hash
 
 PART = 1 << 20  # elements of a tensor of another dtype that are taken to fp32 at once
 WORST = 1e-2  # smallest eigenvalue of the products of unit columns up to which fp32 sums are trusted
@@ -68,7 +68,7 @@ class LowRank(Codec):
         matrix = Folded(x, m, n)
         # Norms of values near 2**48 would overflow, so the factors are found at a scale of one; the scale is a
         # power of two, which is exact, and both factors carry a part of it.
-        lo, hi = torch.aminmax(x)
+        lo, hi = extremes(x)
         exponent = math.floor(math.log2(max(-float(lo), float(hi), 2.0**-126)))
         if self.method == "svd":
             u, s, vh = torch.linalg.svd(matrix.dense() * 2.0**-exponent, full_matrices=False)

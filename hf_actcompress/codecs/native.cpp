@@ -84,6 +84,14 @@ struct Scale {
     float lo, step, unit;
 };
 
+template <int TOP>
+INLINE Scale scale_of(float lo, float hi, bool stored16) {
+    if (stored16) lo = floor16(lo);
+    float step = hi * static_cast<float>(1.0 / TOP) - lo * static_cast<float>(1.0 / TOP);
+    if (stored16) step = -floor16(-step);
+    return {lo, step, step >= FLT_MIN ? 1.0f / step : 0.0f};
+}
+
 // Values of group `g` in y, and its minimum and step.
 template <int TOP, typename T>
 INLINE Scale prepare(const Groups<T>& all, int64_t g, float* y) {
@@ -110,11 +118,7 @@ INLINE Scale prepare(const Groups<T>& all, int64_t g, float* y) {
         hi = high[j] > hi ? high[j] : hi;
         nan |= strange[j];
     }
-    if (nan) lo = hi = NAN;
-    if (all.stored16) lo = floor16(lo);
-    float step = hi * static_cast<float>(1.0 / TOP) - lo * static_cast<float>(1.0 / TOP);
-    if (all.stored16) step = -floor16(-step);
-    return {lo, step, step >= FLT_MIN ? 1.0f / step : 0.0f};
+    return scale_of<TOP>(nan ? NAN : lo, nan ? NAN : hi, all.stored16);
 }
 
 template <typename T, int BITS, bool NOISE>
@@ -177,6 +181,54 @@ void roundtrip(const Groups<T>& all, T* out) {
             store(own + c, features ? v * r[c] + m[c] : v);
         }
     }
+}
+
+// Images with channels last, [pixels, channels], whose groups are runs of pixels of one channel: what would be decoded of
+// them, in the same order.  Sixteen channels, hence groups, at a time: a cache line of floats.
+template <typename T, int BITS, bool NOISE>
+void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key, bool stored16,
+            T* __restrict out) {
+    constexpr int TOP = (1 << BITS) - 1;
+    const int64_t runs = pixels / cols;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t i = 0; i < images; ++i)
+        for (int64_t r = 0; r < runs; ++r)
+            for (int first = 0; first < channels; first += LANES) {
+                const int64_t at = (i * pixels + r * cols) * channels + first;
+                float lo[LANES], hi[LANES], step[LANES], unit[LANES];
+                int strange[LANES];
+                uint32_t counter[LANES];
+#pragma omp simd
+                for (int j = 0; j < LANES; ++j) lo[j] = INFINITY, hi[j] = -INFINITY, strange[j] = 0;
+                for (int p = 0; p < cols; ++p)
+#pragma omp simd
+                    for (int j = 0; j < LANES; ++j) {
+                        const float v = load(x + at + static_cast<int64_t>(p) * channels + j);
+                        lo[j] = v < lo[j] ? v : lo[j];
+                        hi[j] = v > hi[j] ? v : hi[j];
+                        strange[j] |= v != v;
+                    }
+#pragma omp simd
+                for (int j = 0; j < LANES; ++j) {
+                    const Scale scale = scale_of<TOP>(strange[j] ? NAN : lo[j], strange[j] ? NAN : hi[j], stored16);
+                    lo[j] = scale.lo, step[j] = scale.step, unit[j] = scale.unit;
+                    counter[j] = static_cast<uint32_t>(((i * channels + first + j) * runs + r) * cols);
+                }
+                for (int p = 0; p < cols; ++p)
+#pragma omp simd
+                    for (int j = 0; j < LANES; ++j) {
+                        const int64_t here = at + static_cast<int64_t>(p) * channels + j;
+                        const int code = rounded<TOP, NOISE>((load(x + here) - lo[j]) * unit[j], counter[j] + p, key);
+                        store(out + here, lo[j] + static_cast<float>(code) * step[j]);
+                    }
+            }
+}
+
+template <typename T, int BITS>
+void planes_of(bool noise, const void* x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key,
+               bool stored16, void* out) {
+    const auto run = noise ? planes<T, BITS, true> : planes<T, BITS, false>;
+    run(static_cast<const T*>(x), images, pixels, channels, cols, key, stored16, static_cast<T*>(out));
 }
 
 // e**x, to 1e-7: 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
@@ -314,6 +366,19 @@ extern "C" void group_codes(const void* x, int bf16, int noise, int bits, const 
     else
         choose<float>(bits, {static_cast<const float*>(x), mean, inverse, root, period, groups, cols, start, key,
                              keep16}, noise, codes, scales, out);
+}
+
+// x [images, pixels, channels] fp32 or bf16, whose groups are `cols` pixels of a channel: what is decoded, likewise.
+extern "C" void planes_roundtrip(const void* x, int bf16, int noise, int bits, int64_t images, int64_t pixels,
+                                 int channels, int cols, uint32_t key, int stored16, void* out) {
+    using Run = void (*)(bool, const void*, int64_t, int64_t, int, int, uint32_t, bool, void*);
+    constexpr Run of32[] = {planes_of<float, 1>, planes_of<float, 2>, planes_of<float, 3>, planes_of<float, 4>,
+                            planes_of<float, 5>, planes_of<float, 6>, planes_of<float, 8>};
+    constexpr Run of16[] = {planes_of<uint16_t, 1>, planes_of<uint16_t, 2>, planes_of<uint16_t, 3>,
+                            planes_of<uint16_t, 4>, planes_of<uint16_t, 5>, planes_of<uint16_t, 6>,
+                            planes_of<uint16_t, 8>};
+    const int which = bits == 8 ? 6 : bits - 1;
+    (bf16 ? of16 : of32)[which](noise != 0, x, images, pixels, channels, cols, key, stored16 != 0, out);
 }
 
 // Slopes of a function at x [rows, cols], from `least` in steps of 1 / scale.  Returns whether NaN or Inf was among x.

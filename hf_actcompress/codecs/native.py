@@ -87,6 +87,8 @@ def _library() -> ctypes.CDLL | None:
     p, i, n, u, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
     library.group_codes.argtypes = [p, i, i, i, p, p, p, n, n, i, u, u, i, p, p, p]
     library.group_codes.restype = None
+    library.planes_roundtrip.argtypes = [p, i, i, i, n, n, i, i, u, i, p]
+    library.planes_roundtrip.restype = None
     library.slope_encode.argtypes = [p, i, i, i, n, i, f, f, u, u, p]
     library.slope_encode.restype = i
     library.two_flags.argtypes = [p, i, n, f, p]
@@ -147,6 +149,26 @@ def group_roundtrip(
         return None
     out = torch.empty_like(x)
     _group_codes(library, x, start, (mean, inverse, root), key, bits, stored, (None, None, out))
+    return out
+
+
+def planes_roundtrip(
+    x: Tensor, cols: int, key: Tensor | None, *, bits: int, clip: float, stored: int
+) -> Tensor | None:
+    """Roundtrip of images [B, C, H, W] that lie with channels last, by groups of `cols` pixels of a channel; as `x`.
+
+    None where this is not for it: then they are to be brought to the order of the shape first.
+    """
+    if x.dim() != 4 or x.shape[1] % 16 or x.shape[2] * x.shape[3] % cols or x.is_contiguous() or clip != 1:
+        return None
+    lying = x.permute(0, 2, 3, 1)
+    if not lying.is_contiguous() or (library := _ready(lying.view(-1, 1, cols), bits)) is None:
+        return None
+    out, (images, channels, *_) = torch.empty_like(x), x.shape
+    library.planes_roundtrip(
+        x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, images, x.shape[2] * x.shape[3], channels,
+        cols, 0 if key is None else int(key) & 0xFFFFFFFF, stored == 16, out.data_ptr(),
+    )  # fmt: skip
     return out
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .compiled import Kernel
+from .layout import as_it_lies, restored
 from .packing import ceil8
 
 # An eager chain of elementwise operations on a tile of this many elements stays in the cache of a CPU core.  GPUs
@@ -83,6 +84,11 @@ def encode_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **static: 
     """The kernel's first result for every part of `x` in rows of COLS, flat."""
     flat = x.reshape(-1)
     return [apply(kernel, part.take(flat), shared=shared, **static)[0].view(-1) for part in parts(x.numel(), COLS)]
+
+
+def roundtrip_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **static: Any) -> Tensor:
+    """What the kernel makes of each value by itself, as `x`, in whatever order that lies in memory."""
+    return restored(join(encode_parts(kernel, as_it_lies(x), shared, **static))[: x.numel()], x)
 
 
 def decode_parts(

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, check_choice, check_int, strided_sample
+from .base import Codec, CodecState, Payload, check_choice, check_int, extremes, ranked, strided_sample
 from .kernels import sort_decode, sort_encode, sort_roundtrip, table_decode
 from .levels import safe_inverse
 from .packing import MAX_BITS
-from .rows import codes_nbytes, decode_parts, encode_parts, join
+from .rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 
 SAMPLE = 1 << 15
 FEW_SPLITS = 3  # up to here a chain of choices takes less time than a table
@@ -51,26 +51,26 @@ class Sort(Codec):
                 f"a group; bits is the total per element. Use splits from 1 to {self.bits - 1}."
             )
 
-    def _groups(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def _groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inner thresholds fp32 [G - 1] and scales fp32 [G, 2] (minimum, step)."""
         count, top = 2**self.splits, 2 ** (self.bits - self.splits) - 1
         exact = self.quantiles == "exact"
-        ranked = (flat.float() if exact else strided_sample(flat, SAMPLE)).sort().values
-        first = torch.arange(count, device=flat.device) * ranked.numel() // count
-        lo = ranked[first]
+        values = x.float().reshape(-1).sort().values if exact else ranked(strided_sample(x, SAMPLE))
+        first = torch.arange(count, device=x.device) * values.numel() // count
+        lo = values[first]
         if exact:
             # A group holds the values from its threshold up to below the next distinct threshold.
-            stop = torch.searchsorted(ranked, lo[1:]) - 1
-            hi = torch.cat([ranked[stop.clamp_min(0)], ranked[-1:]])
+            stop = torch.searchsorted(values, lo[1:]) - 1
+            hi = torch.cat([values[stop.clamp_min(0)], values[-1:]])
             hi = torch.maximum(hi, lo)
         else:
-            least, most = (v.float() for v in torch.aminmax(flat))
+            least, most = extremes(x)
             lo = torch.cat([least[None], lo[1:]])
             hi = torch.cat([lo[1:], most[None]])
         return lo[1:].contiguous(), torch.stack([lo, hi / top - lo / top], 1)
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        edges, scales = self._groups(x.reshape(-1))
+        edges, scales = self._groups(x)
         offsets = torch.arange(scales.shape[0], device=x.device).float() * 2 ** (self.bits - self.splits)
         shared = [edges, scales, safe_inverse(scales[:, 1]), offsets]
         codes = encode_parts(sort_encode, x, shared, **self._static())
@@ -86,9 +86,8 @@ class Sort(Codec):
         return decode_parts(table_decode, codes, payload.shape, self.bits, [table], bits=self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        edges, scales = self._groups(x.reshape(-1))
-        pieces = encode_parts(sort_roundtrip, x, [edges, scales, safe_inverse(scales[:, 1])], **self._static())
-        return join(pieces)[: x.numel()].view(x.shape)
+        edges, scales = self._groups(x)
+        return roundtrip_parts(sort_roundtrip, x, [edges, scales, safe_inverse(scales[:, 1])], **self._static())
 
     def _static(self) -> dict[str, int | bool]:
         # A chain of comparisons is as long as there are groups.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base import Codec, CodecState, LeafShapes, Payload
 from .bit_kernels import keep_above, place
+from .layout import as_it_lies, restored
 from .rows import decode_parts, encode_parts, join
 from .selection import find_cut, ranks, runs_of_set_bits, set_bits
 
@@ -72,12 +73,11 @@ class TopK(Codec):
         return decode_parts(place, where, payload.shape, 1, shared, beside=[ranks(where)])
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        flat, n = x.reshape(-1), x.numel()
-        cut = find_cut(flat, self.kept(n))
+        flat, cut = as_it_lies(x).reshape(-1), find_cut(x, self.kept(x.numel()))
         assert cut is not None
-        out = join(encode_parts(keep_above, x, [cut.hi]))[:n]
+        out = join(encode_parts(keep_above, flat, [cut.hi]))[: x.numel()]
         out[cut.more] = flat[cut.more]
-        return out.view(x.shape)
+        return restored(out, x)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         n = math.prod(shape)

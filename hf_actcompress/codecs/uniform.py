@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, check_choice, check_int
+from .base import Codec, CodecState, Payload, check_choice, check_int, extremes
 from .compiled import Kernel
 from .kernels import line_decode, line_encode, line_roundtrip
+from .layout import as_it_lies, restored
 from .packing import MAX_BITS
 from .rounding import RoundingState, noise_source
 from .rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
@@ -37,13 +38,9 @@ class Uniform(Codec):
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return RoundingState(site, seed) if self.round == "stochastic" else None
 
-    @property
-    def pointwise(self) -> bool:
-        return self.round == "nearest"
-
     def _scale(self, x: Tensor) -> Tensor:
         """fp32 [2]: minimum and step."""
-        lo, hi = (v.float() for v in torch.aminmax(x))
+        lo, hi = extremes(x)
         top = 2**self.bits - 1
         return torch.stack([lo, hi / top - lo / top])  # hi - lo could overflow
 
@@ -65,7 +62,9 @@ class Uniform(Codec):
         return decode_parts(line_decode, codes, payload.shape, self.bits, [scale], bits=self.bits, dtype=payload.dtype)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        return join(self._apply(line_roundtrip, x, self._scale(x), state))[: x.numel()].view(x.shape)
+        # Noise counts the elements in the order of the shape.
+        x = x.contiguous() if self.round == "stochastic" else x
+        return restored(join(self._apply(line_roundtrip, as_it_lies(x), self._scale(x), state))[: x.numel()], x)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return codes_nbytes(math.prod(shape), self.bits) + 8

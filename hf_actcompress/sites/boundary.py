@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, CodecState, Feedback, raw_nbytes, representable
+from ..codecs.layout import dense
 from ..layers import first_tensor, replace_first_tensor
-from ..metering import Meter, dense, memory_order, pick
+from ..metering import Meter, pick
 
 
 class Channel:
@@ -161,10 +162,6 @@ class _Compress(torch.autograd.Function):
 
 def _roundtrip(codec: Codec, x: Tensor, state: CodecState | None, check: bool = False) -> Tensor:
     """codec.roundtrip of a dense tensor, with its strides."""
-    if codec.pointwise and not x.is_contiguous():  # no need to go to another order and back
-        order = memory_order(x)
-        y = codec.roundtrip(x.permute(order), state, check=check)
-        return y.permute([order.index(d) for d in range(x.dim())])
     return _laid_out_like(x, codec.roundtrip(x, state, check=check))
 
 

@@ -156,7 +156,7 @@ def check(codec, x):
         assert same_bits(x, before) and x.stride() == bits
         assert y.shape == x.shape and y.dtype == x.dtype and y.device == x.device and y.is_contiguous()
         assert torch.isfinite(y).all()
-        assert same_bits(y, z) and z.is_contiguous()
+        assert same_bits(y, z) and (z.is_contiguous() or z.stride() == x.stride())
         assert same(content(one), content(two))
         assert not payload.raw
         tensors = list(payload.tensors.values()) + [t for p in payload.parts.values() for t in p.tensors.values()]
