@@ -49,6 +49,13 @@ def test_stages_in_a_row_are_the_model(name, how):
             assert (a is None and b is None) or torch.equal(a, b), label
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_classifiers_that_pool_the_last_token_find_it_behind_padding(name):
+    model, batch = build(name).eval(), batch_of(name)
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)  # 0 pads
+    assert torch.equal(run(split(model, [0, 2]), batch), whole(model, batch))
+
+
 @pytest.mark.parametrize("name", ["bert", "vit", "mobilenetv2_100", "vit_tiny_patch16_224"])
 def test_parameters_are_kept_once_under_their_own_names(name):
     model = build(name)
