@@ -35,6 +35,8 @@ def whole(model, batch):
 @pytest.mark.parametrize("how", ["first", "last", "every"])
 def test_stages_in_a_row_are_the_model(name, how):
     model, batch = build(name).eval(), batch_of(name)
+    if name in ("gpt2", "llama"):  # they classify by the last token that is not padding, which has the number 0
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)
     count = len(find_layers(model))
     cuts = {"first": [0], "last": [count - 2], "every": list(range(count - 1))}[how]
     expected = whole(model, batch)
@@ -47,13 +49,6 @@ def test_stages_in_a_row_are_the_model(name, how):
         # Parameters on top of the model are copied into every stage; the first one's are used.
         if "." in label:
             assert (a is None and b is None) or torch.equal(a, b), label
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_classifiers_that_pool_the_last_token_find_it_behind_padding(name):
-    model, batch = build(name).eval(), batch_of(name)
-    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)  # 0 pads
-    assert torch.equal(run(split(model, [0, 2]), batch), whole(model, batch))
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "mobilenetv2_100", "vit_tiny_patch16_224"])
