@@ -137,6 +137,8 @@ class PipelineTrainer:
                 f"--cuts {' '.join(map(str, args.cuts))} makes {len(modules)} stages; {args.topology} on {self.size} "
                 f"ranks has {count}: give {count - 1} cuts."
             )
+        bounds = [len(module.layers) for module in modules[:-1]]
+        self.cuts = [sum(bounds[: k + 1]) - 1 for k in range(count - 1)]
         self.modules = {k: modules[k].to(self.device).train() for k in self.own}
         self.all_modules = modules
         codec = Identity() if args.codec == "none" else parse_codec(args.codec)
