@@ -7,8 +7,8 @@ With no arguments: a packaged MiniLM learns an embedded task on two processes, a
         --dataset ../shared/data/glue/sst2 --codec delta+rotated:bits=2 --grad_codec block:bits=4,round=stochastic
     torchrun --nproc_per_node 2 examples/glue/run_glue_pipeline.py --save_steps 50 --resume
 
-On two hosts, the same on each with `torchrun --nnodes 2 --nproc_per_node 1 --node_rank R --master_addr HOST`.  Only rank
-0 needs the data; with client-server, tokens and labels never leave it.
+On two hosts, the same on each with `torchrun --nnodes 2 --nproc_per_node 1 --node_rank R --master_addr HOST`.  Only
+rank 0 needs the data; with client-server, tokens and labels never leave it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if data is not None:
         train, evaluation = tokenize_splits(data, tokenizer, data_args.max_length)
     multiple = data_args.pad_to_multiple_of
+    padding = "longest" if multiple else "max_length"
     collate = DataCollatorWithPadding(
-        tokenizer, "longest" if multiple else "max_length", max_length=data_args.max_length, pad_to_multiple_of=multiple
+        tokenizer, padding, max_length=data_args.max_length, pad_to_multiple_of=multiple
     )
     return train_pipeline_and_report(
         model=model,

@@ -95,7 +95,7 @@ class DeltaState(CodecState):
         if ids is None:
             return Plan([], [], list(range(rows)))
         if len(ids) != rows:
-            raise ValueError(f"{self.codec}: {len(ids)} sample ids for a batch of {rows} rows; one for each is needed.")
+            raise ValueError(f"{self.codec}: {len(ids)} sample ids for a batch of {rows} rows; each needs one.")
         if self.shape is None and not self.frozen:
             self.shape = tuple(shape[1:])
         plan, present = Plan([], [], []), set()
@@ -216,8 +216,8 @@ class Delta(Codec):
     Payload: those of `first` and `inner` for the rows they get, and 8 bytes that tell whether the caches agree.
     `payload_nbytes` is that of a batch whose samples are all in the cache.  Without a state, or in evaluation, all
     rows are sent by `first`.
-    Raises ValueError in training without `sample_ids`, and where the two sides' caches differ (other hardware may round
-    otherwise).
+    Raises ValueError in training without `sample_ids`, and where the two sides' caches differ (other hardware may
+    round otherwise).
     Source: Wang et al., "Fine-tuning language models over slow networks using activation compression with
     guarantees" (AQ-SGD), 2022.
     """
@@ -240,7 +240,8 @@ class Delta(Codec):
         check_choice(self.name, "evict", self.evict, ("keep", "lru"))
 
     def __str__(self) -> str:
-        options = [] if self.first == Block(bits=8) else [f"first={str(self.first).replace(':', '/').replace(',', ';')}"]
+        first = str(self.first).replace(":", "/").replace(",", ";")
+        options = [] if self.first == Block(bits=8) else [f"first={first}"]
         options += [] if self.cache == 1024 else [f"cache={self.cache}"]
         options += [] if self.evict == "keep" else [f"evict={self.evict}"]
         return f"delta{':' if options else ''}{','.join(options)}+{self.inner}"
@@ -300,13 +301,13 @@ class Delta(Codec):
         else:
             plan = Plan([], [], list(range(payload.shape[0] if payload.shape else 1)))
         if ("change" in payload.parts) != bool(plan.seen):
-            raise ValueError(f"{self}: a change is decoded by the receiver's own state, which has to know the samples.")
+            raise ValueError(f"{self}: a change is decoded with the receiver's own state, which has to know the ids.")
         if plan.seen:
             own = state.check(plan.slots)
             if int(own) != int(payload.tensors["check"]):
                 raise ValueError(
-                    f"{self}: the caches of the two sides differ. Resume both from the same step, and use the same kind "
-                    "of device and version on both sides."
+                    f"{self}: the caches of the two sides differ. Resume both from the same step, and use the same "
+                    "kind of device and version on both sides."
                 )
         return self._rebuild(payload, state, plan)
 

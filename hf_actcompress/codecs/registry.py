@@ -99,7 +99,8 @@ def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
         names = [*CODECS, *PRESETS]
         close = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {', '.join(names)}; also a|b, ef+a and delta+a.")
+        known = f"{', '.join(names)}; also a|b, ef+a and delta+a"
+        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {known}.")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values = {}

@@ -16,8 +16,8 @@ class PipelineArguments:
     topology: str = field(
         default="linear",
         metadata={
-            "help": "'linear': stage i on rank i; 'client-server': rank 0 keeps the first and the last stage, with the "
-            "data and labels, and the others the middle."
+            "help": "'linear': stage i on rank i; 'client-server': rank 0 keeps the first and the last stage, with "
+            "the data and labels, and the others the middle."
         },
     )
     schedule: str | None = field(
@@ -27,7 +27,9 @@ class PipelineArguments:
             "(zero bubble, V-shaped; the one for client-server)."
         },
     )
-    ahead: int = field(default=2, metadata={"help": "Micro-batches that 'early' runs ahead; each costs its activations."})
+    ahead: int = field(
+        default=2, metadata={"help": "Micro-batches that 'early' runs ahead; each costs its activations."}
+    )
     cuts: list[int] | None = field(
         default=None, metadata={"help": "Layers after which to cut, e.g. 0 4; default: about as many layers each."}
     )

@@ -85,8 +85,8 @@ class Links:
     def _lost(self, what: str, peer: int, error: RuntimeError) -> LinkError:
         if "timed out" in str(error).lower():
             said = reason()
-            why = f"rank {peer} did not answer within {self.timeout:g} s. It hangs, or computes longer than that (then "
-            why += "raise the timeout)."
+            why = f"rank {peer} did not answer within {self.timeout:g} s. It hangs, or computes longer than that "
+            why += "(then raise the timeout)."
         else:
             said = reason(patience=1.0)  # the peer writes before it goes
             why = f"the connection to rank {peer} has closed: the process there has ended."
@@ -123,7 +123,7 @@ def exchange(texts: dict[int, str], links: Links, tags: dict[int, tuple[int, int
         data = texts[key].encode()[:TEXT].ljust(TEXT)
         buffers[key] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         links.send(buffers[key], peer, tag, what)
-    found = {key: bytes(links.collect(tag).numpy()).decode(errors="replace").rstrip() for key, (_, tag) in tags.items()}
+    found = {key: bytes(links.collect(tag).numpy()).decode().rstrip() for key, (_, tag) in tags.items()}
     links.flush()
     return found
 

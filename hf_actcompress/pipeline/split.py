@@ -91,7 +91,8 @@ class StageModule(nn.Module):
         own = layers[bounds[index] : bounds[index + 1]]
         # What both sides of a link have to agree on, in words and as a number that shapes and names make.
         shapes = zlib.crc32(str([(name, tuple(p.shape)) for name, p in model.named_parameters()]).encode())
-        self.plan = f"{type(model).__name__} {shapes:08x}, {len(layers)} layers cut after {[b - 1 for b in bounds[1:-1]]}"
+        cuts = [bound - 1 for bound in bounds[1:-1]]
+        self.plan = f"{type(model).__name__} {shapes:08x}, {len(layers)} layers cut after {cuts}"
         self.layers = tuple(layer.name for layer in own)
         relay = self._relay = _Relay()
         dtype = next((p.dtype for p in model.parameters()), torch.float32)

@@ -32,8 +32,8 @@ class CompressedPipelineStage(LinkedStage):
     timeout: seconds that the stage waits for a peer.
     agree: more that neighbours must have in common, {what: value}.
 
-    `bytes` counts what was sent in each direction, `raw_bytes` what it would have been, `seconds` the time of encoding,
-    decoding and waiting for peers.  A state is kept for each link, direction and micro-batch (of `delta` for each
+    `bytes` counts what was sent in each direction, `raw_bytes` what it would have been, `seconds` the time to encode,
+    decode and wait for peers.  A state is kept for each link, direction and micro-batch (of `delta` for each
     link); `codec_state()` is checkpointable.
     Raises WireError (sites/wire.py) where what arrives is not what was to arrive, LinkError where a peer does not
     answer; both name stage, micro-batch, step and cause.

@@ -30,7 +30,7 @@ from ..codecs import Identity, parse_codec
 from .arguments import PipelineArguments
 from .engine import EarlySchedule1F1B, Shapes, forward_only
 from .feed import Batch, Feed
-from .links import LinkError, Links, report
+from .links import LinkError, Links, reason, report
 from .split import merge, split
 from .stage import CompressedPipelineStage
 
@@ -48,8 +48,8 @@ def join(timeout: float) -> tuple[int, int]:
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise ValueError(
-            "A pipeline needs two processes or more, and this is the only one: launch it by `torchrun --nproc_per_node "
-            "2 SCRIPT ...` (on each of two hosts: `torchrun --nnodes 2 --node_rank R --master_addr HOST ...`)."
+            "A pipeline needs two processes or more, and this is the only one: launch it by `torchrun "
+            "--nproc_per_node 2 SCRIPT ...` (on each of two hosts: `torchrun --nnodes 2 --node_rank R ...`)."
         )
     if not dist.is_initialized():
         try:
@@ -301,7 +301,11 @@ class PipelineTrainer:
         try:
             dist.all_reduce(square)
         except RuntimeError as error:
-            raise LinkError(f"Rank {self.rank}, norm of the gradients after step {self.step + 1}: a rank has gone.") from error
+            said = reason(1.0)
+            raise LinkError(
+                f"Rank {self.rank}, norm of the gradients in step {self.step + 1}: another rank has gone or hangs."
+                + (f" Reported before: {said}" if said else "")
+            ) from error
         self.times["wait"] += time.perf_counter() - began
         factor = self.args.max_grad_norm / (float(square.sqrt()) + 1e-6)
         if factor < 1:
@@ -339,11 +343,12 @@ class PipelineTrainer:
     def _bar(self, total: int) -> Any:
         from .progress import Progress
 
-        return Progress(total, self) if self.rank == 0 and not self.args.disable_tqdm else nullcontext(lambda step: None)
+        shown = self.rank == 0 and not self.args.disable_tqdm
+        return Progress(total, self) if shown else nullcontext(lambda step: None)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
     def evaluate(self) -> dict[str, float]:
-        """Loss and metrics on the evaluation data, which passes through the same links; the same dict on every rank."""
+        """Loss and metrics on the evaluation data, which goes over the same links; equal on every rank."""
         for module in self.modules.values():
             module.eval()
         outputs, labels = [], []
@@ -412,7 +417,9 @@ class PipelineTrainer:
         path = self.folder / "checkpoints" / f"step-{step}" / f"rank{self.rank}.pt"
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["own"] != self.own:
-            raise ValueError(f"{path} holds the stages {state['own']}, this rank runs {self.own}: resume as it was run.")
+            raise ValueError(
+                f"{path} holds the stages {state['own']}, this rank runs {self.own}: resume with the same topology."
+            )
         for k, module in self.modules.items():
             module.load_state_dict(state["top"][k])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,4 @@
-"""What every pipeline recipe does around its data and model: arguments, training, evaluation, the merged model, results.
+"""What every pipeline recipe does around its data and model: arguments, training, the merged model, results.
 
 The only file of the recipes that joins them to the pipeline.
 """
@@ -57,7 +57,9 @@ def train_pipeline_and_report(
     history = trainer.train()
     metrics = trainer.evaluate()
     names = ("total", "compute", "encode", "decode", "wait", "forward", "backward")
-    sums = [{name: sum(entry["ranks"][rank][name] for entry in history) for name in names} for rank in range(trainer.size)]
+    sums = [
+        {name: sum(entry["ranks"][rank][name] for entry in history) for name in names} for rank in range(trainer.size)
+    ]
     seconds = max(one["total"] for one in sums) or 1.0
     samples = trainer.step * args.batch_size
     record = {

@@ -26,7 +26,7 @@ LAYOUT = struct.Struct("<4sHHIIQI")
 HEADER = 64
 STRANGE = 1  # flag: the sender's tensor held NaN, Inf or magnitudes above 2**48, and there is no body
 UNCODABLE = (
-    "the tensor holds NaN, Inf or magnitudes above 2**48. Lower the learning rate, or look for the cause in that stage."
+    "the tensor holds NaN, Inf or magnitudes above 2**48. Lower the learning rate, or look for the cause there."
 )
 
 
@@ -59,7 +59,13 @@ class WireFormat:
     """
 
     def __init__(
-        self, codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, *, checksum: bool = True, new: int | None = None
+        self,
+        codec: Codec,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        checksum: bool = True,
+        new: int | None = None,
     ) -> None:
         self.codec, self.shape, self.dtype, self.checksum = codec, tuple(shape), dtype, checksum
         # Shapes of what is inside follow from the input's shape alone, so any tensor shows them.
@@ -137,7 +143,7 @@ class WireFormat:
                 f"{self.dtype}). Give both sides the same configuration and model."
             )
         if found != number:
-            raise WireError(f"{where}: message {found} arrived where {number} was expected: the sides are out of step.")
+            raise WireError(f"{where}: message {found} arrived instead of {number}: the sides are out of step.")
         if flags & STRANGE:
             raise WireError(f"{where}: on the sender's side {UNCODABLE}")
         if self.checksum and (own := self._sum(buffer)) != total:

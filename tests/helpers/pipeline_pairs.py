@@ -168,7 +168,7 @@ def example(kind: str, rank: int, folder: Path) -> None:
     spec.loader.exec_module(module)
     if rank:  # must not be missed
         module.load_text = module.load_images = None
-    argv = "--max_train_samples 12 --max_eval_samples 10 --batch_size 4 --micro_batches 2 --eval_batch_size 8 --disable_tqdm"
+    argv = "--max_train_samples 12 --max_eval_samples 10 --batch_size 4 --micro_batches 2 --eval_batch_size 8"
     own = {
         "glue": f"--model {folder}/model --max_length 16 --topology client-server --codec delta+block:bits=4",
         "cifar": "--model resnet10t --image_size 32 --bf16 True --codec block:bits=4 --channels_last False",
@@ -178,12 +178,13 @@ def example(kind: str, rank: int, folder: Path) -> None:
 
         if rank == 0:
             data = load_text()
-            for part in load_text_model("tiny-bert", data.num_labels, label_names=data.label_names, texts=data.texts()):
+            names = data.label_names
+            for part in load_text_model("tiny-bert", data.num_labels, label_names=names, texts=data.texts()):
                 part.save_pretrained(folder / "model.part")
             (folder / "model.part").rename(folder / "model")
         while not (folder / "model").exists():
             time.sleep(0.1)
-    record = module.main([*argv.split(), *own.split(), "--output_dir", str(folder)])
+    record = module.main([*argv.split(), *own.split(), "--output_dir", str(folder), "--disable_tqdm"])
     if rank == 0:
         (folder / "returned.json").write_text(json.dumps(sorted(record)))
 

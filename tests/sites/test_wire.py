@@ -72,7 +72,7 @@ def test_other_peers_are_named():
                   WireFormat(wire.codec, wire.shape, torch.bfloat16)):  # fmt: skip
         with pytest.raises(WireError, match="another codec, shape or dtype.*Give both sides the same"):
             other.read(torch.cat([buffer, buffer])[: other.nbytes], 3)
-    with pytest.raises(WireError, match="message 3 arrived where 4 was expected"):
+    with pytest.raises(WireError, match="message 3 arrived instead of 4"):
         wire.read(buffer, 4)
     with pytest.raises(WireError, match="does not begin as a payload does"):
         wire.read(torch.zeros_like(buffer), 3)
