@@ -90,9 +90,9 @@ def test_time_and_bytes_are_accounted_for(folder):
     first, later = (log(folder, "whole")["history"][step] for step in (0, 9))
     codec_bytes = [sum(rank["forward"] for rank in entry["ranks"]) for entry in (first, later)]
     values, header = 2 * 12 * 16, 64
-    scales = lambda bits: -(-values // 256) * 4  # noqa: E731
-    assert codec_bytes[0] == 2 * 4 * (values + scales(8) + header)  # the first epoch in full
-    assert codec_bytes[1] == 2 * 4 * (values // 4 + scales(2) + 8 + header)
+    scales = -(-values // 128) * 4
+    assert codec_bytes[0] == 2 * 4 * (values + scales + header)  # the first epoch in full
+    assert codec_bytes[1] == 2 * 4 * (values // 4 + scales + 8 + header)
     for entry in (first, later):
         for rank in entry["ranks"]:
             parts = [rank[name] for name in ("compute", "encode", "decode", "wait")]
