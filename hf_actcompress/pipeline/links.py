@@ -25,7 +25,7 @@ class Links:
     """What one stage sends and awaits.
 
     timeout: seconds that a wait may take.
-    `waited` counts the seconds spent waiting.
+    `waited` counts the seconds spent waiting, `bytes` what was sent.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
@@ -36,13 +36,14 @@ class Links:
                 f"Payloads travel over gloo, and the process group has {dist.get_backend_config(group)!r}: use "
                 "init_process_group('gloo'), or 'cpu:gloo,cuda:nccl' where NCCL is needed besides."
             )
-        self.group, self.timeout, self.waited = group, timeout, 0.0
+        self.group, self.timeout, self.waited, self.bytes = group, timeout, 0.0, 0
         self._sent: dict[int, tuple[dist.Work, str, int]] = {}
         self._awaited: dict[int, tuple[dist.Work, Tensor, str, int]] = {}
 
     def send(self, buffer: Tensor, peer: int, tag: int, what: str) -> None:
         """Send `buffer`, which must stay as it is until `flush`."""
         self._settle(tag)
+        self.bytes += buffer.numel()
         try:
             self._sent[tag] = dist.isend(buffer, peer, group=self.group, tag=tag), what, peer
         except RuntimeError as error:

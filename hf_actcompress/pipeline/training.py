@@ -162,7 +162,7 @@ class PipelineTrainer:
         self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (self.per_epoch or 0))
         self.step, self.history = 0, []
         self.times = dict.fromkeys(("total", "encode", "decode", "wait"), 0.0)
-        self.bytes = {"forward": 0, "backward": 0}
+        self.bytes = {"forward": 0, "backward": 0, "side": 0}
         self._losses: list[Tensor] = []
         self._valid = 1
 
@@ -318,15 +318,16 @@ class PipelineTrainer:
         for stage in self.stages:
             for name in ("encode", "decode", "wait"):
                 self.times[name] += stage.seconds.pop(name, 0.0)
-            for direction in self.bytes:
+            for direction in ("forward", "backward"):
                 self.bytes[direction] += stage.bytes.pop(direction, 0)
+        self.bytes["side"], self.feed.links.bytes = self.bytes["side"] + self.feed.links.bytes, 0
 
     def _log(self) -> None:
         loss = torch.stack(self._losses).mean().item() if self._losses else math.nan
         own = torch.tensor([loss, *self.times.values(), *self.bytes.values()], dtype=torch.float64)
         every = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(every, own)
-        names = ("total", "encode", "decode", "wait", "forward", "backward")
+        names = (*self.times, *self.bytes)
         ranks = [dict(zip(names, one[1:].tolist(), strict=True)) for one in every]
         for one in ranks:
             one["compute"] = one["total"] - one["encode"] - one["decode"] - one["wait"]

@@ -56,7 +56,7 @@ def train_pipeline_and_report(
     )
     history = trainer.train()
     metrics = trainer.evaluate()
-    names = ("total", "compute", "encode", "decode", "wait", "forward", "backward")
+    names = ("total", "compute", "encode", "decode", "wait", "forward", "backward", "side")
     sums = [
         {name: sum(entry["ranks"][rank][name] for entry in history) for name in names} for rank in range(trainer.size)
     ]
