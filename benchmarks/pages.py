@@ -1,4 +1,4 @@
-"""Fill the generated parts of docs/results.md, docs/memory.md and README.md from benchmarks/results.
+"""Fill the generated parts of docs/results.md, docs/memory.md, docs/pipeline.md and README.md from benchmarks/results.
 
     python benchmarks/pages.py
 
@@ -9,9 +9,11 @@ it is.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import memory_pages
+import pipeline_pages
 import speed
 
 from hf_actcompress.report import accuracy_table, load_records
@@ -152,6 +154,7 @@ def main() -> None:
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")
+    pipeline_pages.fill(sys.modules[__name__])
 
 
 if __name__ == "__main__":

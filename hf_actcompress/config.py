@@ -64,6 +64,8 @@ class ActCompressConfig:
         if self.saved is not None:
             auto = isinstance(self.saved, str) and self.saved.strip().lower().startswith("auto")
             self.saved = str(Auto.parse(self.saved) if auto else _spec(self.saved, "saved"))
+            if self.saved.startswith("delta"):
+                raise ValueError(f"saved={self.saved!r}: delta is for boundaries and links alone.")
             if self.saved.startswith("ef+"):
                 raise ValueError(
                     f"saved={self.saved!r}: error feedback would add what one tensor lost to another one. Use "

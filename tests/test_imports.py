@@ -28,7 +28,7 @@ MAY = {
     "callback": {"codecs", "layers", "metering", "config", "sites", "attach"},
     "pipeline": {"codecs", "layers", "metering", "config", "sites", "attach"},
     "weights": {"codecs", "layers", "metering", "config"},
-    "recipes": {"config", "callback"},
+    "recipes": {"config", "callback", "codecs", "pipeline"},
     "bench": {"codecs", "metering"},
     "inspection": {"codecs", "layers", "config", "sites", "attach", "recipes"},
     "commands": {"codecs", "layers", "metering", "config", "sites", "attach", "report", "plots", "bench", "inspection",

@@ -3,6 +3,7 @@
 from .base import Codec, CodecState, Payload, raw_nbytes, representable
 from .block import Block
 from .chain import Chain
+from .delta import Delta, sample_ids
 from .feedback import Feedback
 from .float8 import Float8
 from .identity import Identity
@@ -16,7 +17,7 @@ from .topk import TopK
 from .uniform import Uniform
 
 __all__ = [
-    "CODECS", "Block", "Chain", "Codec", "CodecState", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
+    "CODECS", "Block", "Chain", "Codec", "CodecState", "Delta", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
     "Payload", "Sort", "TopK", "Uniform", "codec_names", "decode_slopes", "encode_slopes", "pack_flags",
-    "pack_two_values", "parse_codec", "raw_nbytes", "representable", "unpack_flags",
+    "pack_two_values", "parse_codec", "raw_nbytes", "representable", "sample_ids", "unpack_flags",
 ]  # fmt: skip

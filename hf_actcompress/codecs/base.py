@@ -90,6 +90,9 @@ class Codec:
     # Names of the payload tensors that hold floats a second codec of a chain can compress further.
     leaves: ClassVar[tuple[str, ...]] = ()
 
+    # Whether a state is needed on both sides, which has to be told the samples of a batch (delta).
+    needs_ids: ClassVar[bool] = False
+
     # -- what users call ---------------------------------------------------------------------------------------
     def encode(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Payload:
         """Compress `x` (any shape; fp32, bf16, fp16 or fp64; contiguous or not).
@@ -108,12 +111,15 @@ class Codec:
             return Payload(str(self), tuple(x.shape), x.dtype, {"raw": x.detach().contiguous()}, raw=True)
         return payload
 
-    def decode(self, payload: Payload) -> Tensor:
-        """The tensor again: original shape, dtype and device, contiguous."""
+    def decode(self, payload: Payload, state: CodecState | None = None) -> Tensor:
+        """The tensor again: original shape, dtype and device, contiguous.
+
+        state: the receiver's own, for codecs with `needs_ids`; others need none.
+        """
         if payload.raw:
             return payload.tensors["raw"].clone()
         with torch.no_grad(), _full_precision(next(iter(_tensors(payload)))):
-            return _finite(self._decode(payload))
+            return _finite(self._decode_with(payload, state))
 
     def roundtrip(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Tensor:
         """The same values as `decode(encode(x, state))`, bit for bit, and the same change of `state`.
@@ -132,6 +138,10 @@ class Codec:
             return 0
         return self._payload_nbytes(tuple(shape), dtype)
 
+    def sent_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, state: CodecState | None) -> int:
+        """Bytes of the payload that was made last with `state`."""
+        return self.payload_nbytes(shape, dtype)
+
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         """Fresh state for one site, or None for a codec that remembers nothing."""
         return None
@@ -146,6 +156,9 @@ class Codec:
 
     def _decode(self, payload: Payload) -> Tensor:
         raise NotImplementedError
+
+    def _decode_with(self, payload: Payload, state: CodecState | None) -> Tensor:
+        return self._decode(payload)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         return self._decode(self._encode(x, state))

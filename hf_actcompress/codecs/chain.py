@@ -55,6 +55,9 @@ class Chain(Codec):
                 f"{self.second.name} to compress. Chains start with topk, lowrank or identity."
             )
 
+        if self.second.needs_ids:
+            raise ValueError(f"{self.first}|{self.second}: delta goes around all: write delta+{self.first}|...")
+
     def __str__(self) -> str:
         return f"{self.first}|{self.second}"
 

@@ -57,6 +57,9 @@ class Feedback(Codec):
         if isinstance(self.inner, Feedback):
             raise ValueError(f"ef+{self.inner}: error feedback is applied once; write {self.inner}.")
 
+        if self.inner.needs_ids:
+            raise ValueError(f"ef+{self.inner}: the next change contains what the last one lost; write {self.inner}.")
+
     def __str__(self) -> str:
         return f"ef+{self.inner}"
 

@@ -11,6 +11,7 @@ from typing import Any
 from .base import Codec
 from .block import Block
 from .chain import Chain
+from .delta import Delta
 from .feedback import Feedback
 from .float8 import Float8
 from .identity import Identity
@@ -38,7 +39,8 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
     """A codec from its spec, a dict {"name": "block", "bits": 4, ...}, or a codec (returned as it is).
 
     Grammar: `name[:option=value,...]`, `a|b` (b compresses what a leaves), `ef+a` (error feedback around all that
-    follows); `rotated:bits=2` is block with all that helps at few bits (PRESETS).
+    follows), `delta+a` (a compresses the change of each sample since it was last seen); `rotated:bits=2` is block
+    with all that helps at few bits (PRESETS).
     Raises ValueError with the names and options that exist.
     """
     if isinstance(spec, Codec):
@@ -54,6 +56,8 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
     text = spec.strip()
     if text.startswith("ef+"):
         return Feedback(parse_codec(text[3:]))
+    if text.startswith("delta"):
+        return _delta(text)
     if "|" in text:
         first, rest = text.split("|", 1)
         return Chain(parse_codec(first), parse_codec(rest))
@@ -69,6 +73,23 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
     return _build(name.strip(), options, spec)
 
 
+def _delta(spec: str) -> Codec:
+    head, plus, inner = spec.partition("+")
+    if not plus or not inner.strip():
+        raise ValueError(f"'{spec}': delta stands before the codec of the changes, as in delta+block:bits=4.")
+    name, _, tail = head.partition(":")
+    options: dict[str, Any] = {"inner": parse_codec(inner)}
+    for item in filter(None, (t.strip() for t in tail.split(","))):
+        key, equals, value = item.partition("=")
+        if name != "delta" or not equals or key not in ("first", "cache", "evict"):
+            raise ValueError(f"'{item}' in '{spec}' is not an option of delta: first=, cache=, evict=.")
+        if key == "first":
+            options[key] = parse_codec(value.replace("/", ":").replace(";", ","))
+        else:
+            options[key] = _convert("delta", key, value, int if key == "cache" else str)
+    return Delta(**options)
+
+
 def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
     if name in PRESETS:
         name, preset = PRESETS[name]
@@ -78,7 +99,8 @@ def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
         names = [*CODECS, *PRESETS]
         close = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {', '.join(names)}; also a|b and ef+a.")
+        known = f"{', '.join(names)}; also a|b, ef+a and delta+a"
+        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {known}.")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values = {}

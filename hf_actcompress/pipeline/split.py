@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,10 @@ class StageModule(nn.Module):
         super().__init__()
         self.index, self.count = index, len(bounds) - 1
         own = layers[bounds[index] : bounds[index + 1]]
+        # What both sides of a link have to agree on, in words and as a number that shapes and names make.
+        shapes = zlib.crc32(str([(name, tuple(p.shape)) for name, p in model.named_parameters()]).encode())
+        cuts = [bound - 1 for bound in bounds[1:-1]]
+        self.plan = f"{type(model).__name__} {shapes:08x}, {len(layers)} layers cut after {cuts}"
         self.layers = tuple(layer.name for layer in own)
         relay = self._relay = _Relay()
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
@@ -114,11 +119,18 @@ class StageModule(nn.Module):
             self.model.get_submodule(self._last).register_forward_hook(_leave)
         names = inspect.signature(self.model.forward).parameters
         self._takes_embedded = EMBEDDED in names
+        # Classifiers that look for the last token of each row find it by the number that pads.
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self._pad = pad if index == self.count - 1 and "input_ids" in names else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.index:
             self._relay.value = args[0]
-            if self._takes_embedded:
+            mask = kwargs.get("attention_mask")
+            if self._pad is not None and mask is not None and mask.dim() == 2:
+                other = 0 if self._pad else 1
+                args, kwargs = (), {**kwargs, "input_ids": torch.where(mask.bool(), other, self._pad)}
+            elif self._takes_embedded:
                 args, kwargs = (), {**kwargs, EMBEDDED: args[0]}
         try:
             output = self.model(*args, **kwargs)

@@ -1,39 +1,42 @@
-"""A stage of torch.distributed.pipelining whose sends and receives carry payloads.
-
-Everything that relies on methods of torch that carry no promise is in this file: `PipelineStage` makes the operations
-of a micro-batch (`get_{fwd,bwd}_{send,recv}_ops`) and picks up what arrived (`_retrieve_recv_{activations,grads}`);
-here the tensor of each operation is swapped for a buffer of bytes.  tests/pipeline/test_stage.py says so when torch
-changes them.  Stages on the same rank hand tensors over as before.
-"""
+"""A pipeline stage whose sends and receives carry payloads."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 
-from ..codecs import Codec, CodecState, raw_nbytes
-from ..sites.wire import WireFormat
+from ..codecs import Codec, CodecState, Delta, raw_nbytes
+from ..codecs.delta import DeltaState, Plan
+from ..sites.wire import UNCODABLE, WireError, WireFormat
+from .engine import BACKWARD, DIRECTIONS, FORWARD, LinkedStage
+from .links import Links, exchange
 
-FORWARD, BACKWARD = "forward", "backward"
-DIRECTIONS = (FORWARD, BACKWARD)
+# Bits of a tag: place of the tensor, micro-batch, direction and link.
+PLACES, CHUNKS = 8, 4096
+GREETING = PLACES * CHUNKS - 1
 
 
-class CompressedPipelineStage(PipelineStage):
+class CompressedPipelineStage(LinkedStage):
     """A PipelineStage, used as torch's own in any schedule.
 
-    codec: of the activations it sends and receives; grad_codec: of the gradients, None for the same.  Both neighbours
-        of a link must have the same ones.  Integers and bools travel as they are.
+    codec: of the activations it sends and receives; grad_codec: of the gradients, None for the same (with `delta+a`
+        for a).  Both neighbours of a link must have the same ones; that is checked before the first step, as is that
+        they hold stages of the same model.  Integers and bools travel as they are.
     seed: of stochastic rounding and cold starts.
+    timeout: seconds that the stage waits for a peer.
+    agree: more that neighbours must have in common, {what: value}.
 
-    `bytes` counts what was sent in each direction, `raw_bytes` what it would have been, `seconds` the time of encoding
-    and decoding.  A state is kept for each link, direction and micro-batch; `codec_state()` is checkpointable.
-    Raises WireError (sites/wire.py) where what arrives is not what was to arrive.
+    `bytes` counts what was sent in each direction, `raw_bytes` what it would have been, `seconds` the time to encode,
+    decode and wait for peers.  A state is kept for each link, direction and micro-batch (of `delta` for each
+    link); `codec_state()` is checkpointable.
+    Raises WireError (sites/wire.py) where what arrives is not what was to arrive, LinkError where a peer does not
+    answer; both name stage, micro-batch, step and cause.
     """
 
     def __init__(
@@ -46,123 +49,198 @@ class CompressedPipelineStage(PipelineStage):
         codec: Codec,
         grad_codec: Codec | None = None,
         seed: int = 0,
+        timeout: float = 300.0,
+        agree: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(submodule, stage_index, num_stages, device, **options)
-        self.codecs = {FORWARD: codec, BACKWARD: codec if grad_codec is None else grad_codec}
-        self.seed = seed
-        self.steps = 0
+        if grad_codec is None:
+            grad_codec = codec.inner if isinstance(codec, Delta) else codec
+        if isinstance(grad_codec, Delta):
+            raise ValueError(
+                f"grad_codec={grad_codec}: gradients do not stay near those of the last epoch; use "
+                f"{grad_codec.inner} for them and delta for activations alone."
+            )
+        self.codecs = {FORWARD: codec, BACKWARD: grad_codec}
+        self.seed, self.steps, self.agree = seed, 0, dict(agree or {})
         self.bytes, self.raw_bytes, self.seconds = Counter(), Counter(), Counter()
+        self.links = Links(self.group, timeout)
+        self._greeted = False
+        self._ids: list[Tensor] | None = None
+        self._plans: dict[tuple[str, int], Plan | None] = {}
         self._formats: dict[tuple, WireFormat] = {}
         self._states: dict[str, CodecState | None] = {}
-        self._sent: dict[tuple, Tensor] = {}  # buffers that may still be under way
-        self._arriving: dict[tuple, tuple[WireFormat, Tensor]] = {}
+        self._buffers: dict[tuple, Tensor] = {}
+        self._expected: dict[tuple, tuple[WireFormat | None, Any, int]] = {}
 
-    # -- what the schedule calls -------------------------------------------------------------------------------
-    def clear_runtime_states(self) -> None:
-        super().clear_runtime_states()
+    def sample_ids(self, ids: Sequence[int] | Tensor | None, chunks: int) -> None:
+        """Numbers of the samples of the next training step, in order, cut into `chunks` micro-batches as the batch is.
+
+        Needed by `delta`, on both sides of a link; below 0 stands for a row that is not to be remembered.
+        """
+        self._ids = None if ids is None else list(torch.as_tensor(ids, dtype=torch.int64).tensor_split(chunks))
+
+    # -- what the engine calls -----------------------------------------------------------------------------------
+    def begin(self) -> None:
+        if not self._greeted:
+            self._greeted = True
+            self._greet()
+        self.links.flush()
         self.steps += 1  # on every rank once a step, so that numbers of messages agree
+        self._plans.clear()
+        self._expected.clear()
 
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        places = [idx for idx, stages in self.act_send_info.items() if stages]
-        return self._sending(FORWARD, fwd_chunk_id, places, super().get_fwd_send_ops(fwd_chunk_id))
+    def finish(self) -> None:
+        self.links.flush()
+        self._ids = None
+        self.seconds["wait"] += self.links.waited
+        self.links.waited = 0.0
 
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        ops = super().get_bwd_send_ops(bwd_chunk_id)
-        if not ops:
-            return ops
-        places = [
-            idx for idx, stage in enumerate(self.grad_send_info)
-            if stage is not None and self._get_grad_send_meta(idx) is not None
-        ]  # fmt: skip
-        return self._sending(BACKWARD, bwd_chunk_id, places, ops)
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        ops = super().get_fwd_recv_ops(fwd_chunk_id)
-        return self._receiving(FORWARD, fwd_chunk_id, self.args_recv_info[fwd_chunk_id], ops)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        ops = super().get_bwd_recv_ops(bwd_chunk_id)
-        return self._receiving(BACKWARD, bwd_chunk_id, self.grad_recv_info[bwd_chunk_id], ops) if ops else ops
-
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Tensor, ...]:
-        self._unpack(FORWARD, fwd_chunk_id, self.args_recv_info[fwd_chunk_id])
-        return super()._retrieve_recv_activations(fwd_chunk_id)
-
-    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor | None, ...]:
-        self._unpack(BACKWARD, bwd_chunk_id, self.grad_recv_info[bwd_chunk_id])
-        return super()._retrieve_recv_grads(bwd_chunk_id)
-
-    # -- swapping ------------------------------------------------------------------------------------------------
-    def _sending(self, direction: str, chunk: int, places: list[int], ops: list[dist.P2POp]) -> list[dist.P2POp]:
-        for idx, op in zip(places, ops, strict=True):
-            x = op.tensor
-            raw = raw_nbytes(tuple(x.shape), x.dtype)
-            self.raw_bytes[direction] += raw
-            wire = self._format(direction, x)
-            if wire is None:
-                op.tensor = x.contiguous()
-                self.bytes[direction] += raw
-                continue
-            key = (direction, chunk, idx)
-            buffer = self._sent.get(key)
-            if buffer is None or buffer.numel() != wire.nbytes:
-                buffer = self._sent[key] = wire.buffer(x.device)
-            began = time.perf_counter()
-            wire.encode(x.detach(), self._state(*key), buffer, self._number(chunk))
-            self.seconds["encode"] += time.perf_counter() - began
-            self.bytes[direction] += wire.nbytes
-            op.tensor = buffer
-        return ops
-
-    def _receiving(
-        self, direction: str, chunk: int, infos: tuple[Any, ...], ops: list[dist.P2POp]
-    ) -> list[dist.P2POp]:  # fmt: skip
-        places = [idx for idx, info in enumerate(infos) if not info.is_root_arg and info.buffer is not None]
-        for idx, op in zip(places, ops, strict=True):
-            wire = self._format(direction, infos[idx].buffer)
-            if wire is not None:
-                op.tensor = wire.buffer(infos[idx].buffer.device)
-                self._arriving[direction, chunk, idx] = wire, op.tensor
-        return ops
-
-    def _unpack(self, direction: str, chunk: int, infos: tuple[Any, ...]) -> None:
-        for idx, info in enumerate(infos):
-            found = self._arriving.pop((direction, chunk, idx), None)
-            if found is None:
-                continue
-            wire, buffer = found
-            began = time.perf_counter()
-            where = f"stage {self.stage_index}, {direction} from stage {info.source}"
-            info.buffer = wire.decode(buffer, self._number(chunk), where)
-            self.seconds["decode"] += time.perf_counter() - began
-
-    def _format(self, direction: str, x: Tensor) -> WireFormat | None:
+    def send(self, direction: str, chunk: int, place: int, x: Tensor, other: int, peer: int) -> None:
+        self.raw_bytes[direction] += raw_nbytes(tuple(x.shape), x.dtype)
+        what = self._where(direction, chunk, f"to stage {other}")
+        tag = self._tag(direction, chunk, place, other)
         if not x.is_floating_point():
+            buffer = x.contiguous().cpu().view(torch.uint8)
+            self._buffers["as it is", tag] = buffer  # alive until it is sent
+        else:
+            began = time.perf_counter()
+            state = self._state("send", direction, chunk, place)
+            plan = self._plan(direction, chunk, x.shape, state)
+            wire = self._format(direction, x.shape, x.dtype, plan)
+            buffer = self._buffer("send", tag, wire)
+            sent = wire.encode(x.detach(), state, buffer, self._number(chunk))
+            self.seconds["encode"] += time.perf_counter() - began
+            if not sent:
+                self.links.send(buffer, peer, tag, what)  # the peer is to know why
+                self.links.flush()
+                raise WireError(f"{what}: {UNCODABLE}")
+        self.bytes[direction] += buffer.numel()
+        self.links.send(buffer, peer, tag, what)
+
+    def expect(self, direction: str, chunk: int, place: int, meta: Any, other: int, peer: int) -> None:
+        tag, wire = self._tag(direction, chunk, place, other), None
+        if meta.dtype.is_floating_point:
+            state = self._state("receive", direction, chunk, place)
+            wire = self._format(direction, meta.shape, meta.dtype, self._plan(direction, chunk, meta.shape, state))
+            buffer = self._buffer("receive", tag, wire)
+        else:
+            buffer = torch.empty(raw_nbytes(tuple(meta.shape), meta.dtype), dtype=torch.uint8)
+        self._expected[direction, chunk, place] = wire, meta, other
+        self.links.expect(buffer, peer, tag, self._where(direction, chunk, f"from stage {other}"))
+
+    def collect(self, direction: str, chunk: int, place: int) -> Tensor | None:
+        found = self._expected.pop((direction, chunk, place), None)
+        if found is None:
             return None
-        key = (direction, tuple(x.shape), x.dtype)
-        if key not in self._formats:
-            self._formats[key] = WireFormat(self.codecs[direction], tuple(x.shape), x.dtype)
-        return self._formats[key]
+        wire, meta, other = found
+        buffer = self.links.collect(self._tag(direction, chunk, place, other)).to(self.device)
+        if wire is None:
+            return buffer.view(meta.dtype).view(meta.shape)
+        began = time.perf_counter()
+        state = self._state("receive", direction, chunk, place)
+        where = self._where(direction, chunk, f"from stage {other}")
+        self._plan(direction, chunk, meta.shape, state)
+        x = wire.decode(buffer, self._number(chunk), where, state)
+        self.seconds["decode"] += time.perf_counter() - began
+        return x
+
+    # -- on the link -----------------------------------------------------------------------------------------------
+    def _where(self, direction: str, chunk: int, other: str) -> str:
+        return f"Stage {self.stage_index}, step {self.steps}, micro-batch {chunk}, {direction} {other}"
+
+    def _tag(self, direction: str, chunk: int, place: int, other: int) -> int:
+        link = min(self.stage_index, other) * 2 + DIRECTIONS.index(direction) + 1
+        return (link * CHUNKS + chunk) * PLACES + place
 
     def _number(self, chunk: int) -> int:
-        return (self.steps * 1024 + chunk) & 0xFFFFFFFF
+        return (self.steps * CHUNKS + chunk) & 0xFFFFFFFF
+
+    def _buffer(self, role: str, tag: int, wire: WireFormat) -> Tensor:
+        buffer = self._buffers.get((role, tag))
+        if buffer is None or buffer.numel() != wire.nbytes:
+            buffer = self._buffers[role, tag] = wire.buffer()
+        return buffer
+
+    def _format(self, direction: str, shape: Sequence[int], dtype: torch.dtype, plan: Plan | None) -> WireFormat:
+        new = None if plan is None else len(plan.new)
+        key = (direction, tuple(shape), dtype, new)
+        if key not in self._formats:
+            self._formats[key] = WireFormat(self.codecs[direction], tuple(shape), dtype, new=new)
+        return self._formats[key]
+
+    def _greet(self) -> None:
+        """Compare notes with the neighbours: a peer with buffers of another size would end in an abort."""
+        mine = {
+            "codec": str(self.codecs[FORWARD]), "gradient codec": str(self.codecs[BACKWARD]),
+            "number of stages": self.num_stages, "model": getattr(self.submod, "plan", None), **self.agree,
+        }  # fmt: skip
+        tags = {}
+        for other in (self.stage_index - 1, self.stage_index + 1):
+            if 0 <= other < self.num_stages and not self._is_same_rank(other):
+                tag = min(self.stage_index, other) * 2 * CHUNKS * PLACES + GREETING
+                tags[other] = (self._resolve_peer_global_rank(other), tag)
+        what = f"Stage {self.stage_index}, before the first step"
+        text = json.dumps(mine, default=str)
+        for other, theirs in exchange(dict.fromkeys(tags, text), self.links, tags, what).items():
+            theirs = json.loads(theirs)
+            differing = [k for k in {**mine, **theirs} if str(mine.get(k)) != str(theirs.get(k))]
+            if differing:
+                raise WireError(
+                    f"{what}: stage {other} does not fit. "
+                    + " ".join(f"{k}: {mine.get(k)!r} here, {theirs.get(k)!r} there." for k in differing)
+                    + " Start all ranks with the same configuration and model."
+                )
 
     # -- state -----------------------------------------------------------------------------------------------------
-    def _state(self, direction: str, chunk: int, idx: int) -> CodecState | None:
-        name = f"stage{self.stage_index}/{direction}/{chunk}/{idx}"
+    def _plan(self, direction: str, chunk: int, shape: Sequence[int], state: CodecState | None) -> Plan | None:
+        """Which rows are known to both sides; made in the order of the micro-batches, and set for the next call."""
+        if not isinstance(state, DeltaState):
+            return None
+        key = (state.site, chunk)
+        if key not in self._plans:
+            if self.has_backward and self._ids is None:
+                raise ValueError(
+                    f"Stage {self.stage_index}: {self.codecs[direction]} needs to know which samples a batch holds: "
+                    "call stage.sample_ids(ids, chunks) on every rank before each training step."
+                )
+            if self.has_backward:
+                for number, ids in enumerate(self._ids):
+                    self._plans[state.site, number] = state.plan(ids.tolist(), tuple(shape))
+            else:
+                self._plans[key] = state.plan(None, tuple(shape))
+        state.current = self._plans[key]
+        return state.current
+
+    def _state(self, role: str, direction: str, chunk: int, place: int) -> CodecState | None:
+        """Only `delta` has a state on the receiving side."""
+        codec = self.codecs[direction]
+        if isinstance(codec, Delta):
+            name = f"{direction}/{role}/all/{place}"
+        elif role == "receive":
+            return None
+        else:
+            name = f"{direction}/{role}/{chunk}/{place}"
         if name not in self._states:
-            self._states[name] = self.codecs[direction].init_state(name, self.seed)
+            self._states[name] = codec.init_state(f"stage{self.stage_index}/{name}", self.seed)
         return self._states[name]
 
     def codec_state(self) -> dict[str, Any]:
-        """What the codecs of this stage's sends remember, by direction, micro-batch and output."""
-        return {name: state.state_dict() for name, state in self._states.items() if state is not None}
+        """What the codecs of this stage remember, by direction, micro-batch and output, and the number of steps."""
+        found = {name: state.state_dict() for name, state in self._states.items() if state is not None}
+        return {"steps": self.steps, "codecs": [str(self.codecs[d]) for d in DIRECTIONS], "states": found}
 
     def load_codec_state(self, values: dict[str, Any]) -> None:
         """Take it over.  Raises ValueError for the state of another codec."""
-        for name, value in values.items():
-            _, direction, chunk, idx = name.split("/")
-            state = self._state(direction, int(chunk), int(idx))
+        codecs = [str(self.codecs[d]) for d in DIRECTIONS]
+        if values["codecs"] != codecs:
+            raise ValueError(
+                f"The checkpoint was written with the codecs {values['codecs']}, this stage has {codecs}: use those, "
+                "or start without the state of the codecs."
+            )
+        self.steps = values["steps"]
+        for name, value in values["states"].items():
+            direction, role, chunk, place = name.split("/")
+            state = self._state(role, direction, 0 if chunk == "all" else int(chunk), int(place))
             if state is not None:
                 state.load_state_dict(value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, CodecState, Feedback, raw_nbytes, representable
+from ..codecs import Codec, CodecState, Delta, Feedback, raw_nbytes, representable
 from ..codecs.layout import dense
 from ..layers import first_tensor, replace_first_tensor
 from ..metering import Meter, pick
@@ -59,7 +59,7 @@ class Channel:
         seconds = time.perf_counter() - began
         if self.meter.due():
             self.meter.sample(pick(x), pick(y))
-        nbytes = self.codec.payload_nbytes(tuple(x.shape), x.dtype)
+        nbytes = codec.sent_nbytes(tuple(x.shape), x.dtype, state)
         self.meter.count(raw_nbytes(x.shape, x.dtype), nbytes, seconds)
         return y
 
@@ -71,6 +71,8 @@ class Channel:
 
     def _borrowed(self) -> tuple[Codec, CodecState | None]:
         """Codec and a copy of its state.  The error of a training batch is none of evaluation's data."""
+        if isinstance(self.codec, Delta):  # evaluation has other samples
+            return self.codec.first, None
         state = None if self.state is None else self.state.snapshot()
         if isinstance(self.codec, Feedback):
             return self.codec.inner, getattr(state, "inner", None)
@@ -106,7 +108,7 @@ class Boundary:
         _hide_from_compiler()
         self.name = name
         self.forward = Channel(f"{name}/forward", codec, seed, meter_every, nonfinite)
-        self.backward = Channel(f"{name}/backward", grad_codec, seed, meter_every, nonfinite)
+        self.backward = Channel(f"{name}/backward", _of_gradients(grad_codec), seed, meter_every, nonfinite)
         self.evaluate = evaluate
         self.enabled = True
 
@@ -114,7 +116,7 @@ class Boundary:
         """Change codecs between steps; state starts afresh for a codec that differs."""
         if codec != self.forward.codec:
             self.forward.set_codec(codec)
-        if grad_codec != self.backward.codec:
+        if (grad_codec := _of_gradients(grad_codec)) != self.backward.codec:
             self.backward.set_codec(grad_codec)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,6 +160,11 @@ class _Compress(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.boundary.backward(grad), None, None
+
+
+def _of_gradients(codec: Codec) -> Codec:
+    """Gradients do not stay near those of the last epoch."""
+    return codec.inner if isinstance(codec, Delta) else codec
 
 
 def _roundtrip(codec: Codec, x: Tensor, state: CodecState | None, check: bool = False) -> Tensor:

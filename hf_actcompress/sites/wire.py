@@ -20,11 +20,14 @@ from ..codecs import Codec, CodecState, Payload, raw_nbytes
 
 MAGIC = b"hfac"
 VERSION = 1
-# magic, version, flags, fingerprint, number of the micro-batch, bytes of the body, checksum; padded to HEADER bytes,
+# magic, version, flags, fingerprint, number of the message, bytes of the body, checksum; padded to HEADER bytes,
 # so that the tensors behind it are aligned.
 LAYOUT = struct.Struct("<4sHHIIQI")
 HEADER = 64
 STRANGE = 1  # flag: the sender's tensor held NaN, Inf or magnitudes above 2**48, and there is no body
+UNCODABLE = (
+    "the tensor holds NaN, Inf or magnitudes above 2**48. Lower the learning rate, or look for the cause there."
+)
 
 
 class WireError(RuntimeError):
@@ -50,16 +53,28 @@ class WireFormat:
 
     codec: its payloads have the same tensors for every input of that shape (all codecs of this package do).
     checksum: whether the body is summed (crc32, about a millisecond per MB).
+    new: for codecs with `needs_ids` (delta), how many rows travel in full; all of them if not given.
 
     `nbytes` is the size of the buffer.  Raises ValueError for a codec that cannot take such a tensor.
     """
 
-    def __init__(self, codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, *, checksum: bool = True) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        checksum: bool = True,
+        new: int | None = None,
+    ) -> None:
         self.codec, self.shape, self.dtype, self.checksum = codec, tuple(shape), dtype, checksum
         # Shapes of what is inside follow from the input's shape alone, so any tensor shows them.
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(self.shape, generator=generator).to(dtype)
-        self._template = codec.encode(example, codec.init_state("wire"))
+        state = codec.init_state("wire")
+        if codec.needs_ids:
+            state.current = codec.example_plan(self.shape, new, state)  # type: ignore[attr-defined, union-attr]
+        self._template = codec.encode(example, state)
         found = sorted(_tensors(self._template), key=lambda item: -item[1].element_size())
         self._fields, at = [], HEADER
         for path, tensor in found:
@@ -73,17 +88,21 @@ class WireFormat:
         """uint8 [nbytes]"""
         return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
-    def encode(self, x: Tensor, state: CodecState | None, buffer: Tensor, number: int = 0) -> None:
-        """Encode `x` into `buffer`, as micro-batch `number`.  Raises ValueError for another shape or dtype."""
+    def encode(self, x: Tensor, state: CodecState | None, buffer: Tensor, number: int = 0) -> bool:
+        """Encode `x` into `buffer`, as message `number`; whether it can be sent.
+
+        Of a tensor with NaN, Inf or magnitudes above 2**48 only a header that says so is written.
+        Raises ValueError for another shape or dtype.
+        """
         if tuple(x.shape) != self.shape or x.dtype != self.dtype:
             raise ValueError(
                 f"A tensor of shape {tuple(x.shape)} and dtype {x.dtype} is to go over a link that was set up for "
                 f"{self.shape} and {self.dtype}. Pipelines have fixed shapes: pad the last batch, or drop it."
             )
-        self.write(self.codec.encode(x, state), buffer, number)
+        return self.write(self.codec.encode(x, state), buffer, number)
 
-    def write(self, payload: Payload, buffer: Tensor, number: int = 0) -> None:
-        """Put `payload` into `buffer`."""
+    def write(self, payload: Payload, buffer: Tensor, number: int = 0) -> bool:
+        """Put `payload` into `buffer`; False if it is that of a tensor that cannot be coded."""
         # A payload of `identity` says raw, too, but then so does the template.
         strange = payload.raw and not self._template.raw
         if not strange:
@@ -101,12 +120,13 @@ class WireFormat:
             MAGIC, VERSION, STRANGE if strange else 0, self.fingerprint, number, self.nbytes - HEADER, total
         )
         buffer[:HEADER] = torch.frombuffer(bytearray(head.ljust(HEADER, b"\0")), dtype=torch.uint8)
+        return not strange
 
     def read(self, buffer: Tensor, number: int = 0, where: str = "link") -> Payload:
         """The payload in `buffer`, as views of it.
 
-        Raises WireError, which begins with `where`, if it is not the one of micro-batch `number` under this codec, if
-        it was damaged, or if the sender's tensor was not finite.
+        Raises WireError, which begins with `where`, if it is not message `number` under this codec, if it was damaged,
+        or if the sender's tensor was not finite.
         """
         head = bytes(buffer[:HEADER].cpu().numpy())
         magic, version, flags, fingerprint, found, length, total = LAYOUT.unpack(head[: LAYOUT.size])
@@ -123,23 +143,24 @@ class WireFormat:
                 f"{self.dtype}). Give both sides the same configuration and model."
             )
         if found != number:
-            raise WireError(f"{where}: micro-batch {found} arrived where {number} was expected: a message was lost.")
+            raise WireError(f"{where}: message {found} arrived instead of {number}: the sides are out of step.")
         if flags & STRANGE:
-            raise WireError(
-                f"{where}: the tensor of micro-batch {number} holds NaN, Inf or magnitudes above 2**48 on the sender's"
-                " side. Lower the learning rate, or look for the cause there."
-            )
+            raise WireError(f"{where}: on the sender's side {UNCODABLE}")
         if self.checksum and (own := self._sum(buffer)) != total:
             raise WireError(
-                f"{where}: the payload of micro-batch {number} was damaged on its way (checksum {own:#010x}, "
-                f"{total:#010x} was sent)."
+                f"{where}: the payload was damaged on its way (checksum {own:#010x}, {total:#010x} was sent)."
             )
         tensors = {field.path: self._view(buffer, field) for field in self._fields}
         return _filled(self._template, tensors, ())
 
-    def decode(self, buffer: Tensor, number: int = 0, where: str = "link") -> Tensor:
-        """The tensor that was sent, decoded."""
-        return self.codec.decode(self.read(buffer, number, where))
+    def decode(
+        self, buffer: Tensor, number: int = 0, where: str = "link", state: CodecState | None = None
+    ) -> Tensor:
+        """The tensor that was sent, decoded; `state` is the receiver's, for codecs that have one."""
+        try:
+            return self.codec.decode(self.read(buffer, number, where), state)
+        except ValueError as error:
+            raise WireError(f"{where}: {error}") from error
 
     def _view(self, buffer: Tensor, field: _Field) -> Tensor:
         return buffer[field.start : field.start + field.nbytes].view(field.dtype).view(field.shape)

@@ -76,7 +76,7 @@ def test_names():
 
 ERRORS = {
     # what is received: [what the message must hold: the value received, what is allowed, what to do]
-    "blok:bits=4": ["Unknown codec 'blok'", "Did you mean 'block'?", "uniform, block, sort", "a|b and ef+a"],
+    "blok:bits=4": ["Unknown codec 'blok'", "Did you mean 'block'?", "uniform, block, sort", "a|b, ef+a and delta+a"],
     "zzz": ["Unknown codec 'zzz'", "Codecs: identity, uniform"],
     "ef+topq": ["Unknown codec 'topq'", "Did you mean 'topk'?"],
     "topk|unifrm": ["Unknown codec 'unifrm'", "Did you mean 'uniform'?"],

@@ -90,7 +90,7 @@ def together(kind: str, codec: str, grad_codec: str | None = None) -> dict[str, 
         "losses": losses,
         "bytes": [sum(s.bytes.values()) for s in stages], "raw": [sum(s.raw_bytes.values()) for s in stages],
         "state": merge([modules[k].own_state_dict() for k in own]),
-        "codec_state": sum(len(s.codec_state()) for s in stages),
+        "codec_state": sum(len(s.codec_state()["states"]) for s in stages),
     }  # fmt: skip
 
 

@@ -35,6 +35,8 @@ def whole(model, batch):
 @pytest.mark.parametrize("how", ["first", "last", "every"])
 def test_stages_in_a_row_are_the_model(name, how):
     model, batch = build(name).eval(), batch_of(name)
+    if name in ("gpt2", "llama"):  # they classify by the last token that is not padding, which has the number 0
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)
     count = len(find_layers(model))
     cuts = {"first": [0], "last": [count - 2], "every": list(range(count - 1))}[how]
     expected = whole(model, batch)

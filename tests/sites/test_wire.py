@@ -58,7 +58,7 @@ def sent(spec="block:bits=4", x=None, number=3, **options):
 def test_damage_is_seen(place):
     wire, buffer = sent()
     buffer[place] ^= 4
-    with pytest.raises(WireError, match=r"stage 1 from 0: the payload of micro-batch 3 was damaged"):
+    with pytest.raises(WireError, match=r"stage 1 from 0: the payload was damaged"):
         wire.read(buffer, 3, "stage 1 from 0")
     wire, buffer = sent(checksum=False)
     buffer[place] ^= 4
@@ -72,7 +72,7 @@ def test_other_peers_are_named():
                   WireFormat(wire.codec, wire.shape, torch.bfloat16)):  # fmt: skip
         with pytest.raises(WireError, match="another codec, shape or dtype.*Give both sides the same"):
             other.read(torch.cat([buffer, buffer])[: other.nbytes], 3)
-    with pytest.raises(WireError, match="micro-batch 3 arrived where 4 was expected"):
+    with pytest.raises(WireError, match="message 3 arrived instead of 4"):
         wire.read(buffer, 4)
     with pytest.raises(WireError, match="does not begin as a payload does"):
         wire.read(torch.zeros_like(buffer), 3)
@@ -86,7 +86,7 @@ def test_values_that_cannot_be_coded_stop_the_receiver(value):
     x = tensor()
     x[1, 2, 3] = value
     wire, buffer = sent(x=x)
-    with pytest.raises(WireError, match="micro-batch 3 holds NaN, Inf"):
+    with pytest.raises(WireError, match="on the sender's side the tensor holds NaN, Inf"):
         wire.read(buffer, 3)
 
 

@@ -1,0 +1,451 @@
+"""A training loop over pipeline stages: batches, steps, evaluation, checkpoints, and where the time went.
+
+One process a rank, launched by torchrun or accelerate.  Rank 0 reads the data (feed.py).  The recipes of
+examples/glue and examples/cifar are built on it; it knows no data set and no transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import Schedule1F1B, ScheduleZBVZeroBubble
+from torch.nn import functional as F
+
+from ..codecs import Identity, parse_codec
+from .arguments import PipelineArguments
+from .engine import EarlySchedule1F1B, Shapes, forward_only
+from .feed import Batch, Feed
+from .links import LinkError, Links, reason, report
+from .split import merge, split
+from .stage import CompressedPipelineStage
+
+logger = logging.getLogger(__name__)
+IGNORED = -100  # label of a row that only fills up
+# Side inputs: what later stages need besides the activation.
+SIDE = ("attention_mask", "position_ids")
+INPUTS = ("input_ids", "pixel_values")
+
+
+def join(timeout: float) -> tuple[int, int]:
+    """(rank, number of ranks) of a process that torchrun or accelerate has launched.
+
+    Raises LinkError if the others do not come within `timeout` seconds, ValueError for a single process.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise ValueError(
+            "A pipeline needs two processes or more, and this is the only one: launch it by `torchrun "
+            "--nproc_per_node 2 SCRIPT ...` (on each of two hosts: `torchrun --nnodes 2 --node_rank R ...`)."
+        )
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group("cpu:gloo", timeout=timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise LinkError(
+                f"Rank {os.environ['RANK']}: not all {os.environ['WORLD_SIZE']} processes came within {timeout:g} s. "
+                f"Start the others, or raise --timeout. ({str(error).splitlines()[0][:200]})"
+            ) from error
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share(value: Any, source: int = 0) -> Any:
+    """A small JSON value of rank `source` on every rank."""
+    data = json.dumps(value).encode() if dist.get_rank() == source else b""
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, source)
+    buffer = torch.frombuffer(bytearray(data.ljust(int(length))), dtype=torch.uint8)
+    dist.broadcast(buffer, source)
+    return json.loads(bytes(buffer.numpy()))
+
+
+def guarded(main: Callable[[], Any]) -> Any:
+    """Run `main` as a rank's whole program: a failure ends this process with one line that says what happened.
+
+    An interpreter that ends in the usual way would wait for peers that are gone.
+    """
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # prints its whole plan on errors
+    try:
+        value = main()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        return value
+    except Exception as error:
+        if os.environ.get("HF_ACTCOMPRESS_TRACEBACK"):
+            logger.exception("The program has failed.")
+        rank = os.environ.get("RANK", "0")
+        text = str(error) if isinstance(error, (LinkError, ValueError)) else f"{type(error).__name__}: {_short(error)}"
+        if dist.is_initialized():
+            report(text)
+        print(f"\nerror: rank {rank}: {text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _short(error: BaseException) -> str:
+    """torch wraps a stage's own error into a description of its arguments."""
+    said = " ".join(str(error).split())[:300]
+    return f"{said} ({_short(error.__cause__)})" if error.__cause__ is not None else said
+
+
+class PipelineTrainer:
+    """Trains `model`, of which this rank runs its stages.
+
+    train, evaluation: on rank 0, sequences of rows that `collate` makes a batch of: a dict with input_ids or
+        pixel_values, labels and side inputs.  The other ranks give None.
+    compute_metrics: of an object with `predictions` and `label_ids` (transformers' convention), on the last stage's
+        rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PipelineArguments,
+        *,
+        train: Sequence[Any] | None = None,
+        evaluation: Sequence[Any] | None = None,
+        collate: Callable[[list[Any]], Mapping[str, Tensor]] | None = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        self.rank, self.size = join(args.timeout)
+        self.model, self.args, self.train_rows, self.eval_rows = model, args, train, evaluation
+        self.collate, self.compute_metrics = collate, compute_metrics
+        self.folder = Path(args.output_dir)
+        self.device = torch.device(args.device)
+        torch.manual_seed(args.seed * 1000 + self.rank)
+        count = self.size if args.topology == "linear" else 2 * self.size
+        self.own = [self.rank] if args.topology == "linear" else [self.rank, count - 1 - self.rank]
+        self.last_rank = count - 1 if args.topology == "linear" else 0
+        modules = split(model, cuts=args.cuts, stages=None if args.cuts else count, example_inputs=example_inputs)
+        if len(modules) != count:
+            raise ValueError(
+                f"--cuts {' '.join(map(str, args.cuts))} makes {len(modules)} stages; {args.topology} on {self.size} "
+                f"ranks has {count}: give {count - 1} cuts."
+            )
+        bounds = [len(module.layers) for module in modules[:-1]]
+        self.cuts = [sum(bounds[: k + 1]) - 1 for k in range(count - 1)]
+        self.modules = {k: modules[k].to(self.device).train() for k in self.own}
+        self.all_modules = modules
+        codec = Identity() if args.codec == "none" else parse_codec(args.codec)
+        grad_codec = None if args.grad_codec is None else parse_codec(args.grad_codec)
+        agree = {name: getattr(args, name) for name in ("topology", "schedule", "micro_batches", "bf16")}
+        self.stages = [
+            CompressedPipelineStage(
+                self.modules[k], k, count, self.device, codec=codec, grad_codec=grad_codec, seed=args.seed,
+                timeout=args.timeout, agree=agree,
+            )
+            for k in self.own
+        ]  # fmt: skip
+        self.schedule = self._schedule()
+        self.shapes = Shapes(self.schedule, self.stages)
+        self.feed = Feed(Links(None, args.timeout), self.rank, self.size, self.last_rank)
+        self.optimizer = torch.optim.AdamW(
+            [p for module in self.modules.values() for p in module.parameters() if p.requires_grad],
+            lr=args.learning_rate, weight_decay=args.weight_decay,
+        )  # fmt: skip
+        self.per_epoch = share(None if train is None else math.ceil(len(train) / args.batch_size))
+        self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (self.per_epoch or 0))
+        self.step, self.history = 0, []
+        self.times = dict.fromkeys(("total", "encode", "decode", "wait"), 0.0)
+        self.bytes = {"forward": 0, "backward": 0, "side": 0}
+        self._losses: list[Tensor] = []
+        self._valid = 1
+
+    def _schedule(self) -> Any:
+        n, name = self.args.micro_batches, self.args.schedule
+        if self.args.topology == "client-server":
+            return ScheduleZBVZeroBubble(self.stages, n, loss_fn=self._loss)
+        if name == "1f1b":
+            return Schedule1F1B(self.stages[0], n, loss_fn=self._loss)
+        return EarlySchedule1F1B(self.stages[0], n, loss_fn=self._loss, ahead=self.args.ahead)
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of one micro-batch, such that the mean over the micro-batches is the mean over the batch's valid rows."""
+        if target.is_floating_point():
+            total = F.mse_loss(output.float().view(-1)[~target.isnan()], target[~target.isnan()], reduction="sum")
+        else:
+            total = F.cross_entropy(output.float(), target, reduction="sum", ignore_index=IGNORED)
+        return total * self.args.micro_batches / self._valid
+
+    # -- data ----------------------------------------------------------------------------------------------------
+    def _batches(self, epoch: int | None, done: int = 0) -> Iterator[Batch] | None:
+        """Of a training epoch from batch `done` on, or of the evaluation (None); on rank 0."""
+        rows = self.eval_rows if epoch is None else self.train_rows
+        if self.rank != 0:
+            return None
+        size = self.args.batch_size if epoch is not None else self.args.eval_batch_size
+        order = list(range(len(rows)))
+        if epoch is not None:
+            generator = torch.Generator().manual_seed(self.args.seed * 7919 + epoch)
+            order = torch.randperm(len(rows), generator=generator).tolist()
+
+        def batches() -> Iterator[Batch]:
+            for number in range(done, math.ceil(len(order) / size)):
+                # Augmentation has a seed for each batch, so that a run goes on in the middle of an epoch.
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed((self.args.seed * 1009 + (epoch or 0)) * 1000003 + number)
+                    yield self._batch(rows, order[number * size : (number + 1) * size])
+
+        return batches()
+
+    def _batch(self, rows: Sequence[Any], chosen: list[int]) -> Batch:
+        valid, n = len(chosen), self.args.micro_batches
+        fill = -valid % n  # micro-batches are equally large
+        values = dict(self.collate([rows[i] for i in chosen + [chosen[-1]] * fill]))
+        labels = values.pop("labels")
+        if fill:
+            labels = labels.clone()
+            labels[valid:] = math.nan if labels.is_floating_point() else IGNORED
+        name = next((name for name in INPUTS if name in values), None)
+        if name is None:
+            raise ValueError(f"A batch needs one of {', '.join(INPUTS)}; collate gave {sorted(values)}.")
+        inputs = values.pop(name)
+        side = {k: values.pop(k) for k in SIDE if k in values}
+        ids = torch.tensor(chosen + [-1] * fill)
+        return Batch(tuple(inputs.shape), ids, valid, side, labels, inputs, values)
+
+    def _chunks(self, batch: Batch) -> tuple[list[tuple], list[dict], list[Tensor] | None]:
+        n, first = self.args.micro_batches, 0 in self.own
+        inputs = batch.inputs.to(self.device).chunk(n) if first else None
+        named = {**batch.side, **(batch.extra if first else {})}
+        pieces = {name: value.to(self.device).chunk(n) for name, value in named.items()}
+        targets = None if self.rank != self.last_rank else list(batch.labels.to(self.device).chunk(n))
+        arguments = [(inputs[i],) if first else () for i in range(n)]
+        return arguments, [{name: value[i] for name, value in pieces.items()} for i in range(n)], targets
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+
+    # -- training ------------------------------------------------------------------------------------------------
+    def train(self) -> list[dict[str, Any]]:
+        """All steps from where it stands; the log: one entry each `logging_steps`."""
+        args = self.args
+        if not self.steps:
+            raise ValueError("There is nothing to train on: give `train` on rank 0, and --num_train_epochs above 0.")
+        warmup = args.warmup_steps
+
+        def rate(step: int) -> float:
+            rising = (step + 1) / warmup if step < warmup else 1.0
+            return min(rising, max(0.0, (self.steps - step) / max(1, self.steps - warmup)))
+
+        self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        if args.resume:
+            self._resume()
+        for module in self.modules.values():
+            module.train()
+        with self._bar(self.steps) as bar:
+            bar(self.step)
+            while self.step < self.steps:
+                epoch, done = divmod(self.step, self.per_epoch)
+                began = time.perf_counter()
+                for batch in self.feed.batches(self._until_last(self._batches(epoch, done))):
+                    self._train_step(batch)
+                    self.step += 1
+                    self._account(time.perf_counter() - began)
+                    if self.step % args.logging_steps == 0 or self.step == self.steps:
+                        self._log()
+                    bar(self.step)
+                    every = args.save_steps
+                    if every and (self.step % every == 0 or self.step == self.steps):
+                        self.save()
+                    began = time.perf_counter()
+        return self.history
+
+    def _until_last(self, batches: Iterator[Batch] | None) -> Iterator[Batch] | None:
+        if batches is None:
+            return None
+        left = self.steps - self.step
+        return (batch for _, batch in zip(range(left), batches, strict=False))
+
+    def _train_step(self, batch: Batch) -> None:
+        arguments, named, targets = self._chunks(batch)
+        self._valid = batch.valid
+        self.shapes.use(("train", batch.shape))
+        for stage in self.stages:
+            stage.sample_ids(batch.ids, self.args.micro_batches)
+        losses: list[Tensor] = []
+        with self._autocast():
+            self.schedule.step(
+                arg_mbs=arguments, kwarg_mbs=named, target_mbs=targets, losses=losses, return_outputs=False
+            )
+        if losses:
+            self._losses.append(torch.stack([x.detach() for x in losses]).mean())
+        self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rates.step()
+
+    def _clip(self) -> None:
+        """By the norm over the gradients of all stages."""
+        if not self.args.max_grad_norm:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch._foreach_norm([p.grad for p in parameters])
+        square = torch.stack(norms).float().square().sum().cpu()
+        began = time.perf_counter()
+        try:
+            dist.all_reduce(square)
+        except RuntimeError as error:
+            said = reason(1.0)
+            raise LinkError(
+                f"Rank {self.rank}, norm of the gradients in step {self.step + 1}: another rank has gone or hangs."
+                + (f" Reported before: {said}" if said else "")
+            ) from error
+        self.times["wait"] += time.perf_counter() - began
+        factor = self.args.max_grad_norm / (float(square.sqrt()) + 1e-6)
+        if factor < 1:
+            torch._foreach_mul_([p.grad for p in parameters], factor)
+
+    def _account(self, seconds: float) -> None:
+        self.times["total"] += seconds
+        self.times["wait"] += self.feed.links.waited
+        self.feed.links.waited = 0.0
+        for stage in self.stages:
+            for name in ("encode", "decode", "wait"):
+                self.times[name] += stage.seconds.pop(name, 0.0)
+            for direction in ("forward", "backward"):
+                self.bytes[direction] += stage.bytes.pop(direction, 0)
+        self.bytes["side"], self.feed.links.bytes = self.bytes["side"] + self.feed.links.bytes, 0
+
+    def _log(self) -> None:
+        loss = torch.stack(self._losses).mean().item() if self._losses else math.nan
+        own = torch.tensor([loss, *self.times.values(), *self.bytes.values()], dtype=torch.float64)
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own)
+        names = (*self.times, *self.bytes)
+        ranks = [dict(zip(names, one[1:].tolist(), strict=True)) for one in every]
+        for one in ranks:
+            one["compute"] = one["total"] - one["encode"] - one["decode"] - one["wait"]
+        entry = {
+            "step": self.step, "epoch": self.step / self.per_epoch, "loss": float(every[self.last_rank][0]),
+            "learning_rate": self.optimizer.param_groups[0]["lr"], "ranks": ranks,
+        }  # fmt: skip
+        self.history.append(entry)
+        self._losses.clear()
+        for counts in (self.times, self.bytes):
+            for name in counts:
+                counts[name] = 0
+
+    def _bar(self, total: int) -> Any:
+        from .progress import Progress
+
+        shown = self.rank == 0 and not self.args.disable_tqdm
+        return Progress(total, self) if shown else nullcontext(lambda step: None)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics on the evaluation data, which goes over the same links; equal on every rank."""
+        for module in self.modules.values():
+            module.eval()
+        outputs, labels = [], []
+        for batch in self.feed.batches(self._batches(None)):
+            arguments, named, _ = self._chunks(batch)
+            self.shapes.use(("evaluate", batch.shape))
+            with self._autocast():
+                found = forward_only(self.schedule, self.stages, arguments, named)
+            if found:
+                outputs.append(torch.cat(found).float().cpu()[: batch.valid])
+                labels.append(batch.labels[: batch.valid])
+        for stage in self.stages:
+            for counts in (stage.seconds, stage.bytes, stage.raw_bytes):
+                counts.clear()
+        for module in self.modules.values():
+            module.train()
+        metrics: dict[str, float] = {}
+        if self.rank == self.last_rank and outputs:
+            logits, answers = torch.cat(outputs), torch.cat(labels)
+            regression = answers.is_floating_point()
+            loss = F.mse_loss(logits.view(-1), answers) if regression else F.cross_entropy(logits, answers)
+            metrics["loss"] = float(loss)
+            if self.compute_metrics is not None:
+                seen = SimpleNamespace(predictions=logits.numpy(), label_ids=answers.numpy())
+                metrics.update(self.compute_metrics(seen))
+        return share(metrics, self.last_rank)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+    def save(self) -> Path:
+        """This rank's part of everything that a resumed run needs; the last two are kept."""
+        folder = self.folder / "checkpoints" / f"step-{self.step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": self.step, "own": self.own,
+            "modules": {k: module.own_state_dict() for k, module in self.modules.items()},
+            "top": {k: module.state_dict() for k, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(), "rates": self.rates.state_dict(),
+            "codecs": {stage.stage_index: stage.codec_state() for stage in self.stages},
+            "rng": torch.get_rng_state(), "history": json.dumps(self.history),
+        }  # fmt: skip
+        path = folder / f"rank{self.rank}.pt"
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        dist.barrier()  # older ones go when all have the new one
+        for step in self._saved()[:-2]:
+            old = self.folder / "checkpoints" / f"step-{step}"
+            (old / path.name).unlink(missing_ok=True)
+            if not any(old.iterdir()):
+                old.rmdir()
+        return folder
+
+    def _saved(self) -> list[int]:
+        found = (self.folder / "checkpoints").glob(f"step-*/rank{self.rank}.pt")
+        return sorted(int(re.sub(r"\D", "", path.parent.name)) for path in found)
+
+    def _resume(self) -> None:
+        """From the last step of which every rank has a checkpoint."""
+        every: list[Any] = [share(self._saved(), rank) for rank in range(self.size)]
+        common = set.intersection(*map(set, every))
+        if not common:
+            raise ValueError(
+                f"--resume: there is no step of which all ranks have a checkpoint under {self.folder}/checkpoints "
+                f"(found {every}). Train with --save_steps first, or leave --resume out."
+            )
+        step = max(common)
+        path = self.folder / "checkpoints" / f"step-{step}" / f"rank{self.rank}.pt"
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["own"] != self.own:
+            raise ValueError(
+                f"{path} holds the stages {state['own']}, this rank runs {self.own}: resume with the same topology."
+            )
+        for k, module in self.modules.items():
+            module.load_state_dict(state["top"][k])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rates.load_state_dict(state["rates"])
+        for stage in self.stages:
+            stage.load_codec_state(state["codecs"][stage.stage_index])
+        torch.set_rng_state(state["rng"].cpu())
+        self.step, self.history = state["step"], json.loads(state["history"])
+
+    def merge(self) -> bool:
+        """Bring all trained weights together in `model` on rank 0; whether this is rank 0."""
+        count = len(self.all_modules)
+        states = []
+        for k in range(count):
+            owner = k if self.args.topology == "linear" else min(k, count - 1 - k)
+            state = self.all_modules[k].own_state_dict()
+            for name in sorted(state):
+                if owner != 0 and self.rank == owner:
+                    dist.send(state[name].cpu().contiguous(), 0)
+                elif owner != 0 and self.rank == 0:
+                    value = torch.empty_like(state[name], device="cpu")
+                    dist.recv(value, owner)
+                    state[name] = value
+            states.append(state)
+        if self.rank == 0:
+            self.model.load_state_dict(merge(states))
+        return self.rank == 0
+
