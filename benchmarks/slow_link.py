@@ -111,7 +111,19 @@ class _Clock:
 
 
 class PlainStage(_Clock, PipelineStage):
-    pass
+    """Torch's own, but for images in channels_last, which it refuses to send."""
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return _contiguous(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return _contiguous(super().get_bwd_send_ops(bwd_chunk_id))
+
+
+def _contiguous(ops: list[dist.P2POp]) -> list[dist.P2POp]:
+    for op in ops:
+        op.tensor = op.tensor.contiguous()
+    return ops
 
 
 class Stage(_Clock, CompressedPipelineStage):
