@@ -3,9 +3,9 @@
     sudo benchmarks/slow_link.sh [--models minilm mobilenetv2] [--rates 10 100 1000] [--stages 2] [--again]
 
 A row is a model at a rate.  Every codec trains a copy of its own, from the same weights on the same batch, over and
-over (so that `delta` has seen its samples); steps of all codecs alternate, so that other load on the machine meets all
-alike, and the first of each is not timed.  Rank 0 writes benchmarks/results/slow_link.json after each row; rows that it
-has are not run again.
+over (so that `delta` has seen its samples).  Steps of all codecs alternate, so that other load on the machine meets
+all alike, and the first of each is not timed.  Rank 0 writes benchmarks/results/slow_link.json after each row; rows
+that it has are not run again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ STEPS = {10: 3, 100: 5, 1000: 6}
 TORCH, BF16 = "torch", "bf16"  # torch's own stage and schedule; activations and gradients cast at the cut
 EIGHT = "block:bits=8,round=stochastic"
 CODECS: dict[str, tuple[str, str | None]] = {
-    TORCH: ("identity", None), "none": ("identity", None), BF16: ("identity", None), "block 8": ("block:bits=8", EIGHT),
-    "block 4/8": ("block:bits=4", EIGHT), "delta 4/8": ("delta+block:bits=4", EIGHT),
+    TORCH: ("identity", None), "none": ("identity", None), BF16: ("identity", None),
+    "block 8": ("block:bits=8", EIGHT), "block 4/8": ("block:bits=4", EIGHT), "delta 4/8": ("delta+block:bits=4", EIGHT),
     "topk 10 %, 8 bits": ("topk:ratio=0.1|uniform:bits=8", None),
     "sort 8": ("sort:bits=8", None),
 }  # fmt: skip
@@ -111,18 +111,29 @@ class _Clock:
 
 
 class PlainStage(_Clock, PipelineStage):
-    """Torch's own, but for images in channels_last, which it refuses to send."""
+    """Torch's own, but for images in channels_last, whose buffers it makes and then refuses: they go as they lie."""
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return _contiguous(super().get_fwd_send_ops(fwd_chunk_id))
+        return _dense(super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return _contiguous(super().get_bwd_send_ops(bwd_chunk_id))
+        return _dense(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return _dense(super().get_fwd_recv_ops(fwd_chunk_id))
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return _dense(super().get_bwd_recv_ops(bwd_chunk_id))
 
 
-def _contiguous(ops: list[dist.P2POp]) -> list[dist.P2POp]:
+def _dense(ops: list[dist.P2POp]) -> list[dist.P2POp]:
     for op in ops:
-        op.tensor = op.tensor.contiguous()
+        if op.tensor.dim() == 4:
+            if op.op is dist.isend:
+                op.tensor = op.tensor.contiguous(memory_format=torch.channels_last)
+            op.tensor = op.tensor.permute(0, 2, 3, 1)
+        elif op.op is dist.isend:
+            op.tensor = op.tensor.contiguous()
     return ops
 
 
@@ -183,7 +194,7 @@ class Runner:
 
 
 def counters() -> dict[str, int]:
-    """Bytes that left this side, by the interface's own count: 'next' leads to the next stage, 'prev' to the one before."""
+    """Bytes that left this side, by the interface's own count: towards the 'next' stage and the one before."""
     found = {}
     for name in ("next", "prev"):
         path = Path(f"/sys/class/net/{name}/statistics/tx_bytes")

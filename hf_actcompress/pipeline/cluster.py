@@ -43,7 +43,8 @@ CODECS: dict[str, tuple[str, str]] = {
 @dataclass(frozen=True)
 class Cluster:
     """devices: names; codec_speed: of each device, 1 is this machine; shapes and dtypes: of the activation after each
-    stage but the last; links: by pair of devices' numbers, the smaller first; codecs: forward and backward by label."""
+    stage but the last; links: by pair of devices' numbers, the smaller first; codecs: forward and backward by label.
+    """
 
     devices: list[str]
     codec_speed: list[float]

@@ -17,8 +17,8 @@ from .orders import BACKWARD, FORWARD, INPUT, SCHEDULES, WEIGHT, Action, orders,
 
 @dataclass(frozen=True)
 class Stage:
-    """Seconds of one micro-batch; `optimizer` once a step.  weight: the share of the backward that only the stage's own
-    parameters need, which zero-bubble schedules set apart."""
+    """Seconds of one micro-batch; `optimizer` once a step.  weight: the share of the backward that only the stage's
+    own parameters need, which zero-bubble schedules set apart."""
 
     forward: float
     backward: float
@@ -91,8 +91,8 @@ def bound(
     stages: Sequence[Stage], links: Mapping[tuple[int, int], Link], cuts: Sequence[Cut], chunks: int, schedule: str,
     devices: int | None = None,
 ) -> float:  # fmt: skip
-    """What no order of the work can beat: the larger of the busiest device's computation (without codecs) and the busiest
-    link's bytes over its bandwidth, in one direction."""
+    """What no order of the work can beat: the larger of the busiest device's computation (without codecs) and the
+    busiest link's bytes over its bandwidth, in one direction."""
     count = len(stages) if devices is None else devices
     at = place(schedule, len(stages), count)
     work, carried = defaultdict(float), defaultdict(float)
