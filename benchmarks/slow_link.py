@@ -43,7 +43,8 @@ TORCH, BF16 = "torch", "bf16"  # torch's own stage and schedule; activations and
 EIGHT = "block:bits=8,round=stochastic"
 CODECS: dict[str, tuple[str, str | None]] = {
     TORCH: ("identity", None), "none": ("identity", None), BF16: ("identity", None),
-    "block 8": ("block:bits=8", EIGHT), "block 4/8": ("block:bits=4", EIGHT), "delta 4/8": ("delta+block:bits=4", EIGHT),
+    "block 8": ("block:bits=8", EIGHT), "block 4/8": ("block:bits=4", EIGHT),
+    "delta 4/8": ("delta+block:bits=4", EIGHT),
     "topk 10 %, 8 bits": ("topk:ratio=0.1|uniform:bits=8", None),
     "sort 8": ("sort:bits=8", None),
 }  # fmt: skip

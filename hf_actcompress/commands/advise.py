@@ -171,8 +171,8 @@ def _record(cluster: Cluster, predictions: list[Prediction], chosen: str, words:
         "stages": [vars(stage) for stage in cluster.stages],
         "codecs": [
             {"codec": p.label, "specs": list(p.codecs), "seconds": p.seconds,
-             "samples_per_second": p.samples_per_second, "bytes_forward": p.nbytes[0], "bytes_backward": p.nbytes[1], "bubble": p.timeline.bubble,
-             "limit_seconds": p.limit,
+             "samples_per_second": p.samples_per_second, "limit_seconds": p.limit, "bubble": p.timeline.bubble,
+             "bytes_forward": p.nbytes[0], "bytes_backward": p.nbytes[1],
              "links": {f"{cluster.devices[a]} > {cluster.devices[b]}": p.timeline.busy((a, b))
                        for a, b in p.timeline.links}}
             for p in predictions
