@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..codecs import parse_codec
 from ..sites.wire import WireFormat
@@ -81,7 +81,8 @@ def measure_stages(
 
 
 def measure_codec(spec: str, shape: tuple[int, ...], dtype: str, *, repeats: int = 5) -> Traffic:
-    """Bytes on the link of one tensor, header included, and seconds to encode and decode it.
+    """Bytes on the link of one tensor, header included, and seconds to encode and decode it; with `delta`, of samples
+    that were seen before.
 
     Raises ValueError for a codec that cannot take such a tensor.
     """
@@ -89,22 +90,21 @@ def measure_codec(spec: str, shape: tuple[int, ...], dtype: str, *, repeats: int
     x = torch.randn(shape, generator=generator).to(DTYPES[dtype])
     cast = spec == BF16
     codec = parse_codec("identity" if cast else spec)
-    wire = WireFormat(codec, shape, torch.bfloat16 if cast else x.dtype)
-    state, buffer = codec.init_state("advise"), wire.buffer()
-
-    def encode() -> None:
-        wire.encode(x.bfloat16() if cast else x, state, buffer)
-
-    def decode() -> Tensor:
-        y = wire.decode(buffer)
-        return y.to(x.dtype) if cast else y
-
+    here, there = codec.init_state("advise"), codec.init_state("advise")
     times = []
-    for _ in range(repeats + 1):
+    for turn in range(repeats + 1):
+        if not turn or codec.needs_ids:  # what was seen is sent in another form
+            new = (0 if turn else shape[0]) if codec.needs_ids else None
+            wire = WireFormat(codec, shape, torch.bfloat16 if cast else x.dtype, new=new)
+            buffer = wire.buffer()
+        if codec.needs_ids:
+            here.current, there.current = (state.plan(range(shape[0]), shape) for state in (here, there))
         began = time.perf_counter()
-        encode()
+        wire.encode(x.bfloat16() if cast else x, here, buffer)
         middle = time.perf_counter()
-        decode()
+        y = wire.decode(buffer, state=there if codec.needs_ids else None)
+        if cast:
+            y = y.to(x.dtype)
         times.append((middle - began, time.perf_counter() - middle))
     return Traffic(wire.nbytes, *(statistics.median(column) for column in zip(*times[1:], strict=True)))
 
