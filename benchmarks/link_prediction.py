@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from slow_link import BF16, CHUNKS, CODECS, CUTS, ROWS, TORCH, batch_of, image_model, load, text_model
+from slow_link import BF16, CHUNKS, CODECS, CUTS, MODELS, ROWS, TORCH, batch_of, load, load_model
 
 from hf_actcompress.pipeline import split
 from hf_actcompress.pipeline.advise import measure_codec, measure_stages, predict
@@ -27,7 +27,7 @@ PATH = Path(__file__).parent / "results" / "link_prediction.json"
 
 def cluster_of(model: str, stages: int) -> Cluster:
     """Measured here; its links are still to be set."""
-    whole = text_model() if model == "minilm" else image_model()
+    whole = load_model(model)
     batch = batch_of(model)
     rows = ROWS[model] // CHUNKS
     inputs = batch.get("input_ids", batch.get("pixel_values"))[:rows]
@@ -43,7 +43,7 @@ def cluster_of(model: str, stages: int) -> Cluster:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--measured", type=Path, help="slow_link.json (default: the one in results)")
     parser.add_argument("--output", type=Path, default=PATH)
     args = parser.parse_args()

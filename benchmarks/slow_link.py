@@ -35,8 +35,12 @@ from hf_actcompress.recipes.results import environment
 PATH = Path(__file__).parent / "results" / "slow_link.json"
 DATA = Path(__file__).parents[1] / "../shared/data"
 RATES = (10, 100, 1000)
-CUTS = {("minilm", 2): (2,), ("minilm", 3): (1, 3), ("mobilenetv2", 2): (0,), ("mobilenetv2", 3): (0, 9)}
-ROWS = {"minilm": 32, "mobilenetv2": 16}
+CUTS = {
+    ("minilm", 2): (2,), ("minilm", 3): (1, 3), ("mobilenetv2", 2): (0,), ("mobilenetv2", 3): (0, 9),
+    ("tiny", 2): (1,), ("tiny", 3): (0, 1),
+}  # fmt: skip
+ROWS = {"minilm": 32, "mobilenetv2": 16, "tiny": 8}
+MODELS = ("minilm", "mobilenetv2")  # "tiny" is there to try the script
 CHUNKS = 8
 STEPS = {10: 3, 100: 5, 1000: 6}
 TORCH, BF16 = "torch", "bf16"  # torch's own stage and schedule; activations and gradients cast at the cut
@@ -50,18 +54,16 @@ CODECS: dict[str, tuple[str, str | None]] = {
 }  # fmt: skip
 
 
-def text_model(seed: int = 0) -> nn.Module:
-    from hf_actcompress.recipes import load_text_model
+def load_model(model: str) -> nn.Module:
+    from hf_actcompress import recipes
 
-    torch.manual_seed(seed)
-    return load_text_model("minilm", 2)[0]
-
-
-def image_model(seed: int = 0) -> nn.Module:
-    from hf_actcompress.recipes import load_image_model
-
-    torch.manual_seed(seed)
-    return load_image_model("mobilenetv2_100", 10, 224, pretrained=False)[0].to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    if model == "tiny":
+        return recipes.load_text_model("tiny-bert", 2, texts=["a few words"])[0]
+    if model == "minilm":
+        return recipes.load_text_model("minilm", 2)[0]
+    found = recipes.load_image_model("mobilenetv2_100", 10, 224, pretrained=False)[0]
+    return found.to(memory_format=torch.channels_last)
 
 
 def batch_of(model: str) -> dict[str, Tensor]:
@@ -69,6 +71,9 @@ def batch_of(model: str) -> dict[str, Tensor]:
     from hf_actcompress import recipes
 
     rows = ROWS[model]
+    if model == "tiny":
+        ids = torch.arange(rows * 16).view(rows, 16) % 7
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 1] % 2}
     if model == "minilm":
         data = recipes.load_text(str(DATA / "glue/sst2"), max_train=rows, max_eval=1)
         train, _ = recipes.tokenize_splits(data, recipes.load_text_model("minilm", 2)[1], 128, pad=True)
@@ -207,7 +212,7 @@ def counters() -> dict[str, int]:
 def measure(model: str, rate: int, stages: int, steps: int) -> dict[str, Any] | None:
     """One row, on every rank; rank 0 has the result."""
     rank, cuts = dist.get_rank(), CUTS[model, stages]
-    whole = text_model() if model == "minilm" else image_model()
+    whole = load_model(model)
     batch = batch_of(model)
     runners = [Runner(label, whole, cuts, rank) for label in CODECS]
     del whole
@@ -267,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("rows", "rank"), help="list the rows to do, or be one process of a row")
     parser.add_argument("--row")
-    parser.add_argument("--models", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--models", nargs="+", choices=list(ROWS), default=MODELS)
     parser.add_argument("--rates", nargs="+", type=int, default=RATES, help="Mbit/s")
     parser.add_argument("--stages", type=int, choices=(2, 3), default=2)
     parser.add_argument("--steps", type=int, help="timed steps (default 3 at 10 Mbit/s, 5 at 100, 6 at 1000)")

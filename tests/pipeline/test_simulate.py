@@ -86,8 +86,8 @@ def test_stages_of_one_device_hand_over_for_nothing():
         assert sum(e.kind == kind for e in found.events) == len(sends)
 
 
-def slow_twin(stages, link, cut, chunks, order, prompt=True):
-    """Times by recursion: when does this end?  For one stage per device, prompt receives and sends that do not wait."""
+def slow_twin(stages, link, cut, chunks, order):
+    """Times by recursion: when does this end?  One stage per device, prompt receives, sends that do not wait."""
     ends = {}
     last = len(stages) - 1
 
@@ -206,7 +206,8 @@ class Recorder:
 
     def __init__(self, rank, devices):
         self.stage_index, self.num_stages, self.done = rank, devices, []
-        self.get_fwd_recv_ops = self.get_fwd_send_ops = self.get_bwd_recv_ops = self.get_bwd_send_ops = lambda chunk: []
+        self.get_fwd_recv_ops = self.get_fwd_send_ops = lambda chunk: []
+        self.get_bwd_recv_ops = self.get_bwd_send_ops = lambda chunk: []
         self.perform_reduce_grad = lambda scale: None
 
     def forward_one_chunk(self, chunk, *args, **kwargs):
