@@ -1,7 +1,9 @@
 """A training step of a pipeline, simulated event by event.
 
 Devices compute, encode and decode one thing at a time, in the order of the schedule; a link carries one message at a
-time in each direction.  Numbers in, times out: it knows no tensors, no codecs and no processes.
+time in each direction.  Where receives are not posted ahead, a message leaves when its receiver has asked for it, and
+what asks waits behind the bytes that go the same way, as with gloo: so torch's 1F1B uses one direction at a time.
+Numbers in, times out: it knows no tensors, no codecs and no processes.
 """
 
 from __future__ import annotations
@@ -161,6 +163,9 @@ class _Message:
     waited_for: bool
 
 
+_ASKING = Traffic(0)  # what tells a sender that its peer is ready
+
+
 class _Step:
     """The state of one simulated step: a heap of things that end, and what may start then."""
 
@@ -178,6 +183,7 @@ class _Step:
         self.now = 0.0
         self.ready: set[tuple[str, int, int]] = set()  # what has arrived, or was made on the same device
         self.wanted: set[tuple[str, int, int]] = set()  # receives that are posted
+        self.asked: set[tuple[str, int, int]] = set()  # those of which the sender knows
         self.events: list[Event] = []
 
     def run(self) -> Timeline:
@@ -226,8 +232,9 @@ class _Step:
         needs = self._needs(action)
         if needs is not None and needs[0] not in self.wanted:
             self.wanted.add(needs[0])
-            if needs[1] != number:
-                self._carry(needs[1], number)
+            if needs[1] != number and not self.prompt:
+                self.ways[number, needs[1]].queue.append(_Message(needs[0], _ASKING, number, needs[1], False))
+                self._carry(number, needs[1])
         if device.waits or (needs is not None and needs[0] not in self.ready):
             return
         device.order.popleft()
@@ -276,9 +283,11 @@ class _Step:
     # -- links -----------------------------------------------------------------------------------------------------
     def _carry(self, a: int, b: int) -> None:
         way = self.ways[a, b]
-        if way.busy or not way.queue or not (self.prompt or way.queue[0].key in self.wanted):
+        able = (m for m in way.queue if self.prompt or m.traffic is _ASKING or m.key in self.asked)
+        message = None if way.busy else next(able, None)
+        if message is None:
             return
-        message = way.queue.popleft()
+        way.queue.remove(message)
         way.busy = True
         seconds = message.traffic.nbytes / way.link.bandwidth
         kind, stage, chunk = message.key
@@ -294,5 +303,9 @@ class _Step:
             self._go_on(message.sender)
 
     def _arrived(self, message: _Message) -> None:
-        self.ready.add(message.key)
-        self._go_on(message.receiver)
+        if message.traffic is _ASKING:
+            self.asked.add(message.key)
+            self._carry(message.receiver, message.sender)
+        else:
+            self.ready.add(message.key)
+            self._go_on(message.receiver)

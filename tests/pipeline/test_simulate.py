@@ -46,7 +46,7 @@ def test_zero_bubble_has_none_where_its_three_parts_are_alike():
     assert found.seconds == pytest.approx(16 * 6 + 3, rel=0.01)  # the last device begins 3 late, none waits after
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "early-1f1b"])
+@pytest.mark.parametrize("schedule", ["gpipe", "early-1f1b"])
 def test_a_slow_link_is_bytes_over_bandwidth(schedule):
     nbytes, bandwidth, chunks = 1000, 10, 16
     found = simulate([Stage(0, 0)] * 2, chain(2, Link(bandwidth)), cuts(2, nbytes), chunks, schedule)
@@ -67,10 +67,21 @@ def test_early_forwards_hide_a_link_as_slow_as_the_computation():
 
 
 def test_latency_and_codecs_count():
-    # F0 1, encode .1, link 2 + latency 5, decode .2, F 1 B 2, encode .1, link 2 + 5, decode .2, B 2
+    # The first device hears after 5 that the second is ready: link 2 + latency 5, decode .2, F 1 B 2, encode .1, link
+    # 2 + 5, decode .2, B 2, optimizer .5
     cut = [Cut(Traffic(20, 0.1, 0.2), Traffic(20, 0.1, 0.2))]
     found = simulate([Stage(1, 2, 0.5), Stage(1, 2)], chain(2, Link(10, 5)), cut, 1, "gpipe")
-    assert found.seconds == pytest.approx(1 + 0.1 + 7 + 0.2 + 3 + 0.1 + 7 + 0.2 + 2 + 0.5)
+    assert found.seconds == pytest.approx(5 + 7 + 0.2 + 3 + 0.1 + 7 + 0.2 + 2 + 0.5)
+
+
+@pytest.mark.parametrize("quick", [0, 1])
+def test_torch_uses_one_direction_at_a_time(quick):
+    """What asks for the next activation waits behind the gradient that goes the same way, or the other way round."""
+    one_way, stages = 16 * 1000 / 10, [Stage(0.02, 0.02), Stage(0.03, 0.03)][:: 1 if quick else -1]
+    waits = simulate(stages, chain(2, Link(10)), cuts(2, 1000), 16, "1f1b")
+    early = simulate(stages, chain(2, Link(10)), cuts(2, 1000), 16, "early-1f1b")
+    assert waits.seconds == pytest.approx(2 * one_way, rel=0.05)
+    assert early.seconds == pytest.approx(one_way * 17 / 16, rel=0.01)
 
 
 def test_stages_of_one_device_hand_over_for_nothing():
