@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_actcompress.pipeline.advise import choose
-from hf_actcompress.pipeline.simulate import Cut, Link, Stage, Traffic, simulate
+from hf_actcompress.pipeline.simulate import Cut, Link, Stage, Timeline, Traffic, simulate
+from hf_actcompress.pipeline.timeline import chart
 from hf_actcompress.plots import _figure, _save
 
 TORCH = "torch"
@@ -102,7 +103,7 @@ def targets(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def from_the_run(row: dict[str, Any], label: str) -> float:
+def from_the_run(row: dict[str, Any], label: str) -> Timeline:
     """The simulator's step, from the times that the run itself has measured for its parts."""
     one, chunks, stages = row["codecs"][label], row["chunks"], row["stages"]
     own = [Stage(one["forward"][k] / chunks, one["backward"][k] / chunks, one["optimizer"][k]) for k in range(stages)]
@@ -116,7 +117,7 @@ def from_the_run(row: dict[str, Any], label: str) -> float:
 
     cuts = [Cut(traffic("forward", k, k + 1), traffic("backward", k + 1, k)) for k in range(stages - 1)]
     links = {(k, k + 1): Link(row["rate"] * 1e6 / 8) for k in range(stages - 1)}
-    return simulate(own, links, cuts, chunks, "1f1b" if label == TORCH else "early-1f1b").seconds
+    return simulate(own, links, cuts, chunks, "1f1b" if label == TORCH else "early-1f1b")
 
 
 def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
@@ -129,7 +130,7 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
         place = f"{row['model']}, {row['stages']} stages, {row['rate']} Mbit/s"
         for label, one in codecs(row):
             cells = []
-            for kind, value in (("run", from_the_run(row, label)), ("advise", before.get(label))):
+            for kind, value in (("run", from_the_run(row, label).seconds), ("advise", before.get(label))):
                 if value is None:
                     cells.append("")
                     continue
@@ -186,4 +187,9 @@ def fill(pages: Any) -> None:
     pages.fill(page, "slow link targets", targets(measured))
     if predicted is not None:
         pages.fill(page, "link prediction", prediction(measured, predicted))
-    plot(measured, pages.ROOT / "docs" / "figures" / "slow_link.png")
+    figures = pages.ROOT / "docs" / "figures"
+    plot(measured, figures / "slow_link.png")
+    row = measured["rows"].get("mobilenetv2@100")
+    if row is not None:
+        steps = [(LABELS.get(label, label), from_the_run(row, label)) for label in (TORCH, "none", "block 4/8")]
+        chart(steps, ["rank 0", "rank 1"], figures / "timeline.png")

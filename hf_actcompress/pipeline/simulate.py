@@ -13,6 +13,8 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from .orders import BACKWARD, FORWARD, INPUT, SCHEDULES, WEIGHT, Action, orders, place
 
@@ -53,8 +55,7 @@ class Cut:
     backward: Traffic
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """Something that took a resource for a time.  resource: a device's number, or (from, to) for a link."""
 
     resource: int | tuple[int, int]
@@ -73,11 +74,16 @@ class Timeline:
     events: list[Event]
     devices: int
 
+    @cached_property
+    def _worked(self) -> dict[int | tuple[int, int], float]:
+        worked: dict[int | tuple[int, int], float] = defaultdict(float)
+        for event in self.events:
+            worked[event.resource] += event.end - event.start
+        return worked
+
     def busy(self, resource: int | tuple[int, int]) -> float:
         """The share of the step for which a device works, or a link carries bytes in that direction."""
-        if not self.seconds:
-            return 0.0
-        return sum(e.end - e.start for e in self.events if e.resource == resource) / self.seconds
+        return self._worked.get(resource, 0.0) / self.seconds if self.seconds else 0.0
 
     @property
     def bubble(self) -> float:
@@ -86,7 +92,7 @@ class Timeline:
 
     @property
     def links(self) -> list[tuple[int, int]]:
-        return sorted({e.resource for e in self.events if isinstance(e.resource, tuple)})
+        return sorted(resource for resource in self._worked if isinstance(resource, tuple))
 
 
 def bound(
@@ -154,8 +160,7 @@ class _Way:
     busy: bool = False
 
 
-@dataclass(frozen=True)
-class _Message:
+class _Message(NamedTuple):
     key: tuple[str, int, int]  # kind, stage and micro-batch of the action that needs it
     traffic: Traffic
     sender: int
@@ -194,9 +199,10 @@ class _Step:
             then()
         stuck = [f"device {k}: {device.order[0]}" for k, device in enumerate(self.devices) if device.order]
         assert not stuck, f"the schedule stands still at {', '.join(stuck)}"
-        end = [self.now] * len(self.devices)
-        for device in range(len(self.devices)):
-            end[device] = max((e.end for e in self.events if e.resource == device), default=0.0)
+        end = [0.0] * len(self.devices)
+        for event in self.events:
+            if isinstance(event.resource, int):
+                end[event.resource] = max(end[event.resource], event.end)
         for stage, device in enumerate(self.at):
             seconds = self.stages[stage].optimizer
             if seconds:
@@ -255,8 +261,9 @@ class _Step:
 
     def _seconds(self, action: Action) -> float:
         stage = self.stages[action.stage]
-        return {FORWARD: stage.forward, BACKWARD: stage.backward, INPUT: stage.backward * (1 - stage.weight),
-                WEIGHT: stage.backward * stage.weight}[action.kind]  # fmt: skip
+        if action.kind == FORWARD:
+            return stage.forward
+        return stage.backward * {BACKWARD: 1.0, INPUT: 1 - stage.weight, WEIGHT: stage.weight}[action.kind]
 
     def _makes(self, action: Action) -> _Message | None:
         forward = action.kind == FORWARD
