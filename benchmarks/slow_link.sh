@@ -57,7 +57,10 @@ for row in $rows; do
     rate=${row##*@}
     # Ten milliseconds of burst: a timer tick must not starve a fast link, nor a burst carry a slow one.
     burst=$((rate * 1250)); [ $burst -ge 32000 ] || burst=32000
+    # A sender has no more under way than half of what the queue holds, so nothing is dropped and sent again.
+    window=$((rate * 12500)); [ $window -le 4194304 ] || window=4194304
     for rank in $ranks; do
+        ip netns exec $space$rank sh -c "echo 4096 16384 $window > /proc/sys/net/ipv4/tcp_wmem"
         for side in prev next; do
             [ $side$rank = prev0 ] || [ $side$rank = next$last ] ||
                 tc -n $space$rank qdisc replace dev $side root tbf rate "${rate}mbit" burst $burst latency 200ms ||

@@ -16,7 +16,7 @@ NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backwar
          "send": "on the link", "optimizer": "optimizer"}  # fmt: skip
 
 
-def rows(timeline: Timeline, devices: Sequence[str], most: int = 12) -> list[tuple[str, int | tuple[int, int]]]:
+def rows(timeline: Timeline, devices: Sequence[str], most: int = 6) -> list[tuple[str, int | tuple[int, int]]]:
     """Label and resource of each line: devices, with the links to the next between them; the middle is left out where
     there are more devices than `most`."""
     count = len(devices)
