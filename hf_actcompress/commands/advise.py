@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rich.text import Text
 from ..inspection import build_model
 from ..pipeline import split
 from ..pipeline.advise import NEAR, Prediction, choose, measure_stages, predict, verdict
+from ..pipeline.beside import Work, company
 from ..pipeline.cluster import CODECS, Cluster, bandwidth, parse_codecs, read_cluster, seconds
 from ..pipeline.orders import SCHEDULES, orders, place
 from ..pipeline.simulate import Link, Stage
@@ -58,6 +60,8 @@ def add_parser(commands: Any) -> None:
         "inspect MODEL' numbers them")  # fmt: skip
     add("--compute", nargs="+", metavar="F/B", help="seconds of forward and backward of a micro-batch, for each "
         "stage, instead of measuring: 0.1/0.2 0.1/0.2")  # fmt: skip
+    add("--beside", type=whole(0), default=0, metavar="N", help="processes that compute the same while the stages are "
+        "measured, for ranks that will share a machine (default 0: each has its own)")  # fmt: skip
     add("--batch-size", type=whole(1), default=32, metavar="B", help="examples of a step (default 32)")
     add("--microbatches", type=whole(1), default=8, metavar="M", help="that the batch is cut into (default 8)")
     add("--seq-len", type=whole(1), default=128, metavar="L", help="tokens of an example (default 128)")
@@ -125,23 +129,20 @@ def _measured(args: argparse.Namespace, progress: Progress) -> Cluster:
     if args.batch_size % args.microbatches:
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of --microbatches {args.microbatches}.")
     rows = args.batch_size // args.microbatches
-    build, inputs = build_model(args.model, seq_len=args.seq_len, image_size=args.image_size)
-    model = build()
-    batch = inputs(rows, "cpu")
     where = {"cuts": args.cuts} if args.cuts else {"stages": args.stages or 2}
     devices = len(args.cuts) + 1 if args.cuts else args.stages or 2
     if args.schedule == "zbv":
         if args.cuts and devices % 2:
             raise ValueError(f"--schedule zbv has two stages on each device; --cuts makes {devices} stages.")
         devices //= 2
-    modules = split(model, example_inputs=inputs(1, "cpu"), **where)
+    work = partial(_work, args.model, args.seq_len, args.image_size, rows, where)
+    modules, first, side = work()
     at = place(args.schedule, len(modules), devices)
     orders(args.schedule, len(modules), devices, args.microbatches, args.ahead)  # says what does not fit in time
-    first, side = (batch, {}) if isinstance(batch, torch.Tensor) else _sides(batch)
     task = progress.add_task("forward and backward of the stages", total=4 * len(modules))
-    repeats = 0 if args.compute else 3
-    stages, shapes, dtypes = measure_stages(modules, (first,), side, repeats=max(1, repeats),
-                                            tick=lambda: progress.advance(task))  # fmt: skip
+    with company(0 if args.compute else args.beside, work):
+        stages, shapes, dtypes = measure_stages(modules, first, side, repeats=1 if args.compute else 3,
+                                                tick=lambda: progress.advance(task))  # fmt: skip
     if args.compute:
         stages = _given(args.compute, stages)
     links = {(min(a, b), max(a, b)): link for a, b in zip(at, at[1:], strict=False) if a != b}
@@ -149,9 +150,15 @@ def _measured(args: argparse.Namespace, progress: Progress) -> Cluster:
                    args.microbatches, rows, args.schedule, args.ahead, parse_codecs(CODECS))  # fmt: skip
 
 
-def _sides(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _work(model: str, seq_len: int, image_size: int, rows: int, where: dict[str, Any]) -> Work:
+    """The stages of a model by name, and what goes into them for a micro-batch."""
+    build, inputs = build_model(model, seq_len=seq_len, image_size=image_size)
+    modules = split(build(), example_inputs=inputs(1, "cpu"), **where)
+    batch = inputs(rows, "cpu")
+    if isinstance(batch, torch.Tensor):
+        return modules, (batch,), {}
     name = next(iter(batch))
-    return batch[name], {key: value for key, value in batch.items() if key != name}
+    return modules, (batch[name],), {key: value for key, value in batch.items() if key != name}
 
 
 def _given(pairs: list[str], stages: list[Stage]) -> list[Stage]:

@@ -1,5 +1,7 @@
 """What advise measures is what is there, and what it says follows from the numbers."""
 
+import multiprocessing
+
 import pytest
 import torch
 from helpers import build, text_batch
@@ -7,12 +9,22 @@ from helpers import build, text_batch
 from hf_actcompress import parse_codec
 from hf_actcompress.pipeline import split
 from hf_actcompress.pipeline.advise import choose, measure_codec, measure_stages, predict, verdict
+from hf_actcompress.pipeline.beside import company
 from hf_actcompress.pipeline.cluster import parse_cluster
 from hf_actcompress.pipeline.simulate import Traffic
 from hf_actcompress.sites.wire import HEADER
 
 SHAPE = (2, 16, 32)
 FAST, SLOW = "10gbit", "1mbit"
+
+
+def small_work():
+    batch = text_batch(rows=1)
+    return split(build("bert"), stages=2), (batch["input_ids"],), {}
+
+
+def broken_work():
+    raise ValueError("no stages here")
 
 
 def cluster(rate, **keys):
@@ -43,6 +55,16 @@ def test_measuring_changes_no_weight():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measure_stages(split(model, stages=2), (batch["input_ids"],), {}, repeats=1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_company_works_until_the_measurement_ends():
+    before = multiprocessing.active_children()
+    with company(1, small_work):
+        (child,) = [p for p in multiprocessing.active_children() if p not in before]
+        assert child.is_alive()
+    assert not child.is_alive()
+    with pytest.raises(RuntimeError, match="ended with exit code 1"), company(1, broken_work):
+        pass
 
 
 @pytest.mark.parametrize("spec", ["identity", "block:bits=4", "topk:ratio=0.1|uniform:bits=8", "ef+topk:ratio=0.2"])
