@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from slow_link import BF16, CHUNKS, CODECS, CUTS, MODELS, ROWS, TORCH, batch_of, load, load_model
+from slow_link import BF16, CHUNKS, CODECS, CUTS, MODELS, RATES, ROWS, TORCH, batch_of, load_model, row_name
 
 from hf_actcompress.pipeline import split
 from hf_actcompress.pipeline.advise import measure_codec, measure_stages, predict
@@ -51,12 +51,10 @@ def cluster_of(model: str, stages: int, beside: int) -> Cluster:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--measured", type=Path, help="slow_link.json (default: the one in results)")
     parser.add_argument("--output", type=Path, default=PATH)
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = json.loads(args.output.read_text()) if args.output.is_file() else {"rows": {}}
-    measured = (json.loads(args.measured.read_text()) if args.measured else load())["rows"]
     record |= {"command": "python benchmarks/link_prediction.py", "environment": environment()}
     clusters, codecs = {}, {}
 
@@ -65,12 +63,9 @@ def main() -> None:
             codecs[key] = measure_codec(*key)
         return codecs[key]
 
-    for name, row in measured.items():
-        model, stages = row["model"], row["stages"]
-        if model not in args.models:
-            continue
-        links = {(k, k + 1): Link(row["rate"] * 1e6 / 8) for k in range(stages - 1)}
-        record["rows"][name] = {}
+    for model, stages, rate in [(m, s, r) for m in args.models for s in (2, 3) for r in RATES]:
+        links = {(k, k + 1): Link(rate * 1e6 / 8) for k in range(stages - 1)}
+        mine = record["rows"][row_name(model, stages, rate)] = {}
         for beside in (0, 1):
             key = (model, stages, beside)
             if key not in clusters:
@@ -80,10 +75,10 @@ def main() -> None:
                 schedule = "1f1b" if label == TORCH else "early-1f1b"
                 one = replace(cluster, codecs={label: specs}, links=links, schedule=schedule)
                 found[label] = predict(one, measure=once)[0].seconds
-            measured_here = {"seconds": found, "stages": [asdict(stage) for stage in cluster.stages]}
-            record["rows"][name]["beside" if beside else "alone"] = measured_here
-            print(name, beside, {label: f"{value:.2f} s, measured {row['codecs'][label]['seconds']:.2f}"
-                                 for label, value in found.items() if label in row["codecs"]}, flush=True)  # fmt: skip
+            stages_here = [asdict(stage) for stage in cluster.stages]
+            mine["beside" if beside else "alone"] = {"seconds": found, "stages": stages_here}
+            print(row_name(model, stages, rate), f"beside {beside}:",
+                  ", ".join(f"{label} {value:.2f} s" for label, value in found.items()), flush=True)  # fmt: skip
     args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 

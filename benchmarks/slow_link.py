@@ -264,7 +264,7 @@ def load() -> dict[str, Any]:
     return json.loads(PATH.read_text()) if PATH.is_file() else {"rows": {}}
 
 
-def name(model: str, stages: int, rate: int) -> str:
+def row_name(model: str, stages: int, rate: int) -> str:
     return f"{model}{'' if stages == 2 else f'-{stages}stages'}@{rate}"
 
 
@@ -285,7 +285,7 @@ def main() -> None:
         del CODECS[label]
     if args.what == "rows":
         known = load()["rows"]
-        rows = [name(model, args.stages, rate) for model in args.models for rate in args.rates]
+        rows = [row_name(model, args.stages, rate) for model in args.models for rate in args.rates]
         print(*(row for row in rows if args.again or row not in known))
         return
     model, rate = args.row.split("@")
