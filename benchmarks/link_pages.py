@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
             worst = max(errors[kind], key=lambda key: abs(errors[kind][key]))
             within = sum(size <= 20 for size in sizes)
             words.append(f"{what}: within 20 % in {within} of {len(sizes)} cases, median error "
-                         f"{sizes[len(sizes) // 2]:.0f} %, largest {errors[kind][worst]:+.0f} % ({worst}).")  # fmt: skip
+                         f"{statistics.median(sizes):.0f} %, largest {errors[kind][worst]:+.0f} % "
+                         f"({worst}).")  # fmt: skip
     said = ["| | `advise --beside 1` takes | the measured table says | what it takes, over the fastest measured |",
             "| --- | --- | --- | ---: |"]  # fmt: skip
     return "\n\n".join(["\n".join(lines), "\n".join(f"- {word}" for word in words)]
