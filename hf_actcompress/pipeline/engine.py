@@ -126,7 +126,7 @@ class LinkedStage(PipelineStage):
 
 
 class EarlySchedule1F1B(Schedule1F1B):
-    """1F1B whose forwards run `ahead` micro-batches further before the first backward, for each link up to the last stage.
+    """1F1B whose forwards run `ahead` micro-batches further before the first backward, for each link up to the last.
 
     With 1F1B a stage has as many micro-batches under way as there are stages after it, which hides the time of
     computing on the others, but not that of the link: over a slow one it stands still.  Two cover the way there and

@@ -123,7 +123,7 @@ def _zbv(rank: int, devices: int, stages: int, chunks: int, ahead: int) -> list[
 
 
 SCHEDULES = {
-    "early-1f1b": Schedule("EarlySchedule1F1B and CompressedPipelineStage (with --ahead 0: Schedule1F1B)", 1, True, _early),
+    "early-1f1b": Schedule("EarlySchedule1F1B and CompressedPipelineStage (ahead 0: Schedule1F1B)", 1, True, _early),
     "1f1b": Schedule("Schedule1F1B and torch's own stage, which waits for its sends", 1, False, _1f1b),
     "gpipe": Schedule("ScheduleGPipe and torch's own stage: all forwards, then all backwards", 1, False, _gpipe),
     "interleaved": Schedule("ScheduleInterleaved1F1B: several stages per device", None, True, _interleaved),
