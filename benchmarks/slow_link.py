@@ -200,12 +200,13 @@ class Runner:
 
 
 def counters() -> dict[str, int]:
-    """Bytes that left this side, by the interface's own count: towards the 'next' stage and the one before."""
+    """Bytes and packets that left this side, by the interface's own count: to the 'next' stage and the one before."""
     found = {}
     for name in ("next", "prev"):
-        path = Path(f"/sys/class/net/{name}/statistics/tx_bytes")
-        if path.is_file():
-            found[name] = int(path.read_text())
+        for what in ("bytes", "packets"):
+            path = Path(f"/sys/class/net/{name}/statistics/tx_{what}")
+            if path.is_file():
+                found[f"{name} {what}"] = int(path.read_text())
     return found
 
 
@@ -255,8 +256,9 @@ def summary(label: str, ranks: list[list[dict[str, Any]]]) -> dict[str, Any]:
         # What left each rank towards the next stage (forward) and the one before (backward).
         **{f"{name}_{way}": [middle(records, name, way) for records in timed]
            for name in ("bytes", "raw_bytes") for way in ("forward", "backward")},
-        "wire_forward": [middle(records, "wire", "next") for records in timed],
-        "wire_backward": [middle(records, "wire", "prev") for records in timed],
+        **{f"{name}_{way}": [middle(records, "wire", f"{end} {what}") for records in timed]
+           for name, what in (("wire", "bytes"), ("packets", "packets"))
+           for way, end in (("forward", "next"), ("backward", "prev"))},
     }  # fmt: skip
 
 
