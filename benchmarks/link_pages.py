@@ -45,10 +45,18 @@ def limit(row: dict[str, Any], one: dict[str, Any]) -> float:
     return max(compute(one), on_link(row, one))
 
 
-def overhead(one: dict[str, Any]) -> float | None:
+HEADERS = 66  # bytes of Ethernet, IPv4 and TCP with time stamps, in each packet that the interface counts
+
+
+def overhead(one: dict[str, Any], headers: bool = True) -> float | None:
     """Bytes of the interface over those of the payloads."""
-    payloads = sum(one["bytes_forward"]) + sum(one["bytes_backward"])
-    return (sum(one["wire_forward"]) + sum(one["wire_backward"])) / payloads if payloads else None
+
+    def both(name: str) -> float:
+        return sum(one[f"{name}_forward"]) + sum(one[f"{name}_backward"])
+
+    if not both("bytes"):
+        return None
+    return (both("wire") - (0 if headers else HEADERS * both("packets"))) / both("bytes")
 
 
 def table(record: dict[str, Any]) -> str:
@@ -99,8 +107,9 @@ def targets(record: dict[str, Any]) -> str:
         if row["rate"] == 1000:
             ratio = row["codecs"]["none"]["seconds"] / row["codecs"]["block 4/8"]["seconds"]
             add(f"block 4/8 against none, {row['model']} at 1000 Mbit/s", "0.97", f"{ratio:.2f}", ratio >= 0.97)
-    overs = [over for row in all_rows.values() for _, one in codecs(row) if (over := overhead(one)) is not None]
-    add("bytes on the interface over payloads, all rows", "1.05", f"{max(overs):.3f}", max(overs) <= 1.05)
+    for headers, words in ((True, ""), (False, ", without headers of Ethernet, IP and TCP")):
+        overs = [overhead(one, headers) or 1.0 for row in all_rows.values() for _, one in codecs(row)]
+        add(f"bytes on the interface over payloads{words}, largest", "1.05", f"{max(overs):.3f}", max(overs) <= 1.05)
     return "\n".join(lines)
 
 
