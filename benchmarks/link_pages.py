@@ -56,6 +56,8 @@ def overhead(one: dict[str, Any], headers: bool = True) -> float | None:
 
     if not both("bytes"):
         return None
+    if not headers and "packets_forward" not in one:
+        return None
     return (both("wire") - (0 if headers else HEADERS * both("packets"))) / both("bytes")
 
 

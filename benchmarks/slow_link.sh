@@ -22,8 +22,6 @@ for word in "$@"; do
     [ "$previous" = --stages ] && stages=$word
     previous=$word
 done
-export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
-rows=$("$python" "$here/slow_link.py" rows "$@") || exit $?
 last=$((stages - 1)) ranks=$(seq 0 $((stages - 1))) space=slowlink$$_ jobs=
 
 cleanup() {
@@ -51,6 +49,8 @@ for rank in $ranks; do  # all can reach all, through those between
     [ $stages -gt 2 ] && ip netns exec $space$rank sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'
 done
 
+export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+rows=$("$python" "$here/slow_link.py" rows "$@") || exit $?
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export MASTER_ADDR=10.77.0.1 MASTER_PORT=29555 WORLD_SIZE=$stages
 for row in $rows; do

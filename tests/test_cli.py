@@ -222,6 +222,9 @@ def test_advise_measures_a_model_and_says_what_to_take(run, bert, tmp_path):
     assert block["bytes_forward"] < block["bytes_backward"] < plain["bytes_forward"] / 3
     assert plain["seconds"] > plain["limit_seconds"] == pytest.approx(plain["bytes_forward"] / 8000)
     assert (tmp_path / "step.png").stat().st_size > 5000
+    for schedule in ("zbv", "interleaved"):
+        code, out, _ = run("advise", *options, "--bandwidth", "1mbit", "--schedule", schedule, "--codec", "identity")
+        assert code == 0 and "4 stages on 2 devices" in out
     code, out, _ = run("advise", *options, "--bandwidth", "100gbit", "--compute", "1/2", "1/2", "--timeline")
     assert code == 0 and "Do not compress: no codec makes a step more than 3 % faster" in out
     assert "device 0 > device 1" in out and "F forward, B backward" in out
@@ -241,21 +244,26 @@ codecs: {none: identity, small: "block:bits=4"}
     assert "Take small: " in out
 
 
+MODEL = ("--model", "FOLDER")
+SLOW = (*MODEL, "--bandwidth", "1mbit")
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     ((), "give either the YAML file of a cluster, or --model with --bandwidth"),
     (("x.yaml", "--model", "minilm"), "give either the YAML file"),
     (("x.yaml",), "'x.yaml' cannot be read: No such file"),
-    (("--model", "FOLDER"), "--model needs --bandwidth, such as --bandwidth 100mbit"),
-    (("--model", "FOLDER", "--bandwidth", "fast"), "--bandwidth: 'fast' is not a bandwidth above 0 such as 100mbit"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--latency", "x"), "--latency: 'x' is not a time such as 40ms"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--stages", 2, "--cuts", 1), "give either --stages or --cuts"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--batch-size", 9), "--batch-size 9 is not a multiple of --micro"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--stages", 9), "stages=9 is not a whole number from 1 to the 5"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--microbatches", 1), "1 micro-batches; at least 2 are needed"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--schedule", "interleaved"), "needs twice, three times"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--compute", "1/2"), "--compute gives 1 stages; there are 2"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--compute", "1/2", "1"), "--compute: '1' is not the seconds of"),
-    (("--model", "FOLDER", "--bandwidth", "1mbit", "--codec", "blok"), "Unknown codec 'blok'"),
+    (MODEL, "--model needs --bandwidth, such as --bandwidth 100mbit"),
+    ((*MODEL, "--bandwidth", "fast"), "--bandwidth: 'fast' is not a bandwidth above 0 such as 100mbit"),
+    ((*SLOW, "--latency", "x"), "--latency: 'x' is not a time such as 40ms"),
+    ((*SLOW, "--stages", 2, "--cuts", 1), "give either --stages or --cuts"),
+    ((*SLOW, "--batch-size", 9), "--batch-size 9 is not a multiple of --microbatches 8"),
+    ((*SLOW, "--stages", 9), "stages=9 is not a whole number from 1 to the 5"),
+    ((*SLOW, "--microbatches", 1), "1 micro-batches; at least 2 are needed"),
+    ((*SLOW, "--schedule", "zbv", "--stages", 3), "3 stages do not fit"),
+    (SLOW, "does not run with --batch-size 32, --seq-len 128 and --image-size 224: The expanded size"),
+    ((*SLOW, "--seq-len", 16, "--compute", "1/2"), "--compute gives 1 stages; there are 2"),
+    ((*SLOW, "--seq-len", 16, "--compute", "1/2", "1"), "--compute: '1' is not the seconds of"),
+    ((*SLOW, "--seq-len", 16, "--codec", "blok"), "Unknown codec 'blok'"),
 ])  # fmt: skip
 def test_advise_refuses(run, bert, argv, message):
     code, _, err = run("advise", *(bert if word == "FOLDER" else word for word in argv))

@@ -55,7 +55,8 @@ def add_parser(commands: Any) -> None:
         "transformers model that classifies texts or images; its stages are measured here")  # fmt: skip
     add("--bandwidth", metavar="RATE", help="of every link, in each direction: 100mbit, 1gbit, 12.5MB")
     add("--latency", metavar="TIME", default="0ms", help="one way: 20ms (default 0)")
-    add("--stages", type=whole(2), metavar="N", help="with about as many layers each (default 2)")
+    add("--stages", type=whole(2), metavar="N", help="with about as many layers each (default 2; 4 for zbv and "
+        "interleaved, which have two on each device)")  # fmt: skip
     add("--cuts", type=whole(0), nargs="+", metavar="LAYER", help="cut after these layers instead; 'hf-actcompress "
         "inspect MODEL' numbers them")  # fmt: skip
     add("--compute", nargs="+", metavar="F/B", help="seconds of forward and backward of a micro-batch, for each "
@@ -129,20 +130,26 @@ def _measured(args: argparse.Namespace, progress: Progress) -> Cluster:
     if args.batch_size % args.microbatches:
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of --microbatches {args.microbatches}.")
     rows = args.batch_size // args.microbatches
-    where = {"cuts": args.cuts} if args.cuts else {"stages": args.stages or 2}
-    devices = len(args.cuts) + 1 if args.cuts else args.stages or 2
-    if args.schedule == "zbv":
-        if args.cuts and devices % 2:
-            raise ValueError(f"--schedule zbv has two stages on each device; --cuts makes {devices} stages.")
-        devices //= 2
+    two = args.schedule in ("zbv", "interleaved")  # stages on each device
+    count = len(args.cuts) + 1 if args.cuts else args.stages or (4 if two else 2)
+    if two and count % 2:
+        raise ValueError(f"--schedule {args.schedule} has two stages on each device here; {count} stages do not fit.")
+    where = {"cuts": args.cuts} if args.cuts else {"stages": count}
+    devices = count // 2 if two else count
     work = partial(_work, args.model, args.seq_len, args.image_size, rows, where)
     modules, first, side = work()
     at = place(args.schedule, len(modules), devices)
     orders(args.schedule, len(modules), devices, args.microbatches, args.ahead)  # says what does not fit in time
     task = progress.add_task("forward and backward of the stages", total=4 * len(modules))
-    with company(0 if args.compute else args.beside, work):
-        stages, shapes, dtypes = measure_stages(modules, first, side, repeats=1 if args.compute else 3,
-                                                tick=lambda: progress.advance(task))  # fmt: skip
+    try:
+        with company(0 if args.compute else args.beside, work):
+            stages, shapes, dtypes = measure_stages(modules, first, side, repeats=1 if args.compute else 3,
+                                                    tick=lambda: progress.advance(task))  # fmt: skip
+    except (RuntimeError, IndexError, AssertionError) as error:
+        raise ValueError(
+            f"A stage of {args.model!r} does not run with --batch-size {args.batch_size}, --seq-len {args.seq_len} "
+            f"and --image-size {args.image_size}: {str(error).splitlines()[0]}"
+        ) from None
     if args.compute:
         stages = _given(args.compute, stages)
     links = {(min(a, b), max(a, b)): link for a, b in zip(at, at[1:], strict=False) if a != b}
