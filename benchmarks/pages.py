@@ -1,4 +1,4 @@
-"""Fill the generated parts of docs/results.md, docs/memory.md, docs/pipeline.md and README.md from benchmarks/results.
+"""Fill the generated parts of the pages in docs/ and of README.md from benchmarks/results.
 
     python benchmarks/pages.py
 
@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+import link_pages
 import memory_pages
 import pipeline_pages
 import speed
@@ -151,6 +152,7 @@ def main() -> None:
     if (RESULTS / "saved").is_dir():
         runs = load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy")
         fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
+    link_pages.fill(sys.modules[__name__])
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")

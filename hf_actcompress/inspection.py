@@ -23,6 +23,9 @@ from .codecs.base import raw_nbytes
 from .config import ActCompressConfig
 from .layers import Layer, find_layers, match_layers, select_boundaries
 
+Build = Callable[[], nn.Module]
+Inputs = Callable[[int, Any], Any]
+
 
 @dataclass(frozen=True)
 class Inspected:
@@ -59,6 +62,15 @@ def inspect_model(name: str, *, batch_size: int = 32, seq_len: int = 128, image_
         layers = [_grown(a, b, batch_size) for a, b in zip(layers, two, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
     return Inspected(layers, notes, type(model).__name__, parameters, f"{batch_size} x {words}")
+
+
+def build_model(name: str, *, seq_len: int = 128, image_size: int = 224) -> tuple[Build, Inputs]:
+    """What makes the model with random weights, and what makes inputs of a number of examples on a device.
+
+    Raises ValueError as `inspect_model` does.
+    """
+    build, inputs, _ = _model(name, seq_len, image_size)
+    return build, inputs
 
 
 def cut_sizes(layers: list[Layer], config: ActCompressConfig, codecs: Sequence[Codec]) -> list[dict[str, Any]]:
@@ -141,10 +153,6 @@ def _warnings() -> Iterator[list[str]]:
 
 
 # Models by name
-
-Build = Callable[[], nn.Module]
-Inputs = Callable[[int, Any], Any]
-
 
 def _model(name: str, seq_len: int, image_size: int) -> tuple[Build, Inputs, str]:
     """(builds the model with random weights, makes inputs for a batch size and a device, one example in words)."""

@@ -209,3 +209,62 @@ def test_imports_stay_light():
 def test_report_and_plots_know_no_torch():
     for module in (report, plots):
         assert not {"torch", "Tensor", "nn"} & set(vars(module))
+
+
+def test_advise_measures_a_model_and_says_what_to_take(run, bert, tmp_path):
+    options = ("--model", bert, "--batch-size", 4, "--microbatches", 2, "--seq-len", 16)
+    code, out, _ = run("advise", *options, "--bandwidth", "64kbit", "--json", "--codec", "identity",
+                       "block:bits=4/block:bits=8", "--png", tmp_path / "step.png")  # fmt: skip
+    found = json.loads(out)
+    assert code == 0 and found["take"] == "block:bits=4/block:bits=8"
+    plain, block = found["codecs"]
+    assert plain["bytes_forward"] == plain["bytes_backward"] == 2 * (2 * 16 * 16 * 4 + 64)
+    assert block["bytes_forward"] < block["bytes_backward"] < plain["bytes_forward"] / 3
+    assert plain["seconds"] > plain["limit_seconds"] == pytest.approx(plain["bytes_forward"] / 8000)
+    assert (tmp_path / "step.png").stat().st_size > 5000
+    for schedule in ("zbv", "interleaved"):
+        code, out, _ = run("advise", *options, "--bandwidth", "1mbit", "--schedule", schedule, "--codec", "identity")
+        assert code == 0 and "4 stages on 2 devices" in out
+    code, out, _ = run("advise", *options, "--bandwidth", "100gbit", "--compute", "1/2", "1/2", "--timeline")
+    assert code == 0 and "Do not compress: no codec makes a step more than 3 % faster" in out
+    assert "device 0 > device 1" in out and "F forward, B backward" in out
+
+
+def test_advise_plans_a_cluster_that_is_not_there(run, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("""
+microbatches: 128
+devices: [{name: host, count: 64, flops: 20T}]
+stages: [{count: 64, flops: 200G, activation: [4, 64, 64], dtype: bf16}]
+links: {bandwidth: 1mbit, latency: 30ms}
+codecs: {none: identity, small: "block:bits=4"}
+""")
+    code, out, _ = run("advise", path)
+    assert code == 0 and "64 stages on 64 devices, 128 micro-batches of 4, early-1f1b" in out
+    assert "Take small: " in out
+
+
+MODEL = ("--model", "FOLDER")
+SLOW = (*MODEL, "--bandwidth", "1mbit")
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ((), "give either the YAML file of a cluster, or --model with --bandwidth"),
+    (("x.yaml", "--model", "minilm"), "give either the YAML file"),
+    (("x.yaml",), "'x.yaml' cannot be read: No such file"),
+    (MODEL, "--model needs --bandwidth, such as --bandwidth 100mbit"),
+    ((*MODEL, "--bandwidth", "fast"), "--bandwidth: 'fast' is not a bandwidth above 0 such as 100mbit"),
+    ((*SLOW, "--latency", "x"), "--latency: 'x' is not a time such as 40ms"),
+    ((*SLOW, "--stages", 2, "--cuts", 1), "give either --stages or --cuts"),
+    ((*SLOW, "--batch-size", 9), "--batch-size 9 is not a multiple of --microbatches 8"),
+    ((*SLOW, "--stages", 9), "stages=9 is not a whole number from 1 to the 5"),
+    ((*SLOW, "--microbatches", 1), "1 micro-batches; at least 2 are needed"),
+    ((*SLOW, "--schedule", "zbv", "--stages", 3), "3 stages do not fit"),
+    (SLOW, "does not run with --batch-size 32, --seq-len 128 and --image-size 224: The expanded size"),
+    ((*SLOW, "--seq-len", 16, "--compute", "1/2"), "--compute gives 1 stages; there are 2"),
+    ((*SLOW, "--seq-len", 16, "--compute", "1/2", "1"), "--compute: '1' is not the seconds of"),
+    ((*SLOW, "--seq-len", 16, "--codec", "blok"), "Unknown codec 'blok'"),
+])  # fmt: skip
+def test_advise_refuses(run, bert, argv, message):
+    code, _, err = run("advise", *(bert if word == "FOLDER" else word for word in argv))
+    assert code == 2 and message in err

@@ -126,11 +126,12 @@ class LinkedStage(PipelineStage):
 
 
 class EarlySchedule1F1B(Schedule1F1B):
-    """1F1B whose forwards run `ahead` micro-batches further before the first backward.
+    """1F1B whose forwards run `ahead` micro-batches further before the first backward, for each link up to the last.
 
     With 1F1B a stage has as many micro-batches under way as there are stages after it, which hides the time of
-    computing on the others, but not that of the link: over a slow one it stands still.  Each micro-batch more costs
-    the memory of one more micro-batch's activations.  For stages of hf_actcompress.pipeline.
+    computing on the others, but not that of the link: over a slow one it stands still.  Two cover the way there and
+    back of a link that is as slow as the computation.  Each micro-batch more costs the memory of one more
+    micro-batch's activations.  For stages of hf_actcompress.pipeline.
     """
 
     def __init__(self, stage: LinkedStage, n_microbatches: int, *args: Any, ahead: int = 2, **options: Any) -> None:
@@ -160,7 +161,8 @@ class EarlySchedule1F1B(Schedule1F1B):
             stage.backward_one_chunk(chunk, loss=loss, last_backward=chunk == count - 1)
             stage.get_bwd_send_ops(chunk)
 
-        warm = min(count, self._num_stages - stage.stage_index + self.ahead)
+        links = self._num_stages - 1 - stage.stage_index
+        warm = min(count, 1 + links * (1 + self.ahead))
         for chunk in range(warm):
             forward(chunk)
         for chunk in range(count):

@@ -1,0 +1,86 @@
+"""What `hf-actcompress advise` predicts for every row of slow_link.json, without a link.
+
+    OMP_NUM_THREADS=1 python benchmarks/link_prediction.py [--models minilm mobilenetv2]
+
+Forward, backward and optimizer of each stage and all codecs are timed here, alone and beside a process that computes
+the same (`advise --beside 1`), as the ranks of slow_link.sh share a machine; the simulator makes a step of them.
+Writes benchmarks/results/link_prediction.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from slow_link import BF16, CHUNKS, CODECS, CUTS, MODELS, RATES, ROWS, TORCH, batch_of, load_model, row_name
+
+from hf_actcompress.pipeline import split
+from hf_actcompress.pipeline.advise import measure_codec, measure_stages, predict
+from hf_actcompress.pipeline.beside import Work, company
+from hf_actcompress.pipeline.cluster import Cluster
+from hf_actcompress.pipeline.simulate import Link
+from hf_actcompress.recipes.results import environment
+
+PATH = Path(__file__).parent / "results" / "link_prediction.json"
+
+
+def work(model: str, stages: int) -> Work:
+    batch, rows = batch_of(model), ROWS[model] // CHUNKS
+    inputs = batch.get("input_ids", batch.get("pixel_values"))[:rows]
+    side = {"attention_mask": batch["attention_mask"][:rows]} if "attention_mask" in batch else {}
+    return split(load_model(model), cuts=CUTS[model, stages]), (inputs,), side
+
+
+def cluster_of(model: str, stages: int, beside: int) -> Cluster:
+    """Measured here; its links are still to be set."""
+    build = partial(work, model, stages)
+    with company(beside, build):
+        found, shapes, dtypes = measure_stages(*build(), repeats=8)
+    specs = {
+        label: (BF16, BF16) if label == BF16 else (codec, codec if grad is None else grad)
+        for label, (codec, grad) in CODECS.items()
+    }
+    return Cluster([f"rank {k}" for k in range(stages)], [1.0] * stages, found, shapes, dtypes, {}, CHUNKS,
+                   ROWS[model] // CHUNKS, "early-1f1b", 2, specs)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--output", type=Path, default=PATH)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    record = json.loads(args.output.read_text()) if args.output.is_file() else {"rows": {}}
+    record |= {"command": "python benchmarks/link_prediction.py", "environment": environment()}
+    clusters, codecs = {}, {}
+
+    def once(*key):
+        if key not in codecs:
+            codecs[key] = measure_codec(*key)
+        return codecs[key]
+
+    for model, stages, rate in [(m, s, r) for m in args.models for s in (2, 3) for r in RATES]:
+        links = {(k, k + 1): Link(rate * 1e6 / 8) for k in range(stages - 1)}
+        mine = record["rows"][row_name(model, stages, rate)] = {}
+        for beside in (0, 1):
+            key = (model, stages, beside)
+            if key not in clusters:
+                clusters[key] = cluster_of(*key)
+            cluster, found = clusters[key], {}
+            for label, specs in cluster.codecs.items():
+                schedule = "1f1b" if label == TORCH else "early-1f1b"
+                one = replace(cluster, codecs={label: specs}, links=links, schedule=schedule)
+                found[label] = predict(one, measure=once)[0].seconds
+            stages_here = [asdict(stage) for stage in cluster.stages]
+            mine["beside" if beside else "alone"] = {"seconds": found, "stages": stages_here}
+            print(row_name(model, stages, rate), f"beside {beside}:",
+                  ", ".join(f"{label} {value:.2f} s" for label, value in found.items()), flush=True)  # fmt: skip
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
