@@ -29,7 +29,7 @@ MAY = {
     "pipeline": {"codecs", "layers", "metering", "config", "sites", "attach"},
     "trainers": set(),
     "weights": {"codecs", "layers", "metering", "config", "trainers"},
-    "recipes": {"config", "callback"},
+    "recipes": {"config", "callback", "plots"},
     "bench": {"codecs", "metering"},
     "inspection": {"codecs", "layers", "config", "sites", "attach", "recipes"},
     "commands": {"codecs", "layers", "metering", "config", "sites", "attach", "report", "plots", "bench", "inspection",

@@ -99,19 +99,15 @@ def error_rate(prediction: Any) -> dict[str, float]:
 
 
 def make_trainer(
-    model: nn.Module, train: Digits, evaluation: Digits, output_dir: str, *, epochs: float, learning_rate: float,
+    model: nn.Module | None, train: Digits, evaluation: Digits, output_dir: str, *, epochs: float, learning_rate: float,
     weight_decay: float = 5e-4, callbacks: Sequence[Any] = (), loss: Callable[..., Tensor] | None = None,
-    **arguments: Any,
+    model_init: Callable[..., nn.Module] | None = None, **arguments: Any,
 ) -> Any:  # fmt: skip
     """A Trainer with SGD and momentum 0.9 whose learning rate falls along a cosine; batches of 256, bf16 autocast."""
     from transformers import Trainer, TrainingArguments
 
-    # The Trainer's own "sgd" has no momentum.
-    optimizer = torch.optim.SGD(
-        model.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay
-    )
     settings = {
-        "output_dir": output_dir, "num_train_epochs": epochs, "learning_rate": learning_rate,
+        "output_dir": output_dir, "num_train_epochs": epochs, "learning_rate": learning_rate, "weight_decay": weight_decay,
         "lr_scheduler_type": "cosine", "warmup_steps": 20, "bf16": True,
         "per_device_train_batch_size": 256, "per_device_eval_batch_size": 1000, "remove_unused_columns": False,
         "eval_strategy": "epoch", "logging_strategy": "epoch", "save_strategy": "no", "report_to": [],
@@ -120,5 +116,7 @@ def make_trainer(
     return Trainer(
         model=model, args=TrainingArguments(**{**settings, **arguments}), train_dataset=train,
         eval_dataset=evaluation, data_collator=as_batch, compute_metrics=error_rate, callbacks=list(callbacks),
-        compute_loss_func=loss, optimizers=(optimizer, None),
+        compute_loss_func=loss, model_init=model_init,
+        # The Trainer's own "sgd" has no momentum.
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": learning_rate, "momentum": 0.9, "nesterov": True}),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 EXACT = 1 << 17  # (layers of the dynamic programme) x (distinct values) up to which no histogram is needed
 BINS = 1 << 12
-LLOYD = 20
+LLOYD = 5
 
 
 def codebook(x: Array, k: int) -> Array:
@@ -107,7 +107,7 @@ def _by_histogram(x: Array, k: int) -> Array:
     used = weights > 0
     table = partition(sums[used] / weights[used], weights[used].astype(np.float64), k)
     # Between the bins' edges a cut is exact; within a bin Lloyd moves it.
-    for _ in range(LLOYD if x.size <= 1 << 20 else 2):
+    for _ in range(LLOYD):
         code = assign(x, table)
         count, total = (np.bincount(code, t, minlength=table.size) for t in (None, x))
         new = np.sort(np.where(count > 0, total / np.maximum(count, 1), table))
