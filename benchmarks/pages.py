@@ -13,6 +13,7 @@ from pathlib import Path
 
 import memory_pages
 import speed
+import weights_pages
 
 from hf_actcompress.report import accuracy_table, load_records
 from hf_actcompress.report import main as report
@@ -149,6 +150,7 @@ def main() -> None:
     if (RESULTS / "saved").is_dir():
         runs = load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy")
         fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
+    weights_pages.fill_all(fill, ROOT)
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")
