@@ -40,8 +40,8 @@ def plot(
     published: Sequence[Point] = (), label: str = "test error, %",
     joined: bool = True,
 ) -> Path:  # fmt: skip
-    """One colour a group, joined by rising ratio (`joined`); the front of all as a grey band's lower edge; published figures as
-    hollow stars.  Returns the PNG's path; ValueError without points."""
+    """One colour a group, joined by rising ratio (`joined`); the front of all in grey;
+    published figures as hollow stars.  Returns the PNG's path; ValueError without points."""
     everything = [point for points in groups.values() for point in points]
     if not everything:
         raise ValueError("There is nothing to draw: no group has points.")

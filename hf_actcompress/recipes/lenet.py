@@ -99,16 +99,17 @@ def error_rate(prediction: Any) -> dict[str, float]:
 
 
 def make_trainer(
-    model: nn.Module | None, train: Digits, evaluation: Digits, output_dir: str, *, epochs: float, learning_rate: float,
-    weight_decay: float = 5e-4, callbacks: Sequence[Any] = (), loss: Callable[..., Tensor] | None = None,
+    model: nn.Module | None, train: Digits, evaluation: Digits, output_dir: str, *, epochs: float,
+    learning_rate: float, weight_decay: float = 5e-4, callbacks: Sequence[Any] = (),
+    loss: Callable[..., Tensor] | None = None,
     model_init: Callable[..., nn.Module] | None = None, **arguments: Any,
 ) -> Any:  # fmt: skip
     """A Trainer with SGD and momentum 0.9 whose learning rate falls along a cosine; batches of 256, bf16 autocast."""
     from transformers import Trainer, TrainingArguments
 
     settings = {
-        "output_dir": output_dir, "num_train_epochs": epochs, "learning_rate": learning_rate, "weight_decay": weight_decay,
-        "lr_scheduler_type": "cosine", "warmup_steps": 20, "bf16": True,
+        "output_dir": output_dir, "num_train_epochs": epochs, "learning_rate": learning_rate,
+        "weight_decay": weight_decay, "lr_scheduler_type": "cosine", "warmup_steps": 20, "bf16": True,
         "per_device_train_batch_size": 256, "per_device_eval_batch_size": 1000, "remove_unused_columns": False,
         "eval_strategy": "epoch", "logging_strategy": "epoch", "save_strategy": "no", "report_to": [],
         "use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.accelerator.is_available(),
