@@ -51,8 +51,8 @@ def lenet(runs: dict[str, dict[str, Any]]) -> str:
     parts = [
         f"Dense reference: {any_run['reference_error']:.2f} % test error, 431,080 parameters, 1,724,320 bytes. Each "
         f"run: {any_run['epochs']:g} epochs from there, one C step each half epoch, one seed; the file was saved, "
-        "loaded and evaluated. Direct: compression without training. An error of 0.01 % is one picture of 10,000, and one "
-        "standard deviation at 0.6 % is 0.08.",
+        "loaded and evaluated. Direct: compression without training. 0.01 % is one picture of 10,000; at 0.6 % one "
+        "standard deviation is 0.08.",
         targets(runs),
     ]
     groups = {"Front": "front-", "Targets": "target-", "Codebooks": "codebook-", "Pruning": "prune-",
