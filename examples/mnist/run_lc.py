@@ -55,7 +55,9 @@ def reference(
     else:
         trainer.train()
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), path)
+        unfinished = path.with_suffix(".tmp")
+        save_file(model.state_dict(), unfinished)
+        unfinished.replace(path)
     return model, trainer.evaluate()["eval_error"]
 
 
