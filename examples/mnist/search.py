@@ -21,7 +21,7 @@ from torch import nn
 
 from hf_actcompress.recipes.fronts import pareto, plot, table
 from hf_actcompress.recipes.lenet import LeNet5, load_digits, make_trainer
-from hf_actcompress.weights import LCCallback
+from hf_actcompress.weights import LCCallback, parse_scheme
 
 SAMPLERS = ("tpe", "random")
 
@@ -40,16 +40,6 @@ def part(trial: Any, where: str, most: float, kinds: tuple[str, ...]) -> str:
     return f"block:bits={trial.suggest_int(f'{where}_bits', 2, 6)}"
 
 
-def space(trial: Any) -> dict[str, Any]:
-    """Everything a trial chooses.  Not TrainingArguments: `Search.model_init` takes them up."""
-    trial.set_user_attr("scheme", {
-        "conv*": part(trial, "conv", 30.0, ("prune", "codebook", "block")),
-        "fc*": part(trial, "linear", 10.0, ("prune", "codebook", "lowrank")),
-    })  # fmt: skip
-    trial.suggest_categorical("temperature", (0, 2, 4, 8))
-    return {}
-
-
 class Search:
     """One Trainer for all trials: each gets a fresh copy of the dense model and a scheme of its own."""
 
@@ -66,16 +56,22 @@ class Search:
             logging_strategy="no", disable_tqdm=True, seed=seed,
         )  # fmt: skip
 
-    def model_init(self, trial: Any = None) -> nn.Module:
+    def space(self, trial: Any) -> dict[str, Any]:
+        """What a trial chooses: no TrainingArguments, so it is set here, and nothing is left for the Trainer."""
+        scheme = {
+            "conv*": part(trial, "conv", 30.0, ("prune", "codebook", "block")),
+            "fc*": part(trial, "linear", 10.0, ("prune", "codebook", "lowrank")),
+        }
+        temperature = trial.suggest_categorical("temperature", (0, 2, 4, 8))
+        trial.set_user_attr("scheme", scheme)
+        self.callback.scheme = parse_scheme(scheme)
+        self.distill.weight, self.distill.temperature = (0.7, temperature) if temperature else (0.0, 1.0)
+        return {}
+
+    def model_init(self) -> nn.Module:
         model = LeNet5()
         model.load_state_dict(self.dense.state_dict())
         model.register_forward_pre_hook(self.distill.watch, with_kwargs=True)
-        if trial is not None:
-            from hf_actcompress.weights import parse_scheme
-
-            self.callback.scheme = parse_scheme(trial.user_attrs["scheme"])
-            temperature = trial.params["temperature"]
-            self.distill.weight, self.distill.temperature = (0.7, temperature) if temperature else (0.0, 1.0)
         return model
 
     def objectives(self, metrics: dict[str, float]) -> list[float]:
@@ -97,7 +93,7 @@ class Search:
         kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         if done < trials:
             self.trainer.hyperparameter_search(
-                hp_space=space, compute_objective=self.objectives, direction=directions, backend="optuna",
+                hp_space=self.space, compute_objective=self.objectives, direction=directions, backend="optuna",
                 n_trials=trials - done, sampler=kinds[sampler](seed=seed + done), **options,
             )  # fmt: skip
         return study
