@@ -6,7 +6,7 @@
 A trial chooses what the convolutions and the linear layers become (share kept and codebook of what stays, codebook
 entries k, price alpha of low rank, bits of block quantization) and the temperature of distillation from the dense
 reference.  The study lies in --output_dir (study.log): the same command goes on where an earlier one stopped, until
-there are --trials.  Writes front.md, front.png and trials.json.
+there are --trials.  Writes front.md, front.png and trials-SAMPLER.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from run_lc import Distill, reference
 from torch import nn
 
-from hf_actcompress.recipes.fronts import pareto, plot, table
+from hf_actcompress.recipes.fronts import Point, pareto, plot, table
 from hf_actcompress.recipes.lenet import LeNet5, load_digits, make_trainer
 from hf_actcompress.weights import LCCallback, parse_scheme
 
@@ -130,19 +130,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 "scheme": t.user_attrs["scheme"], "temperature": t.params["temperature"], "sampler": options.sampler,
                 "epochs": options.epochs, "images": len(train), "reference_error": error}
                for t in study.trials if t.values]  # fmt: skip
-    (folder / "trials.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
-    points = [(r["ratio"], r["error"], f"{r['number']}: {_words(r)}") for r in records]
+    (folder / f"trials-{options.sampler}.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
+    points = [point(record) for record in records]
     front = table(pareto(points))
     (folder / "front.md").write_text(front + "\n")
     plot({f"{options.sampler}, {len(points)} trials": sorted(points)}, folder / "front.png", dense=error, joined=False)
     print(front)
-    print(f"Table, picture, all trials: {folder}/front.md, front.png, trials.json")
+    print(f"Table, picture, all trials: {folder}/front.md, front.png, trials-{options.sampler}.json")
     return records
 
 
-def _words(record: dict[str, Any]) -> str:
-    scheme = "; ".join(f"`{pattern}` {spec}" for pattern, spec in record["scheme"].items())
-    return scheme + (f"; temperature {record['temperature']}" if record["temperature"] else "")
+def point(record: dict[str, Any]) -> Point:
+    """A finished trial for tables and pictures."""
+    words = "; ".join(f"`{pattern}` {spec}" for pattern, spec in record["scheme"].items())
+    words += f"; temperature {record['temperature']}" if record["temperature"] else ""
+    return record["ratio"], record["error"], f"{record['sampler']} {record['number']}: {words}"
 
 
 if __name__ == "__main__":

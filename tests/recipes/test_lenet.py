@@ -117,4 +117,5 @@ def test_search_goes_on_where_it_stopped(recipe, tmp_path):
     assert len({json.dumps(r["params"]) for r in both}) == 3
     other = search.main([str(a) for a in [*argv, "--trials", 1, "--sampler", "random"]])
     assert len(other) == 1
+    assert {path.name for path in tmp_path.glob("trials-*")} == {"trials-tpe.json", "trials-random.json"}
     assert (tmp_path / "front.png").is_file() and "on the front" in (tmp_path / "front.md").read_text()
