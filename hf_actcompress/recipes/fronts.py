@@ -74,5 +74,5 @@ def plot(
     ax.set_ylim(0 if errors[0] < top / 3 else None, 1.08 * top)
     ax.set_xlabel("smaller by (counted bits)")
     ax.set_ylabel(label)
-    ax.legend(frameon=False, ncols=2)
+    figure.legend(loc="outside upper center", frameon=False, ncols=4, fontsize=8.5)
     return _save(figure, path)
