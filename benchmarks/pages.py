@@ -16,6 +16,7 @@ import link_pages
 import memory_pages
 import pipeline_pages
 import speed
+import weights_pages
 
 from hf_actcompress.report import accuracy_table, load_records
 from hf_actcompress.report import main as report
@@ -153,6 +154,7 @@ def main() -> None:
         runs = load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy")
         fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
     link_pages.fill(sys.modules[__name__])
+    weights_pages.fill_all(fill, ROOT)
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")

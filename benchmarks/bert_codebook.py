@@ -1,0 +1,128 @@
+"""MiniLM on SST-2 (5,000 rows): every matrix of the encoder as a codebook of 4 values and 1 % exact corrections.
+
+    python benchmarks/bert_codebook.py --data ../shared/data/glue/sst2
+    python benchmarks/bert_codebook.py --data ../shared/data/glue/sst2 --runs lc-1e-4 --seeds 0,1,2
+
+First the dense model is fine-tuned (2 epochs), then Learning-Compression goes on from it; the same further training
+without compression is the control.  One JSON per run in results/bert_codebook; a run whose JSON is there is not
+repeated.  bf16 autocast throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+
+from hf_actcompress.recipes import build_compute_metrics, environment, load_text, load_text_model, tokenize_splits
+from hf_actcompress.weights import LCCallback, LearningCompression, load_compressed
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "bert_codebook"
+SCHEME = {"encoder.layer.*": "codebook:k=4 + prune:keep=1%"}
+# Name -> learning rate (AdamW) and the penalty's weight, first and last; without a penalty: the control.
+RUNS: dict[str, dict[str, float]] = {
+    "lc-1e-4": {"learning_rate": 1e-4, "mu": 3e-3, "end": 1.0},
+    "lc-5e-5": {"learning_rate": 5e-5, "mu": 3e-3, "end": 1.0},
+    "control": {"learning_rate": 5e-5},
+}
+EVERY = 78  # steps between C steps: half an epoch
+
+
+def make_trainer(
+    model: Any, setting: Any, folder: Path, seed: int, epochs: float, rate: float, *callbacks: Any
+) -> Any:
+    data, tokenizer, train, evaluation = setting
+    arguments = TrainingArguments(
+        output_dir=str(folder), num_train_epochs=epochs, learning_rate=rate, per_device_train_batch_size=32,
+        per_device_eval_batch_size=64, eval_strategy="epoch", save_strategy="no", logging_steps=78, report_to=[],
+        bf16=True, use_cpu=not torch.accelerator.is_available(), seed=seed, warmup_steps=20,
+        disable_tqdm=not sys.stderr.isatty(),
+    )  # fmt: skip
+    return Trainer(
+        model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=build_compute_metrics("sst2", 2),
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def run(name: str, dense: Path, setting: Any, folder: Path, seed: int, epochs: float) -> dict[str, Any]:
+    began, options = time.perf_counter(), dict(RUNS[name])
+    set_seed(seed)
+    model, _ = load_text_model(str(dense), 2)
+    rate = options.pop("learning_rate")
+    record: dict[str, Any] = {"learning_rate": rate, **options}
+    if not options:
+        trainer = make_trainer(model, setting, folder, seed, epochs, rate)
+        trainer.train()
+    else:
+        direct = LearningCompression(model, SCHEME)
+        with direct.compressed():
+            trainer = make_trainer(model, setting, folder, seed, epochs, rate)
+            record["direct_accuracy"] = trainer.evaluate()["eval_accuracy"]
+        steps = -(-len(setting[2]) // 32) * epochs / EVERY
+        growth = (options["end"] / options["mu"]) ** (1 / max(steps - 1, 1))
+        callback = LCCallback(SCHEME, mu=options["mu"], growth=growth, every=EVERY)
+        trainer = make_trainer(model, setting, folder, seed, epochs, rate, callback)
+        trainer.train()
+        path = callback.save(folder)
+        load_compressed(folder, model)
+        lc = callback.lc
+        record |= {"scheme": SCHEME, "layers_ratio": lc.layers_ratio, "ratio": lc.ratio, "bits": lc.bits,
+                   "file_bytes": path.stat().st_size, "distance": lc.distance()}  # fmt: skip
+    record["accuracy"] = trainer.evaluate()["eval_accuracy"]
+    record["by_epoch"] = [e["eval_accuracy"] for e in trainer.state.log_history if "eval_accuracy" in e][:-1]
+    return {**record, "seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data/glue/sst2", help="a folder with SST-2, or a hub id")
+    parser.add_argument("--task", help="the configuration of a hub id: sst2")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--work", default="outputs/bert_codebook", type=Path)
+    parser.add_argument("--results", default=RESULTS, type=Path)
+    parser.add_argument("--runs", default=",".join(RUNS), help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.results.mkdir(parents=True, exist_ok=True)
+    data = load_text(options.data, options.task, max_train=options.rows)
+    model, tokenizer = load_text_model(options.model, 2, texts=data.texts())
+    setting = (data, tokenizer, *tokenize_splits(data, tokenizer, 64))
+    dense, seen = options.work / "dense", options.work / "dense" / "accuracy.json"
+    if not seen.is_file():
+        set_seed(0)
+        model, _ = load_text_model(options.model, 2, texts=data.texts())
+        trainer = make_trainer(model, setting, options.work / "run", 0, 2, 5e-5)
+        trainer.train()
+        trainer.save_model(str(dense))
+        seen.write_text(json.dumps(trainer.evaluate()["eval_accuracy"]))
+    accuracy = json.loads(seen.read_text())
+    print(f"dense: {accuracy:.4f}", flush=True)
+    for name in options.runs.split(","):
+        for seed in map(int, options.seeds.split(",")):
+            path = options.results / f"{name}-seed{seed}.json"
+            if path.is_file():
+                continue
+            record = run(name, dense, setting, options.work / "run", seed, options.epochs)
+            record |= {"name": name, "seed": seed, "dense_accuracy": accuracy, "rows": len(setting[2]),
+                       "epochs": options.epochs, "model": options.model, "environment": environment(),
+                       "command": f"python benchmarks/bert_codebook.py --runs {name} --seeds {seed}"}  # fmt: skip
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            unfinished.replace(path)
+            print(f"{name} seed {seed}: {record['accuracy']:.4f} {record.get('layers_ratio', '')}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""LeNet5 on MNIST by Learning-Compression: every run of docs/weights.md, one JSON each in results/lenet_lc.
+
+    python benchmarks/lenet_lc.py --data ../shared/data/mnist                 # all, the most important first
+    python benchmarks/lenet_lc.py --data ../shared/data/mnist --only target,front
+    python benchmarks/lenet_lc.py --list
+
+A run whose JSON is there is not repeated.  All start from one dense reference (trained first) and take the same 15
+epochs; each run's file is saved, loaded again and evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "mnist"))
+
+from run_lc import CODEBOOK, LOWRANK, MIXES, PRUNE, compress, reference  # noqa: E402
+
+from hf_actcompress.recipes.lenet import load_digits  # noqa: E402
+from hf_actcompress.recipes.results import environment  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "lenet_lc"
+
+
+def shared(conv1: int, conv2: int, linear: int, k: int) -> dict[str, str]:
+    """Pruning, and a codebook for what stays."""
+    return {"conv1": f"prune:keep={conv1},k={k}", "conv2": f"prune:keep={conv2},k={k}",
+            "fc*": f"prune:keep={linear},k={k}"}  # fmt: skip
+
+
+# Name -> scheme.  In the order in which they are run.
+RUNS: dict[str, dict[str, str]] = {
+    "front-100": shared(250, 2500, 10700, 4),
+    "target-26": MIXES["prune-codebook"],
+    "target-37": {"conv1": PRUNE.format(104), "conv2": PRUNE.format(2505), "fc*": LOWRANK.format("3e-8")},
+    "target-47": {"conv*": PRUNE.format(2505), "fc*": PRUNE.format(4400)},
+    "front-200": shared(180, 1000, 3800, 4),
+    "front-50": shared(300, 4000, 24500, 8),
+    "front-30": shared(400, 8000, 43000, 8),
+    "front-150": shared(220, 1500, 5900, 4),
+    "front-70": shared(300, 3000, 17500, 4),
+    **{f"codebook-{k}": {"*": f"codebook:k={k}"} for k in (2, 4, 8, 16, 32, 64)},
+    **{f"prune-{n}": {"*": PRUNE.format(n)} for n in (4000, 8000, 16000, 32000)},
+    **{f"lowrank-{alpha}": {"*": LOWRANK.format(alpha)} for alpha in ("1e-9", "5e-9", "1e-8", "2.5e-8", "5e-8")},
+    **{f"mix-{name}": scheme for name, scheme in MIXES.items() if name not in ("prune-codebook", "codebook-codebook")},
+    "sum-codebook-prune": {"*": f"{CODEBOOK} + prune:keep=1%"},
+    "binary": {"*": "binary"}, "ternary": {"*": "ternary"},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data/mnist", help="a folder or hub id with MNIST")
+    parser.add_argument("--work", default="outputs/lenet", type=Path, help="for the reference and the models")
+    parser.add_argument("--results", default=RESULTS, type=Path)
+    parser.add_argument("--only", help="beginnings of run names, separated by commas")
+    parser.add_argument("--epochs", type=float, default=15)
+    parser.add_argument("--reference_epochs", type=float, default=25)
+    parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="print the runs, and stop")
+    options = parser.parse_args()
+    wanted = {name: scheme for name, scheme in RUNS.items()
+              if options.only is None or name.startswith(tuple(options.only.split(",")))}  # fmt: skip
+    if options.list:
+        print("\n".join(f"{name:22}{json.dumps(scheme)}" for name, scheme in wanted.items()))
+        return
+    torch.set_num_threads(options.threads)
+    options.results.mkdir(parents=True, exist_ok=True)
+    train, evaluation = load_digits(options.data, shift=2, max_train=options.max_train_samples)
+    dense = options.work / "reference.safetensors"
+    model, error = reference(dense, train, evaluation, options.reference_epochs, disable_tqdm=not sys.stderr.isatty())
+    print(f"reference: {error:.2f} % error", flush=True)
+    for name, scheme in wanted.items():
+        path = options.results / f"{name}.json"
+        if path.is_file():
+            continue
+        record = compress(model, scheme, train, evaluation, options.work / name, epochs=options.epochs,
+                          disable_tqdm=not sys.stderr.isatty())  # fmt: skip
+        record |= {"name": name, "reference_error": error, "images": len(train), "environment": environment(),
+                   "command": f"python benchmarks/lenet_lc.py --only {name}"}  # fmt: skip
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        unfinished.replace(path)
+        print(f"{name:22} {record['error']:.2f} % at {record['ratio']:.1f}x (direct {record['direct_error']:.2f} %, "
+              f"{record['seconds']:.0f} s)", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
