@@ -1,1 +1,27 @@
-"""Smaller weights."""
+"""Smaller weights: Learning-Compression, compressed checkpoints.
+
+    from hf_actcompress.weights import LCCallback, load_compressed
+
+Names are loaded when they are first used, so that none costs what another needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "Compression": "compressions", "parse_compression": "compressions",
+    "find_tasks": "scheme", "parse_scheme": "scheme",
+    "LearningCompression": "learning",
+    "LCCallback": "lc",
+    "count_bits": "checkpoint", "load_compressed": "checkpoint", "read_manifest": "checkpoint",
+    "save_compressed": "checkpoint",
+}  # fmt: skip
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,0 +1,195 @@
+"""Compressed models on disk: one safetensors file of about as many bytes as were counted.
+
+The file holds two tensors, so that its own header stays small: `data`, all values joined (floats and packed codes),
+and `manifest`, deflated JSON: every tensor's name, shape and dtype, what is compressed how, a checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .scheme import Scheme, find_tasks
+from .theta import Reader, Theta, Writer, restore
+
+FILE_NAME = "compressed.safetensors"
+VERSION = 1
+# Words that manifests share: a small model's must be small, too.
+WORDS = b'"sparse",12,"binary"],"ternary"],"lowrank",["sum",["each",["codebook",16],[[.0.1.2],".bias":[.weight":["fc1'
+
+
+def count_bits(model: nn.Module) -> int:
+    """Bits of all parameters and saved buffers as they are; shared ones count once."""
+    return sum(8 * t.numel() * t.element_size() for t in _distinct(model)[0].values())
+
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state's tensors, and for each name that is another name of one of them, that one's."""
+    found: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}
+    aliases = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"The state of the model holds {name}, a {type(tensor).__name__}: it cannot be saved.")
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            found[name] = tensor.detach()
+    return found, aliases
+
+
+def save_compressed(
+    model: nn.Module, folder: str | Path, compressed: Scheme | str | Sequence[tuple[Sequence[str], Theta]], *,
+    mu: float | None = None, structure: Any = None,
+) -> Path:  # fmt: skip
+    """Write `folder/compressed.safetensors` and return its path.
+
+    compressed: what was learned (`LearningCompression.save` passes it), or a scheme: then the model's weights are
+        compressed directly, and the model itself is left as it is.
+    mu: for schemes with a penalty.
+    structure: anything JSON can hold that is needed to build the model (pruned shapes); `read_manifest` returns it.
+    """
+    if isinstance(compressed, Sequence) and not isinstance(compressed, str):
+        learned = [(tuple(names), theta) for names, theta in compressed]
+    else:
+        learned = [(t.names, t.compression.compress([model.get_parameter(n) for n in t.names], mu))
+                   for t in find_tasks(model, compressed)]  # fmt: skip
+    tensors, aliases = _distinct(model)
+    index = {name: i for i, name in enumerate(tensors)}
+    out = Writer()
+    tasks = [[[index[name] for name in names], theta.store(out)] for names, theta in learned]
+    done = {name for names, _ in learned for name in names}
+    for name, tensor in tensors.items():
+        if name not in done:
+            out.put(tensor)
+    # The widest first, so that each run lies at a multiple of its own size.
+    streams = dict(sorted(out.joined().items(), key=lambda item: -item[1].element_size()))
+    data = torch.cat([s.view(torch.uint8) if s.numel() else s.new_zeros(0, dtype=torch.uint8)
+                      for s in streams.values()])  # fmt: skip
+    about = {
+        "v": VERSION,
+        "t": {n: [*t.shape, *([] if t.dtype == torch.float32 else [_name(t.dtype)])] for n, t in tensors.items()},
+        "c": tasks, "d": {name: s.numel() for name, s in streams.items()}, "x": zlib.crc32(data.numpy()),
+    }  # fmt: skip
+    about |= {"a": aliases} if aliases else {}
+    about |= {"s": structure} if structure is not None else {}
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
+    text = json.dumps(about, separators=(",", ":")).encode()
+    manifest = packer.compress(text) + packer.flush()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{FILE_NAME}.tmp"
+    save_file({"data": data, "manifest": torch.frombuffer(bytearray(manifest), dtype=torch.uint8)}, unfinished)
+    os.replace(unfinished, folder / FILE_NAME)  # by renaming, so that a crash leaves no half of a file
+    return folder / FILE_NAME
+
+
+def load_compressed(folder: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The state dict of a saved model, decompressed; loaded into `model` if one is given, wholly or not at all.
+
+    Raises ValueError for a file that is missing, damaged or cut short, and for one that does not fit the model.
+    """
+    path, about, data = _read(folder)
+    try:
+        state = _decompress(about, data)
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its manifest does not fit its data ({error}).") from error
+    if model is not None:
+        _check(path, state, model)
+        model.load_state_dict(state)
+    return state
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What a saved model holds, in words: `tensors` (name -> shape and dtype), `compressed` (names and how),
+    `structure`, as it was given."""
+    _, about, _ = _read(folder)
+    names = list(about["t"])
+    tensors = {name: _shape(entry) for name, entry in about["t"].items()}
+    tasks = [{"names": [names[i] for i in task], "stored": stored} for task, stored in about["c"]]
+    return {"tensors": tensors, "compressed": tasks, "structure": about.get("s")}
+
+
+def _read(folder: str | Path) -> tuple[Path, dict[str, Any], Tensor]:
+    path = Path(folder)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"There is no compressed model at {path}; save_compressed writes {FILE_NAME}.")
+    try:
+        with safe_open(path, "pt") as file:
+            manifest, data = file.get_tensor("manifest"), file.get_tensor("data")
+        about = json.loads(zlib.decompressobj(-15, zdict=WORDS).decompress(manifest.numpy().tobytes()))
+        version, expected = about["v"], about["x"]
+    except (SafetensorError, OSError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no compressed model, or is damaged or cut short ({error}).") from error
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version} of the format; this package reads {VERSION}. Update it.")
+    if zlib.crc32(data.numpy()) != expected:
+        raise ValueError(f"{path} is damaged: its values do not match their checksum. Copy or save it again.")
+    return path, about, data
+
+
+def _shape(entry: list[Any]) -> tuple[tuple[int, ...], torch.dtype]:
+    *shape, last = entry or [None]
+    if isinstance(last, str):
+        return tuple(shape), getattr(torch, last)
+    return tuple(entry), torch.float32
+
+
+def _decompress(about: dict[str, Any], data: Tensor) -> dict[str, Tensor]:
+    streams, start = {}, 0
+    for name, count in about["d"].items():
+        dtype = getattr(torch, name)
+        end = start + count * dtype.itemsize
+        streams[name] = data[start:end].clone().view(dtype)
+        start = end
+    if start != len(data):
+        raise ValueError(f"{len(data)} bytes of data where {start} are named")
+    source = Reader(streams)
+    names, shapes = list(about["t"]), {name: _shape(entry) for name, entry in about["t"].items()}
+    state: dict[str, Tensor] = {}
+    for indices, stored in about["c"]:
+        own = [names[i] for i in indices]
+        theta = restore(stored, [shapes[name][0] for name in own], source)
+        for name, value in zip(own, theta.values(), strict=True):
+            state[name] = value.to(shapes[name][1])
+    for name, (shape, dtype) in shapes.items():
+        if name not in state:
+            state[name] = source.take(math.prod(shape), _name(dtype)).view(shape)
+    source.finish()
+    return {**{name: state[name] for name in names}, **{n: state[of] for n, of in about.get("a", {}).items()}}
+
+
+def _check(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    wrong = [f"{name} is only in the {'file' if name in state else 'model'}" for name in sorted({*state} ^ {*own})]
+    for name in sorted({*state} & {*own}):
+        ours, theirs = own[name], state[name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            wrong.append(f"{name} is {_text(theirs)} in the file and {_text(ours)} in the model")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{path} does not fit the model: {'; '.join(wrong[:3])}{more}. Nothing was loaded. Build the model with the "
+            "same configuration, or load_compressed(folder) without a model and look."
+        )
+
+
+def _text(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {_name(x.dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
