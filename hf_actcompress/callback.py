@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .attach import Handle, compress_model, flatten_state, unflatten_state
 from .config import ActCompressConfig
 from .metering import Meter
 from .sites.saved import COMPILED, Record
+from .trainers import go_first, resumed_from
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class ActCompressCallback(TrainerCallback):
         self.handle.set_epoch(self._epoch)
         self._logged, self._logged_saved = {}, Record()
         if state.global_step > 0:
-            self._load(self._resumed_from(args, state))
+            self._load(resumed_from(args, state))
         cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
         logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(self._epoch))
         if self.config.evaluate == "both" and self._trainer is not None:
@@ -201,31 +201,10 @@ class ActCompressCallback(TrainerCallback):
         return result
 
     def _go_first(self) -> None:
-        """Move before the callbacks that report, so that they see what `on_log` adds.
-
-        Callbacks are handed no Trainer, hence the look at who is calling.
-        """
-        frame = sys._getframe(1)
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if hasattr(caller, "callback_handler"):
-                self._trainer = caller
-                handler = caller.callback_handler
-                # A new list: the handler is iterating over the old one.
-                handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
-                return
-            frame = frame.f_back
-        logger.warning("the calling Trainer was not found: compression metrics reach log_history only")
-
-    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The checkpoint folder this run was resumed from."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            folder = frame.f_locals.get("resume_from_checkpoint")
-            if isinstance(folder, (str, os.PathLike)):
-                return Path(folder)
-            frame = frame.f_back
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        """Move before the callbacks that report, so that they see what `on_log` adds."""
+        self._trainer = go_first(self)
+        if self._trainer is None:
+            logger.warning("the calling Trainer was not found: compression metrics reach log_history only")
 
     def _load(self, folder: Path) -> None:
         assert self.handle is not None

@@ -100,7 +100,8 @@ def error_rate(prediction: Any) -> dict[str, float]:
 
 def make_trainer(
     model: nn.Module, train: Digits, evaluation: Digits, output_dir: str, *, epochs: float, learning_rate: float,
-    weight_decay: float = 5e-4, callbacks: Sequence[Any] = (), loss: Callable[..., Tensor] | None = None, **arguments: Any,
+    weight_decay: float = 5e-4, callbacks: Sequence[Any] = (), loss: Callable[..., Tensor] | None = None,
+    **arguments: Any,
 ) -> Any:  # fmt: skip
     """A Trainer with SGD and momentum 0.9 whose learning rate falls along a cosine; batches of 256, bf16 autocast."""
     from transformers import Trainer, TrainingArguments

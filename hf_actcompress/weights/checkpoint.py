@@ -1,7 +1,10 @@
 """Compressed models on disk: one safetensors file of about as many bytes as were counted.
 
-The file holds two tensors, so that its own header stays small: `data`, all values joined (floats and packed codes),
-and `manifest`, deflated JSON: every tensor's name, shape and dtype, what is compressed how, a checksum.
+The file holds one tensor of bytes, because a small model is not much longer than a header of many:
+
+    values of 8 bytes, of 4, ..., packed codes | manifest, deflated JSON | its length (4 bytes) | CRC-32 of all before
+
+The manifest names every tensor with shape and dtype, and says what is compressed how.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +27,11 @@ from .scheme import Scheme, find_tasks
 from .theta import Reader, Theta, Writer, restore
 
 FILE_NAME = "compressed.safetensors"
-VERSION = 1
+TENSOR = "lc1"  # the format's version
 # Words that manifests share: a small model's must be small, too.
-WORDS = b'"sparse",12,"binary"],"ternary"],"lowrank",["sum",["each",["codebook",16],[[.0.1.2],".bias":[.weight":["fc1'
+WORDS = (b'"binary"]],"ternary"]],["lowrank",["sum",["each",["codebook",16]]],["codebook",4],["codebook",2]]],'
+         b'"uint8":"c":[[[0],["sparse",4,1000],[[2],["sparse",5,4]]],"d":{"float32":1000,"bfloat16'
+         b'.0.1.2],".bias":[".weight":[conv2.conv1.fc2.fc1.{"t":{"')  # fmt: skip
 
 
 def count_bits(model: nn.Module) -> int:
@@ -79,21 +85,34 @@ def save_compressed(
     data = torch.cat([s.view(torch.uint8) if s.numel() else s.new_zeros(0, dtype=torch.uint8)
                       for s in streams.values()])  # fmt: skip
     about = {
-        "v": VERSION,
         "t": {n: [*t.shape, *([] if t.dtype == torch.float32 else [_name(t.dtype)])] for n, t in tensors.items()},
-        "c": tasks, "d": {name: s.numel() for name, s in streams.items()}, "x": zlib.crc32(data.numpy()),
+        "c": tasks, "d": {name: s.numel() for name, s in streams.items()},
     }  # fmt: skip
     about |= {"a": aliases} if aliases else {}
     about |= {"s": structure} if structure is not None else {}
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
-    text = json.dumps(about, separators=(",", ":")).encode()
-    manifest = packer.compress(text) + packer.flush()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{FILE_NAME}.tmp"
-    save_file({"data": data, "manifest": torch.frombuffer(bytearray(manifest), dtype=torch.uint8)}, unfinished)
+    save_file({TENSOR: _seal(data, about)}, unfinished)
     os.replace(unfinished, folder / FILE_NAME)  # by renaming, so that a crash leaves no half of a file
     return folder / FILE_NAME
+
+
+def _seal(data: Tensor, about: dict[str, Any]) -> Tensor:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
+    manifest = packer.compress(json.dumps(about, separators=(",", ":")).encode()) + packer.flush()
+    manifest += struct.pack("<I", len(manifest))
+    manifest += struct.pack("<I", zlib.crc32(manifest, zlib.crc32(data.numpy())))
+    return torch.cat([data, torch.frombuffer(bytearray(manifest), dtype=torch.uint8)])
+
+
+def _open(sealed: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    (expected,) = struct.unpack("<I", sealed[-4:].numpy().tobytes())
+    if zlib.crc32(sealed[:-4].numpy()) != expected:
+        raise ValueError("its bytes do not match their checksum; copy or save it again")
+    (length,) = struct.unpack("<I", sealed[-8:-4].numpy().tobytes())
+    manifest = sealed[-8 - length : -8].numpy().tobytes()
+    return sealed[: -8 - length], json.loads(zlib.decompressobj(-15, zdict=WORDS).decompress(manifest))
 
 
 def load_compressed(folder: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -129,15 +148,12 @@ def _read(folder: str | Path) -> tuple[Path, dict[str, Any], Tensor]:
         raise ValueError(f"There is no compressed model at {path}; save_compressed writes {FILE_NAME}.")
     try:
         with safe_open(path, "pt") as file:
-            manifest, data = file.get_tensor("manifest"), file.get_tensor("data")
-        about = json.loads(zlib.decompressobj(-15, zdict=WORDS).decompress(manifest.numpy().tobytes()))
-        version, expected = about["v"], about["x"]
-    except (SafetensorError, OSError, zlib.error, ValueError, KeyError, TypeError) as error:
+            keys = list(file.keys())
+            if keys != [TENSOR]:
+                raise ValueError(f"it holds {keys[:3]} where this package looks for {TENSOR}")
+            data, about = _open(file.get_tensor(TENSOR))
+    except (SafetensorError, OSError, zlib.error, struct.error, ValueError) as error:
         raise ValueError(f"{path} is no compressed model, or is damaged or cut short ({error}).") from error
-    if version != VERSION:
-        raise ValueError(f"{path} has version {version} of the format; this package reads {VERSION}. Update it.")
-    if zlib.crc32(data.numpy()) != expected:
-        raise ValueError(f"{path} is damaged: its values do not match their checksum. Copy or save it again.")
     return path, about, data
 
 
@@ -182,8 +198,8 @@ def _check(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{path} does not fit the model: {'; '.join(wrong[:3])}{more}. Nothing was loaded. Build the model with the "
-            "same configuration, or load_compressed(folder) without a model and look."
+            f"{path} does not fit the model: {'; '.join(wrong[:3])}{more}. Nothing was loaded. Build the model "
+            "with the same configuration, or load_compressed(folder) without a model and look."
         )
 
 

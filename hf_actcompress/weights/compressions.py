@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..codecs import Codec, codec_names, parse_codec
 from .partition import assign, codebook
-from .theta import Codes, Coded, Dense, Factors, Several, Sparse, Sum, Theta
+from .theta import Coded, Codes, Dense, Factors, Several, Sparse, Sum, Theta
 
 SWEEPS = 30  # of an alternating minimisation, at most
 GAIN = 1e-3  # relative gain below which it ends
@@ -51,8 +51,9 @@ class Compression:
         raise NotImplementedError
 
     def __str__(self) -> str:
+        always = {"codebook": "k", "lowrank": "rank"}.get(self.name)
         options = [f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self)  # type: ignore
-                   if getattr(self, f.name) != f.default or f.name == "rank" or (self.name, f.name) == ("codebook", "k")]
+                   if getattr(self, f.name) != f.default or f.name == always]  # fmt: skip
         return f"{self.name}:{','.join(options)}" if options else self.name
 
 
@@ -231,8 +232,8 @@ def _ball_threshold(size: Any, radius: float) -> float:
         return 0.0
     order = np.sort(size)[::-1]
     excess = (np.cumsum(order) - radius) / np.arange(1, size.size + 1)
-    # The largest count of values that all stay above the threshold they imply.
-    return float(excess[np.flatnonzero(order > excess)[-1]]) if radius > 0 else float(order[0])
+    stay = np.flatnonzero(order > excess)  # the largest count of values above the threshold that they imply
+    return float(excess[stay[-1]]) if stay.size else float(order[0])
 
 
 @dataclass(frozen=True)
@@ -319,24 +320,32 @@ class Additive(Compression):
 
     def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
         tensors = [t.cpu() for t in tensors]
-        thetas: list[Theta | None] = [None] * len(self.parts)
-        values = [[torch.zeros_like(t) for t in tensors] for _ in self.parts]
-        whole = sum(float(t.double().square().sum()) for t in tensors)
+        if isinstance(start, Sum):
+            return self._alternate(tensors, mu, [part.values() for part in start.parts], reverse=False)[1]
+        # Who comes first decides which local minimum is found: with outliers a codebook fits the bulk only after
+        # pruning has taken them.
+        nothing = [[torch.zeros_like(t) for t in tensors] for _ in self.parts]
+        both = [self._alternate(tensors, mu, nothing, reverse) for reverse in (False, True)]
+        return min(both, key=lambda result: result[0])[1]
+
+    def _alternate(
+        self, tensors: list[Tensor], mu: float | None, values: list[list[Tensor]], reverse: bool
+    ) -> tuple[float, Sum]:
+        values, thetas = list(values), [None] * len(self.parts)
         least, best = math.inf, None
-        if isinstance(start, Sum) and _error(tensors, [p.values() for p in start.parts]) < whole:
-            values = [part.values() for part in start.parts]
-        for _ in range(SWEEPS):
-            for i, part in enumerate(self.parts):
+        for sweep in range(SWEEPS):
+            order = range(len(self.parts))
+            for i in reversed(order) if reverse and sweep == 0 else order:
                 others = [v for j, v in enumerate(values) if j != i]
                 rest = [t - sum(v[at] for v in others) for at, t in enumerate(tensors)]
-                thetas[i] = part.compress(rest, mu)
-                values[i] = thetas[i].values()  # type: ignore[union-attr]
+                thetas[i] = self.parts[i].compress(rest, mu)
+                values[i] = thetas[i].values()
             error = _error(tensors, values)
             if best is not None and error >= (1 - GAIN) * least:
                 break
-            best, least = Sum(tuple(t for t in thetas if t is not None)), error
+            best, least = Sum(tuple(thetas)), error
         assert best is not None
-        return best
+        return least, best
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.parts))

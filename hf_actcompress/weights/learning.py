@@ -183,7 +183,7 @@ class LearningCompression:
         out = Writer()
         stored = [theta.store(out) for theta in self.thetas]
         tensors = {f"theta.{dtype}": stream for dtype, stream in out.joined().items()}
-        tensors |= {f"lambda.{name}": value.contiguous() for name, value in self.multipliers.items()}
+        tensors |= {f"lambda.{name}": value.clone() for name, value in self.multipliers.items()}
         about = {"tasks": self._described(), "thetas": stored, "mu": self.mu, "c_steps": self.c_steps}
         return tensors, {"lc": json.dumps(about)}
 

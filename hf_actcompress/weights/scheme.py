@@ -58,7 +58,7 @@ def find_tasks(model: nn.Module, scheme: Scheme | str) -> list[Task]:
             candidates = [name.removesuffix(".weight") for name, p in free.items() if p.dim() > 1]
             raise ValueError(
                 f"The pattern '{pattern}' of the scheme is left with nothing: {reason}. Layers still free: "
-                f"{', '.join(candidates) or 'none'}; or name a parameter in full, such as {next(iter(parameters), '')}."
+                f"{', '.join(candidates) or 'none'}; or give a parameter's full name, as {next(iter(parameters), '')}."
             )
         if isinstance(compression, LowRank):
             for name in names:

@@ -1,0 +1,168 @@
+"""Compressed files: bit-identical weights, as many bytes as were counted, and nothing half-loaded."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_actcompress.recipes.lenet import LeNet5
+from hf_actcompress.weights import (
+    LearningCompression,
+    checkpoint,
+    count_bits,
+    load_compressed,
+    read_manifest,
+    save_compressed,
+)
+from hf_actcompress.weights.checkpoint import FILE_NAME
+
+SCHEMES = {
+    "codebook": "codebook:k=2",
+    "front": {"conv1": "codebook:k=4", "conv2": "prune:keep=800,k=8", "fc*": "prune:keep=6000,k=4"},
+    "mix": {"conv*": "prune:keep=2505", "fc*": "lowrank:rank=5"},
+    "sum": {"conv*": "ternary", "fc1": "codebook:k=2 + prune:keep=1%", "fc2": "lowrank:rank=2 + prune:keep=50"},
+    "codecs": {"fc*": "block:bits=4,group=128", "conv2": "topk:ratio=0.1|uniform:bits=8", "conv1": "float8"},
+}
+
+
+class Mixed(nn.Module):
+    """Other dtypes, buffers, an empty tensor, a 0-d tensor, shared weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.head.weight = self.embed.weight
+        self.low, self.norm = nn.Linear(4, 4).bfloat16(), nn.BatchNorm1d(4)
+        self.scale, self.empty = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3))
+
+
+@pytest.fixture(scope="module")
+def lenet():
+    torch.manual_seed(0)
+    return LeNet5()
+
+
+def fresh(kind=LeNet5):
+    torch.manual_seed(1)
+    return kind()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_file_takes_the_counted_bytes_and_gives_the_same_bits(tmp_path, lenet, scheme):
+    net = copy.deepcopy(lenet)
+    lc = LearningCompression(net, SCHEMES[scheme])
+    lc.finish()
+    path = lc.save(tmp_path)
+    assert abs(8 * path.stat().st_size / lc.bits - 1) < 0.02, (scheme, path.stat().st_size, lc.bits / 8)
+    other = fresh()
+    load_compressed(tmp_path, other)
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_direct_compression_leaves_the_model_as_it_is(tmp_path, lenet):
+    before = copy.deepcopy(lenet.state_dict())
+    save_compressed(lenet, tmp_path, "codebook:k=4")
+    assert all(torch.equal(v, before[k]) for k, v in lenet.state_dict().items())
+    assert len(load_compressed(tmp_path)["fc1.weight"].unique()) == 4
+
+
+def test_other_dtypes_shared_weights_and_buffers(tmp_path):
+    net = fresh(Mixed)
+    net.norm(torch.randn(9, 4))
+    lc = LearningCompression(net, {"embed": "codebook:k=3", "low": "binary"})
+    lc.finish()
+    lc.save(tmp_path)
+    assert lc.bits == count_bits(net) - 32 * 28 - 16 * 16 + (2 * 28 + 96) + (16 + 32)
+    other = Mixed()
+    load_compressed(tmp_path, other)
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value) and other.state_dict()[name].dtype == value.dtype, name
+    assert other.head.weight is other.embed.weight
+
+
+def test_structure_and_description(tmp_path, lenet):
+    save_compressed(lenet, tmp_path, {"conv1": "lowrank:rank=3"}, structure={"fc1": [400, 500]})
+    found = read_manifest(tmp_path)
+    assert found["structure"] == {"fc1": [400, 500]}
+    assert found["compressed"] == [{"names": ["conv1.weight"], "stored": ["lowrank", 3]}]
+    assert found["tensors"]["fc1.bias"] == ((500,), torch.float32)
+
+
+# Nothing is half-loaded
+
+
+def refused(folder, net, message):
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_compressed(folder, net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.fixture
+def saved(tmp_path, lenet):
+    save_compressed(lenet, tmp_path, SCHEMES["mix"])
+    return tmp_path
+
+
+def test_a_missing_file(tmp_path):
+    refused(tmp_path, fresh(), "There is no compressed model at")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_a_truncated_file(saved, share):
+    content = (saved / FILE_NAME).read_bytes()
+    (saved / FILE_NAME).write_bytes(content[: int(share * len(content))])
+    refused(saved, fresh(), "damaged or cut short")
+
+
+def test_every_kind_of_flipped_bit(saved):
+    content = (saved / FILE_NAME).read_bytes()
+    for at in [*range(0, 200, 7), *range(200, len(content), len(content) // 60), len(content) - 1]:
+        broken = bytearray(content)
+        broken[at] ^= 16
+        (saved / FILE_NAME).write_bytes(broken)
+        try:
+            state = load_compressed(saved)
+        except ValueError:
+            continue
+        # A flip in a name of the header's padding may do nothing at all; a change of values may not pass.
+        (saved / FILE_NAME).write_bytes(content)
+        assert all(torch.equal(v, state[k]) for k, v in load_compressed(saved).items()), at
+
+
+def test_another_model(saved):
+    net = fresh()
+    net.fc2 = nn.Linear(500, 11)
+    refused(saved, net, r"does not fit the model: fc2.bias is \(10,\) float32 in the file and \(11,\) float32 in the .*"
+                        "Nothing was loaded")  # fmt: skip
+    refused(saved, fresh().double(), "float64 in the model")
+    net = fresh()
+    net.extra = nn.Linear(2, 2)
+    refused(saved, net, "extra.bias is only in the model")
+    refused(saved, nn.Sequential(), "conv1.bias is only in the file")
+
+
+@pytest.mark.parametrize("change", [
+    lambda about: about["t"].update({"fc1.bias": [501]}),
+    lambda about: about["c"][0][0].pop(),
+    lambda about: about["c"][0].__setitem__(1, ["sparse", 60, 5]),
+    lambda about: about["c"][0].__setitem__(1, ["nonsense"]),
+    lambda about: about["c"][1][1].pop(),
+    lambda about: about["d"].update(float32=3),
+    lambda about: about["d"].update(nonsense=3),
+    lambda about: about.update(t=None),
+])  # fmt: skip
+def test_a_manifest_that_does_not_fit_its_data(saved, change):
+    path = saved / FILE_NAME
+    data, about = checkpoint._open(load_file(path)[checkpoint.TENSOR])
+    change(about)
+    save_file({checkpoint.TENSOR: checkpoint._seal(data, about)}, path)
+    refused(saved, fresh(), "is damaged: its manifest does not fit its data")
+
+
+def test_another_safetensors_file(saved):
+    save_file({"weight": torch.zeros(3)}, saved / FILE_NAME)
+    refused(saved, fresh(), r"no compressed model.*holds \['weight'\]")
