@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from hf_actcompress import parse_codec, plots, report
-from hf_actcompress.cli import BENCH_CODECS, main
+from hf_actcompress.cli import main
 from hf_actcompress.codecs import codec_names
+from hf_actcompress.commands.bench import BENCH_CODECS
 
 SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
