@@ -15,6 +15,7 @@ from torch import nn
 MANIFEST = "pruned_shapes.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
+INSTALL = 'pip install "hf_actcompress[weights]"'
 # What layers remember of their shapes, and attention of its heads.
 ATTRIBUTES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",

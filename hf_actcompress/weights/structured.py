@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..layers import first_tensor
-from .manifest import write_manifest
+from .manifest import INSTALL, write_manifest
 
 logger = logging.getLogger(__name__)
 
 IMPORTANCES = ("l1", "l2", "taylor")
-INSTALL = 'pip install "hf_actcompress[weights]"'
 # How attention names its projections, and what it remembers of its heads.
 PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("qkv",))
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
@@ -69,8 +68,8 @@ class StructuredPruner:
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, *, channels: float = 0.0, heads: float = 0.0, neurons: float = 0.0,
-        importance: str = "l2", steps: int = 1, everywhere: bool = False, keep: Sequence[str | nn.Module] = (),
+        self, model: nn.Module, example_inputs: Any, *, channels: float = 0.0, heads: float = 0.0,
+        neurons: float = 0.0, importance: str = "l2", steps: int = 1, everywhere: bool = False, keep: Sequence[str | nn.Module] = (),
         round_to: int | None = None,
     ) -> None:  # fmt: skip
         for name, share in (("channels", channels), ("heads", heads), ("neurons", neurons)):
@@ -103,7 +102,7 @@ class StructuredPruner:
                                  "would prune.")  # fmt: skip
             if everywhere and shares:
                 shares = {tuple(m for m in shares if shares[m] == s): s for s in set(shares.values())}
-            # torch-pruning looks at heads only where a width is to shrink; prune_head_dims=False leaves that width alone.
+            # torch-pruning looks at heads only where a width is to shrink; prune_head_dims=False leaves it alone.
             shares |= {module: heads for module in every}
             self._pruner = tp.pruner.BasePruner(
                 model, _inputs(example_inputs), score, global_pruning=everywhere, pruning_ratio=0.0,
@@ -293,7 +292,7 @@ def _stack(model: nn.Module) -> str:
     found = {path: len(module) for path, module in model.named_modules()
              if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1 and alike(module)}  # fmt: skip
     if not found:
-        raise ValueError(f"{type(model).__name__} has no ModuleList or Sequential of like blocks; name one with path=.")
+        raise ValueError(f"{type(model).__name__} has no ModuleList or Sequential of like blocks; give path=.")
     return max(found, key=found.__getitem__)
 
 
@@ -406,5 +405,7 @@ def _forward(model: nn.Module, example: Any) -> Any:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
     return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
