@@ -40,7 +40,7 @@ def shape_manifest(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def write_manifest(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def write_shapes(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     path = Path(folder) / MANIFEST
     path.write_text(json.dumps(shape_manifest(model)))
     return path
@@ -58,7 +58,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         config.save_pretrained(folder)
     # Not save_pretrained of the model: it renames tensors to what older versions called them.
     save_model(model, str(folder / WEIGHTS))
-    write_manifest(model, folder)
+    write_shapes(model, folder)
     return folder
 
 
@@ -70,13 +70,13 @@ def load_pruned(folder: str | os.PathLike[str], model: nn.Module | None = None) 
     weights or the model, before anything is changed.
     """
     folder = Path(folder)
-    manifest, weights = read_manifest(folder), _read_weights(folder)
+    manifest, weights = read_shapes(folder), _read_weights(folder)
     wrong = [name for name, value in weights.items() if list(value.shape) != manifest["shapes"].get(name)]
     if wrong:
         raise ValueError(f"{folder}: the manifest does not fit the weights at {_few(wrong)}; save the model again.")
     if model is None:
         model = _build(folder)
-    apply_manifest(model, manifest)
+    apply_shapes(model, manifest)
     left = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [name for name in left.missing_keys if name not in tied and name in manifest["shapes"]
@@ -92,7 +92,7 @@ def is_pruned(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_shapes(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} holds no {MANIFEST}: it was not written by save_pruned.")
@@ -105,7 +105,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def apply_manifest(model: nn.Module, manifest: dict[str, Any]) -> None:
+def apply_shapes(model: nn.Module, manifest: dict[str, Any]) -> None:
     """Gives an unpruned `model` the shapes of a pruned one; what changes its shape is left uninitialised.
 
     Raises ValueError, and changes nothing, where the model has other modules than the manifest.

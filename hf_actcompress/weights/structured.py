@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..layers import first_tensor
-from .manifest import INSTALL, write_manifest
+from .manifest import INSTALL, write_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class PruningCallback(TrainerCallback):
     """Prunes step by step in training: `pruner.steps` times, every `every` optimizer steps, from step `start` on.
 
     Gradients of the step serve "taylor".  Optimizer state of tensors that were cut starts afresh.  Each checkpoint
-    gets the manifest of its shapes: to resume one, `apply_manifest(model, read_manifest(checkpoint))` first and give
+    gets the manifest of its shapes: to resume one, `apply_shapes(model, read_shapes(checkpoint))` first and give
     a pruner of the steps that are left.  One process: DistributedDataParallel has arranged its buffers for the old
     shapes.
     """
@@ -173,7 +173,7 @@ class PruningCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            write_manifest(self.pruner.model, folder)
+            write_shapes(self.pruner.model, folder)
 
 
 def replace_in_optimizer(optimizer: Any, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
