@@ -4,6 +4,7 @@ safetensors, so that a pruned model loads by itself.  Nothing here prunes.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -75,7 +76,7 @@ def load_pruned(folder: str | os.PathLike[str], model: nn.Module | None = None) 
     if wrong:
         raise ValueError(f"{folder}: the manifest does not fit the weights at {_few(wrong)}; save the model again.")
     if model is None:
-        model = _build(folder)
+        model = build(folder)
     apply_shapes(model, manifest)
     left = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
@@ -170,19 +171,24 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is damaged or cut off ({error}); copy or save it again.") from None
 
 
-def _build(folder: Path) -> nn.Module:
-    """The unpruned model of config.json, with random weights."""
-    import importlib.util
+def register_vision() -> None:
+    """Makes transformers know torchvision's models, where torchvision is there."""
+    if importlib.util.find_spec("torchvision"):
+        from ..recipes import vision  # noqa: F401
 
+
+def build(folder: Path) -> nn.Module:
+    """The unpruned model of config.json, with random weights."""
     import transformers
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json to build the model from: pass load_pruned(folder, model).")
-    if importlib.util.find_spec("torchvision"):
-        from ..recipes import vision  # registers torchvision's models
+    register_vision()
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["none"])[0]
-    cls = getattr(transformers, name, None) or getattr(vision, name, None)
+    cls = getattr(transformers, name, None)
+    if cls is None:  # registered from outside
+        cls = transformers.AutoModelForImageClassification._model_mapping.get(type(config), None)
     if cls is None:
         raise ValueError(f"{folder}/config.json names the class {name!r}, which transformers does not have: pass "
                          "load_pruned(folder, model).")  # fmt: skip

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .manifest import INSTALL
+from .manifest import INSTALL, register_vision
 
 GRAPH, ABOUT = "int8.pt2.gz", "int8.json"
 FORMAT = 1
@@ -34,9 +35,10 @@ class ExportedClassifier(nn.Module):
     batches of other shapes run the reference graph, which gives the same values slowly.
     """
 
-    def __init__(self, graph: nn.Module, names: list[str], num_labels: int, quantized: bool) -> None:
+    def __init__(self, graph: nn.Module, names: list[str], config: Any, quantized: bool) -> None:
         super().__init__()
-        self.graph, self.names, self.num_labels, self.quantized = graph, names, num_labels, quantized
+        self.graph, self.names, self.quantized = graph, names, quantized
+        self.config = config  # of the transformers model that went in, or None
         self._fast: dict[tuple[Any, ...], Any] = {}  # not modules: their weights are copies in another layout
 
     def forward(self, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any) -> Any:
@@ -47,7 +49,7 @@ class ExportedClassifier(nn.Module):
         logits = self._fast.get(_shapes(values), self.graph)(*values)
         loss = None
         if labels is not None:
-            regression = self.num_labels == 1
+            regression = logits.shape[-1] == 1
             loss = (nn.functional.mse_loss(logits.float().squeeze(-1), labels.float()) if regression
                     else nn.functional.cross_entropy(logits.float(), labels))  # fmt: skip
         return SequenceClassifierOutput(loss=loss, logits=logits)
@@ -90,7 +92,7 @@ def quantize_static(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> E
         for batch in batches:
             prepared(*(batch[name] for name in names))
         quantized = pt2e["convert_pt2e"](prepared)
-    return _finish(quantized, names, _labels(model))
+    return _finish(quantized, names, getattr(model, "config", None))
 
 
 def prepare_qat(model: nn.Module, example: Mapping[str, Any]) -> ExportedClassifier:
@@ -108,7 +110,7 @@ def prepare_qat(model: nn.Module, example: Mapping[str, Any]) -> ExportedClassif
         model.train(was)
     prepared = pt2e["prepare_qat_pt2e"](graph, _quantizer(pt2e, qat=True))
     pt2e["allow"](prepared)
-    return ExportedClassifier(prepared, names, _labels(model), quantized=False)
+    return ExportedClassifier(prepared, names, getattr(model, "config", None), quantized=False)
 
 
 def convert(model: ExportedClassifier) -> ExportedClassifier:
@@ -119,7 +121,7 @@ def convert(model: ExportedClassifier) -> ExportedClassifier:
     model.eval()
     with torch.no_grad():
         quantized = pt2e["convert_pt2e"](model.graph)
-    return _finish(quantized, model.names, model.num_labels)
+    return _finish(quantized, model.names, model.config)
 
 
 # Files
@@ -143,9 +145,11 @@ def save_quantized(model: ExportedClassifier, folder: str | os.PathLike[str], ex
         torch.export.save(program, buffer)
     data = gzip.compress(buffer.getvalue(), 6, mtime=0)
     (folder / GRAPH).write_bytes(data)
-    about = {"format": FORMAT, "inputs": model.names, "num_labels": model.num_labels, "nbytes": len(data),
+    about = {"format": FORMAT, "inputs": model.names, "nbytes": len(data),
              "torch": torch.__version__}  # fmt: skip
     (folder / ABOUT).write_text(json.dumps(about))
+    if hasattr(model.config, "save_pretrained"):
+        model.config.save_pretrained(folder)
     return folder
 
 
@@ -154,6 +158,7 @@ def load_quantized(folder: str | os.PathLike[str]) -> ExportedClassifier:
     folder = Path(folder)
     if not is_quantized(folder):
         raise ValueError(f"{folder} holds no {ABOUT} and {GRAPH}: it was not written by save_quantized.")
+    register_vision()
     _pt2e()  # registers the operators that the graph calls
     about = json.loads((folder / ABOUT).read_text())
     data = (folder / GRAPH).read_bytes()
@@ -166,7 +171,8 @@ def load_quantized(folder: str | os.PathLike[str]) -> ExportedClassifier:
             graph = torch.export.load(io.BytesIO(gzip.decompress(data))).module()
     except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
         raise ValueError(f"{folder / GRAPH} is damaged ({str(error).splitlines()[0]}); save it again.") from None
-    return _finish(graph, about["inputs"], about["num_labels"])
+    config = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    return _finish(graph, about["inputs"], config)
 
 
 def is_quantized(folder: str | os.PathLike[str]) -> bool:
@@ -230,12 +236,12 @@ def _inputs(batch: Mapping[str, Any]) -> tuple[list[str], tuple[Tensor, ...]]:
     names = [name for name, value in batch.items() if isinstance(value, Tensor) and name not in ("labels", "label")]
     values = tuple(batch[name] for name in names)
     if not names or min(len(value) for value in values) < 2:
-        raise ValueError(f"The batch has {({n: list(batch[n].shape) for n in names}) or 'no tensors'}: two rows or more "
-                         "are needed, or the number of rows would be fixed to one.")  # fmt: skip
+        raise ValueError(f"The batch has {({n: list(batch[n].shape) for n in names}) or 'no tensors'}: two rows or "
+                         "more are needed, or the number of rows would be fixed to one.")  # fmt: skip
     return names, values
 
 
-def _finish(graph: nn.Module, names: list[str], num_labels: int) -> ExportedClassifier:
+def _finish(graph: nn.Module, names: list[str], config: Any) -> ExportedClassifier:
     """Drops what the graph no longer reads (the fp32 weights, for one, stay as attributes after conversion)."""
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     stale = [name for name in (*dict(graph.named_parameters()), *dict(graph.named_buffers())) if name not in used]
@@ -245,11 +251,7 @@ def _finish(graph: nn.Module, names: list[str], num_labels: int) -> ExportedClas
     from torchao.quantization import pt2e
 
     pt2e.allow_exported_model_train_eval(graph)
-    return ExportedClassifier(graph, names, num_labels, quantized=True).eval()
-
-
-def _labels(model: nn.Module) -> int:
-    return int(getattr(getattr(model, "config", None), "num_labels", 0) or 0)
+    return ExportedClassifier(graph, names, config, quantized=True).eval()
 
 
 def _shapes(values: Iterable[Tensor]) -> tuple[Any, ...]:

@@ -69,8 +69,8 @@ class StructuredPruner:
 
     def __init__(
         self, model: nn.Module, example_inputs: Any, *, channels: float = 0.0, heads: float = 0.0,
-        neurons: float = 0.0, importance: str = "l2", steps: int = 1, everywhere: bool = False, keep: Sequence[str | nn.Module] = (),
-        round_to: int | None = None,
+        neurons: float = 0.0, importance: str = "l2", steps: int = 1, everywhere: bool = False,
+        keep: Sequence[str | nn.Module] = (), round_to: int | None = None,
     ) -> None:  # fmt: skip
         for name, share in (("channels", channels), ("heads", heads), ("neurons", neurons)):
             if not 0 <= share < 1:
