@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import card_pages
 import memory_pages
 import speed
 
@@ -149,6 +150,7 @@ def main() -> None:
     if (RESULTS / "saved").is_dir():
         runs = load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy")
         fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
+    card_pages.fill_all(fill, ROOT / "docs" / "weights.md")
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")

@@ -28,7 +28,7 @@ MAY = {
     "callback": {"codecs", "layers", "metering", "config", "sites", "attach", "trainers"},
     "pipeline": {"codecs", "layers", "metering", "config", "sites", "attach"},
     "trainers": set(),
-    "weights": {"codecs", "layers", "metering", "config", "trainers"},
+    "weights": {"codecs", "layers", "metering", "config", "trainers", "plots", "recipes"},
     "recipes": {"config", "callback"},
     "bench": {"codecs", "metering"},
     "inspection": {"codecs", "layers", "config", "sites", "attach", "recipes"},
