@@ -140,7 +140,7 @@ def save_quantized(model: ExportedClassifier, folder: str | os.PathLike[str], ex
             node.meta.pop(key, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model.graph, values, dynamic_shapes=(_dynamic(values),))
+        program = torch.export.export(model.graph, values, dynamic_shapes=_dynamic(values))
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
     data = gzip.compress(buffer.getvalue(), 6, mtime=0)
@@ -251,6 +251,7 @@ def _finish(graph: nn.Module, names: list[str], config: Any) -> ExportedClassifi
     from torchao.quantization import pt2e
 
     pt2e.allow_exported_model_train_eval(graph)
+    graph.requires_grad_(False)  # biases are parameters still
     return ExportedClassifier(graph, names, config, quantized=True).eval()
 
 

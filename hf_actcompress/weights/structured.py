@@ -351,12 +351,10 @@ def _shares(tp: Any, graph: Any, kept: list[nn.Module], channels: float, neurons
 
 
 def _outputs(model: nn.Module) -> list[nn.Module]:
-    """The classifier, whose outputs are classes: what the model calls so, or else its last layer."""
+    """The classifier, whose outputs are classes: the last layer, and what a transformers model calls so."""
     named = [model.get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    number = getattr(getattr(model, "config", None), "num_labels", None)
-    heads = [m for m in layers[-1:] if number in (None, getattr(m, "out_features", getattr(m, "out_channels", None)))]
-    return [m for m in (*named, *(heads or layers[-1:])) if m is not None]
+    return [m for m in (*named, *layers[-1:]) if m is not None]
 
 
 def _modules(model: nn.Module, keep: Sequence[str | nn.Module]) -> list[nn.Module]:

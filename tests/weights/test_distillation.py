@@ -6,6 +6,8 @@ from helpers.small_models import Net, bert, images, inputs, texts
 from transformers import TrainingArguments
 
 from hf_actcompress.weights.distillation import DistillationTrainer, distillation_loss, hidden_loss, layer_map
+from hf_actcompress.weights.lc import LCCallback
+from hf_actcompress.weights.structured import prune
 
 
 def test_soft_loss_is_the_definition():
@@ -110,6 +112,17 @@ def test_accumulation_gives_the_same_step(tmp_path):
         own.train()
         results.append(own.state.log_history[0]["grad_norm"])
     assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+def test_together_with_pruning_and_learning_compression(tmp_path):
+    torch.manual_seed(0)
+    student, teacher, batch = bert(layers=2), bert(layers=2), texts(16)
+    prune(student, inputs(batch), heads=0.5, neurons=0.5)
+    own = trainer(tmp_path, student, teacher, rows_of(batch), callbacks=[LCCallback({"intermediate.dense": "codebook:k=2"})])
+    own.train()
+    weight = student.bert.encoder.layer[0].intermediate.dense.weight
+    assert weight.shape == (32, 32) and len(weight.unique()) == 2
+    assert "distill/soft" in own.state.log_history[0]
 
 
 @pytest.mark.parametrize(("options", "message"), [

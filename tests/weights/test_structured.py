@@ -115,7 +115,7 @@ def test_gradually_in_the_trainer(tmp_path, optim):
     callback = PruningCallback(pruner, every=3, start=1)
     args = TrainingArguments(str(tmp_path), max_steps=8, per_device_train_batch_size=8, use_cpu=True, report_to=[],
                              save_strategy="steps", save_steps=5, optim=optim, disable_tqdm=True, learning_rate=1e-2,
-                             label_names=["labels"])  # fmt: skip
+                             label_names=["labels"], lr_scheduler_type="constant")  # fmt: skip
     trainer = Trainer(net, args, train_dataset=rows, callbacks=[callback])
     trainer.train()
     assert [entry["step"] for entry in callback.history] == [1, 4] and net.block[0].out_channels == 12
