@@ -12,8 +12,9 @@ from rich.console import Console
 
 from .common import make_console, make_table, whole
 
-EXAMPLES = """MODEL is a folder that save_pretrained, save_pruned, save_quantized or save_compressed has written, or a
-name: 'minilm', 'efficientnet-lite0', a timm name, 'torchvision:googlenet'. NAME=MODEL gives it a name in the table.
+EXAMPLES = """MODEL is a folder that save_pretrained, save_pruned, save_quantized, save_few_bits or save_compressed has
+written, or a name: 'minilm', 'efficientnet-lite0', a timm name, 'torchvision:googlenet'. NAME=MODEL gives it a name in
+the table.
 
 examples:
   hf-actcompress card outputs/prune/dense outputs/prune/structured outputs/prune/int8 --data ../shared/data/cifar10
@@ -57,14 +58,16 @@ def _card(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     status = Console(stderr=True).status("loading")
     with status:
-        data, make = None, None
-        candidates = []
+        kind, data, candidates = "", None, []
         for spec in args.models:
             name, _, where = spec.rpartition("=")
             status.update(f"loading {where}")
+            found = _kind(where)
             if data is None:
-                kind = _kind(where)
-                data = _data(kind, args)
+                kind, data = found, _data(found, args)
+            if found != kind:
+                raise ValueError(f"{where} takes {found}, {args.models[0]} takes {kind}: one card compares models of "
+                                 "one kind.")  # fmt: skip
             model, folder, bits = load(where, data, kind)
             candidates.append(card.Candidate(name or _short(where), model.to(args.device).eval(), folder, bits))
         make = _images if kind == "images" else _texts
@@ -95,7 +98,7 @@ def _card(args: argparse.Namespace) -> None:
 def load(where: str, data: Any, kind: str) -> tuple[Any, Path | None, int | None]:
     """(model, its folder, bits that its file counts) of a folder or a name.  Raises ValueError."""
     from ..recipes import load_image_model, load_text_model
-    from ..weights import checkpoint, manifest, quantize
+    from ..weights import checkpoint, manifest, quantize, weight_only
 
     folder, loader = Path(where).expanduser(), load_image_model if kind == "images" else load_text_model
     if not folder.is_dir():
@@ -110,6 +113,8 @@ def load(where: str, data: Any, kind: str) -> tuple[Any, Path | None, int | None
             manifest.apply_shapes(model, structure)
         checkpoint.load_compressed(folder, model)
         return model, folder, 8 * (folder / checkpoint.FILE_NAME).stat().st_size
+    if weight_only.is_few_bits(folder):
+        return weight_only.load_few_bits(folder), folder, 8 * (folder / weight_only.WEIGHTS).stat().st_size
     if manifest.is_pruned(folder):
         return manifest.load_pruned(folder), folder, None
     return loader(where, data.num_labels)[0], folder, None
@@ -128,6 +133,10 @@ def _kind(where: str) -> str:
     from ..weights.manifest import register_vision
 
     folder = Path(where).expanduser()
+    if not folder.is_dir() and "/" in where and not where.startswith((".", "/", "~")):
+        from ..inspection import _classifier
+
+        return "images" if _classifier(where)[1].__name__.endswith("ImageClassification") else "texts"
     if not folder.is_dir():
         return "texts" if where in (models.MINILM, models.TINY_BERT) else "images"
     if not (folder / "config.json").is_file():

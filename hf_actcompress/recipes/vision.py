@@ -40,6 +40,7 @@ class TorchvisionForImageClassification(PreTrainedModel):
 
     config_class = TorchvisionConfig
     main_input_name = "pixel_values"
+    accepts_loss_kwargs = False  # **unused is no way to normalise the loss; the Trainer has to
 
     def __init__(self, config: TorchvisionConfig) -> None:
         from torchvision import models

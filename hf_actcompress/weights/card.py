@@ -108,7 +108,7 @@ def size(candidate: Candidate) -> dict[str, Any]:
     """Parameters are what the forward reads: of an int8 graph its quantized weights and biases."""
     tensors = _distinct(candidate.model)
     weights = [t for t in tensors.values() if t.is_floating_point() or t.dtype in (torch.int8, torch.uint8)]
-    nonzero = sum(int(torch.count_nonzero(t)) for t in weights)
+    nonzero = sum(int(torch.count_nonzero(getattr(t, "qdata", t))) for t in weights)
     found = None
     if candidate.folder is not None:
         files = {f for pattern in WEIGHT_FILES for f in Path(candidate.folder).glob(pattern)}
@@ -122,6 +122,8 @@ def size(candidate: Candidate) -> dict[str, Any]:
 
 def tensor_bits(x: Tensor) -> int:
     """As it is, or, where that is less, the values that are not zero and gap-coded positions of the best width."""
+    if hasattr(x, "qdata"):  # torchao's weights of few bits
+        return x.numel() * (4 if x.target_dtype == torch.int4 else 8) + 8 * x.scale.nbytes
     dense = 8 * x.numel() * x.element_size()
     kept = int(torch.count_nonzero(x))
     if kept > 0.97 * x.numel():  # then no positions are worth storing
@@ -187,7 +189,8 @@ def _logits(output: Any) -> Tensor:
 
 def peak_memory(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
     """Bytes of the weights and the most that one forward holds beyond them; None where it cannot be seen."""
-    weights = sum(t.nbytes for t in _distinct(model).values())
+    weights = sum(t.qdata.nbytes + t.scale.nbytes if hasattr(t, "qdata") else t.nbytes
+                  for t in _distinct(model).values())  # fmt: skip
     device = next(iter(inputs.values())).device
     with torch.no_grad():
         model(**inputs)

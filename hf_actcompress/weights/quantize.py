@@ -32,8 +32,11 @@ class ExportedClassifier(nn.Module):
     """A graph with the face of a transformers model: keyword inputs, perhaps labels, to loss and logits.
 
     `lower(inputs)` prepares fast int8 kernels for batches of exactly these shapes (some seconds, no compiler);
-    batches of other shapes run the reference graph, which gives the same values slowly.
+    batches of other shapes run the reference graph, which gives the same values slowly.  In a Trainer set
+    remove_unused_columns=False: the inputs' names are not in the signature.
     """
+
+    accepts_loss_kwargs = False  # the Trainer would take **inputs for a way to pass num_items_in_batch
 
     def __init__(self, graph: nn.Module, names: list[str], config: Any, quantized: bool) -> None:
         super().__init__()

@@ -118,7 +118,8 @@ def test_together_with_pruning_and_learning_compression(tmp_path):
     torch.manual_seed(0)
     student, teacher, batch = bert(layers=2), bert(layers=2), texts(16)
     prune(student, inputs(batch), heads=0.5, neurons=0.5)
-    own = trainer(tmp_path, student, teacher, rows_of(batch), callbacks=[LCCallback({"intermediate.dense": "codebook:k=2"})])
+    callback = LCCallback({"intermediate.dense": "codebook:k=2"})
+    own = trainer(tmp_path, student, teacher, rows_of(batch), callbacks=[callback])
     own.train()
     weight = student.bert.encoder.layer[0].intermediate.dense.weight
     assert weight.shape == (32, 32) and len(weight.unique()) == 2
