@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import link_pages
+import card_pages
 import memory_pages
 import pipeline_pages
 import speed
@@ -155,6 +156,7 @@ def main() -> None:
         fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
     link_pages.fill(sys.modules[__name__])
     weights_pages.fill_all(fill, ROOT)
+    card_pages.fill_all(fill, ROOT / "docs" / "weights.md")
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")

@@ -12,7 +12,7 @@ from importlib import import_module
 
 from . import __version__
 
-COMMANDS = ("inspect", "bench", "advise")
+COMMANDS = ("inspect", "bench", "advise", "card")
 EXAMPLES = """examples:
   hf-actcompress inspect minilm --first 1 --last 2 --placement cuts
   hf-actcompress inspect mobilenetv2_100 --batch-size 64 --image-size 96 --codec block:bits=4 topk:ratio=0.2

@@ -270,3 +270,32 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
+
+
+# The report card
+
+
+def report_card(cards: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Bars for size, error, and time per sample, a bar per model; returns the PNG's path."""
+    sizes = [key.removeprefix("median_ms_") for key in cards[0] if key.startswith("median_ms_")]
+    panels = [("file, MB" if all(c["file_bytes"] for c in cards) else "counted, MB",
+               lambda c: (c["file_bytes"] if all(d["file_bytes"] for d in cards) else c["bits"] / 8) / 1e6)]
+    if all("top1_error" in c for c in cards):
+        panels.append(("top-1 error, %", lambda c: 100 * c["top1_error"]))
+    panels += [(f"ms a sample, {b} at once", lambda c, b=b: c[f"median_ms_{b}"]) for b in sizes]
+    figure, axes = _figure(-(-len(panels) // 2), 2, 0.9 + 0.34 * len(cards))
+    colors = [color for color, _ in STYLES.values()]
+    for ax, (title, value) in zip(axes, panels, strict=False):
+        values = [value(card) for card in cards]
+        ax.barh(range(len(cards)), values, color=[c for c, _ in zip(itertools.cycle(colors), cards, strict=False)],
+                height=0.7)
+        for i, number in enumerate(values):
+            ax.annotate(f"{number:.3g}", (number, i), xytext=(3, 0), textcoords="offset points", va="center",
+                        fontsize=8)
+        ax.set_yticks(range(len(cards)), [card["name"] for card in cards])
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1.18 * max(values) or 1)
+        ax.set_title(title, loc="left", fontweight="bold", fontsize=9)
+    for ax in axes[len(panels) :]:
+        ax.axis("off")
+    return _save(figure, path)

@@ -27,7 +27,7 @@ MAY = {
     "attach": {"codecs", "layers", "metering", "config", "sites", "budget"},
     "callback": {"codecs", "layers", "metering", "config", "sites", "attach", "trainers"},
     "pipeline": {"codecs", "layers", "metering", "config", "sites", "attach"},
-    "weights": {"codecs", "layers", "metering", "config", "trainers"},
+    "weights": {"codecs", "layers", "metering", "config", "trainers", "plots", "recipes"},
     "recipes": {"config", "callback", "codecs", "pipeline", "plots"},
     "trainers": set(),
     "bench": {"codecs", "metering"},

