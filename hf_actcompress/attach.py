@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .analysis.probe import Probe
 from .budget import Auto
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
@@ -33,6 +34,7 @@ class Handle:
         self.boundaries: dict[str, Boundary] = {}
         self.cuts: dict[str, Layer] = {}
         self.saved: SavedTensors | None = None
+        self.probe: Probe | None = None
         self._removers: list[Any] = []
         self._named: set[str] = set()  # boundaries whose codec `layers` fixes: the schedule leaves them alone
         self.epoch = 0
@@ -199,6 +201,10 @@ def compress_model(
         handle._removers += install(handle.saved, inner)
     elif not handle.boundaries:
         logger.warning("first=0, last=0 and no layers: nothing is compressed.")
+    if config.analysis:
+        handle.probe = Probe(handle, config.analysis_every)
+        # Before the hooks of saved tensors, which would keep what the probe's own passes save.
+        handle._removers.append(inner.register_forward_pre_hook(handle.probe, prepend=True, with_kwargs=True))
     return handle
 
 
@@ -231,6 +237,8 @@ def remove_compression(model: nn.Module) -> list[str]:
                     hook.saved.enabled = False
                     if name == "" and "" not in names:
                         names.append(name)
+                elif isinstance(hook, Probe):
+                    pass
                 else:
                     continue
                 del hooks[key]

@@ -40,6 +40,8 @@ class ActCompressConfig:
     nonfinite: "pass" lets tensors with NaN or Inf through uncompressed and counts them; "raise" stops.
     seed: of stochastic rounding and cold starts.
     meter_every: the error is measured at every n-th call of a boundary; 0 never.
+    analysis: at every `analysis_every`-th step the batch is run twice on the side, with and without compression, and
+        what that does to every tensor and to the parameters' gradient is recorded (docs/analysis.md).
     """
 
     codec: str = "block:bits=4"
@@ -56,6 +58,8 @@ class ActCompressConfig:
     nonfinite: str = "pass"
     seed: int = 0
     meter_every: int = 10
+    analysis: bool = False
+    analysis_every: int = 100
 
     def __post_init__(self) -> None:
         self.codec = str(_spec(self.codec, "codec"))
@@ -73,6 +77,10 @@ class ActCompressConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}={value!r} is not a whole number of 0 or more.")
+        if not isinstance(self.analysis, bool):
+            raise ValueError(f"analysis={self.analysis!r} is neither True nor False.")
+        if not isinstance(self.analysis_every, int) or isinstance(self.analysis_every, bool) or self.analysis_every < 1:
+            raise ValueError(f"analysis_every={self.analysis_every!r} is not a whole number of 1 or more.")
         for name, allowed in (("placement", PLACEMENTS), ("evaluate", EVALUATE), ("nonfinite", NONFINITE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(allowed)}.")
@@ -196,6 +204,10 @@ class CompressionArguments:
     nonfinite: str = field(default="pass", metadata={"help": "NaN and Inf: 'pass' them on and count, or 'raise'."})
     codec_seed: int = field(default=0, metadata={"help": "Seed of stochastic rounding and cold starts."})
     meter_every: int = field(default=10, metadata={"help": "Measure the error at every n-th call; 0 never."})
+    analysis: bool = field(
+        default=False, metadata={"help": "Record what compression does to tensors and gradients (docs/analysis.md)."}
+    )
+    analysis_every: int = field(default=100, metadata={"help": "Steps between records of the analysis."})
 
     def to_config(self) -> ActCompressConfig | None:
         """The configuration, or None for `--codec none`."""
