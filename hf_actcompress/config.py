@@ -79,8 +79,9 @@ class ActCompressConfig:
                 raise ValueError(f"{name}={value!r} is not a whole number of 0 or more.")
         if not isinstance(self.analysis, bool):
             raise ValueError(f"analysis={self.analysis!r} is neither True nor False.")
-        if not isinstance(self.analysis_every, int) or isinstance(self.analysis_every, bool) or self.analysis_every < 1:
-            raise ValueError(f"analysis_every={self.analysis_every!r} is not a whole number of 1 or more.")
+        every = self.analysis_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"analysis_every={every!r} is not a whole number of 1 or more.")
         for name, allowed in (("placement", PLACEMENTS), ("evaluate", EVALUATE), ("nonfinite", NONFINITE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(allowed)}.")

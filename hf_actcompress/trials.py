@@ -8,12 +8,20 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+
+_side = threading.local()
+
+
+def on_the_side() -> bool:
+    """Whether the pass that is running is none of the training run's own: hooks that measure leave it alone."""
+    return getattr(_side, "depth", 0) > 0
 
 
 @contextlib.contextmanager
@@ -25,9 +33,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")  # what is not loaded has drawn nothing
     python, arrays = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        _side.depth = getattr(_side, "depth", 0) + 1
         try:
             yield
         finally:
+            _side.depth -= 1
             random.setstate(python)
             if numpy:
                 numpy.random.set_state(arrays)
@@ -58,15 +68,26 @@ def gradients(loss: Tensor, parameters: Sequence[nn.Parameter], again: bool = Fa
             "Gradients of whole parameters are compared here, and fully_shard or tensor parallelism has cut them. "
             "Leave analysis and auto out there: analysis=False, and fixed codecs."
         )
-    try:
-        return list(torch.autograd.grad(loss, parameters, retain_graph=again, allow_unused=True))
-    except RuntimeError as error:
-        if "heckpoint" in str(error):
-            raise ValueError(
-                "Reentrant activation checkpointing allows no backward pass on the side, which analysis and auto "
-                "need. Use activation_checkpointing_kwargs={'use_reentrant': False}, or leave them out."
-            ) from error
-        raise
+    if _reentrant(loss):
+        raise ValueError(
+            "Reentrant activation checkpointing allows no backward pass on the side, which analysis and auto need. "
+            "Use activation_checkpointing_kwargs={'use_reentrant': False}, or leave them out."
+        )
+    return list(torch.autograd.grad(loss, parameters, retain_graph=again, allow_unused=True))
+
+
+def _reentrant(loss: Tensor) -> bool:
+    """Whether part of the graph is made only in the backward pass: `grad` would leave that out without a word."""
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False
 
 
 def few_rows(args: tuple, kwargs: dict[str, Any], take: int) -> tuple[tuple, dict[str, Any], float]:

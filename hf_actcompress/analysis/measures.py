@@ -61,13 +61,17 @@ def compare_gradients(
         a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
         b = torch.zeros_like(a) if b is None else b
         a, b = a.detach().float().reshape(-1), b.detach().float().reshape(-1)
-        noise += float(torch.linalg.vector_norm(b - a)) ** 2
-        power += float(torch.linalg.vector_norm(a)) ** 2
-        own += float(torch.linalg.vector_norm(b)) ** 2
-        dot += float(a @ b)
+        noise += _sum((b - a).square_())
+        power += _sum(a.square())
+        own += _sum(b.square())
+        dot += _sum(a * b)
     if not all(map(math.isfinite, (noise, power, own, dot))):
         return dict.fromkeys(("rel_error", "snr_db", "cosine"))
     return _apart(noise, power, dot, own, 1)
+
+
+def _sum(x: Tensor) -> float:
+    return float(x.sum(dtype=torch.float64))
 
 
 def _apart(noise: float, power: float, dot: float, own: float, count: int) -> dict[str, float | None]:

@@ -25,7 +25,7 @@ from ..metering import Meter, dense
 from ..packed import Coded
 from ..sites.boundary import Channel
 from ..sites.saved import Record, SavedTensors
-from ..trials import few_rows, gradients, loss_of, undisturbed
+from ..trials import few_rows, gradients, loss_of, on_the_side, undisturbed
 from .measures import compare, compare_gradients
 from .records import row
 
@@ -53,10 +53,9 @@ class Probe:
         self.model = identity_of(handle.model)
         self.step, self.epoch, self.armed = 0, None, False
         self.counts = True  # passes are counted here, as long as nobody calls `arm`
-        self._running = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_running": True}  # a copy of the model is another model: nothing is measured there
+        return {"handle": None}  # a copy of the model is another model: nothing is measured there
 
     def arm(self, step: int, epoch: float | None = None) -> None:
         """Measure the next training pass if the step is one to be sampled."""
@@ -64,16 +63,13 @@ class Probe:
         self.step, self.epoch, self.armed = step, epoch, step % self.every == 0
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._running or not module.training or not torch.is_grad_enabled():
+        if self.handle is None or on_the_side() or not module.training or not torch.is_grad_enabled():
             return
         if self.counts:
             self.armed = self.step % self.every == 0
         if self.armed:
-            self.armed, self._running = False, True
-            try:
-                self.write(self.sample(module, args, kwargs))
-            finally:
-                self._running = False
+            self.armed = False
+            self.write(self.sample(module, args, kwargs))
         self.step += self.counts
 
     def sample(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
