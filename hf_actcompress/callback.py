@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -100,7 +101,10 @@ class ActCompressCallback(TrainerCallback):
         if state.global_step > 0:
             self._load(self._resumed_from(args, state))
         cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
-        logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(self._epoch))
+        if self.handle.auto is None:
+            logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(self._epoch))
+        else:
+            logger.info("compressing %s: %s", cuts, self.config.codec)
         if self.config.evaluate == "both" and self._trainer is not None:
             self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
 
@@ -141,6 +145,7 @@ class ActCompressCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.handle is None or not folder.is_dir():
             return
+        self._remember_choice()
         if state.is_world_process_zero:
             self.config.save_pretrained(folder)
             if self.handle.saved is not None and self.handle.saved.auto is not None:
@@ -177,11 +182,18 @@ class ActCompressCallback(TrainerCallback):
 
         self._analysed, probe.write = None, note
 
+    def _remember_choice(self) -> None:
+        """Into the configuration that is saved; the user's own object stays as it is."""
+        assert self.handle is not None
+        if self.handle.auto is not None and self.handle.auto.chosen:
+            self.config = dataclasses.replace(self.config, resolved=self.handle.auto.chosen)
+
     def _detach(self) -> None:
         if self._trainer is not None and isinstance(vars(self._trainer).get("evaluate"), _EvaluateTwice):
             del self._trainer.evaluate
         if self.handle is None:
             return
+        self._remember_choice()
         self.stats = self.handle.stats()
         self._last_state = self.handle.state_dict()
         self.handle.remove()

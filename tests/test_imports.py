@@ -20,7 +20,7 @@ MAY = {
     "trials": set(),
     "report": {"plots"},
     "plots": {"report"},
-    "config": {"codecs", "budget"},
+    "config": {"codecs", "budget", "analysis"},
     "packed": {"codecs"},
     "consumers": set(),
     "budget": {"codecs", "packed", "trials"},
