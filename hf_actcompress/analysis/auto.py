@@ -1,9 +1,11 @@
 """Codecs for every boundary and direction under one target: `codec="auto:ratio=8"` or `codec="auto:error=0.1"`.
 
 What each candidate does to the gradient of the parameters is measured on a few rows of a training batch, one boundary
-and direction at a time (`sensitivity.py`).  Errors of different places are nearly independent, so their squares add
-up; of all combinations that keep the target the best one is taken.  It is measured anew now and then, and another one
-must be clearly better to replace what is in use, because a new codec starts with fresh state.
+and direction at a time (`sensitivity.py`): the root mean square over layers of the relative error of each layer's own
+gradient, because Adam steps as far in layers with small gradients as in others.  Errors of different places are nearly
+independent, so their squares add up; of all combinations that keep the target the best one is taken.  It is measured
+anew now and then, and another one must be clearly better to replace what is in use, because a new codec starts with
+fresh state.
 
 Deterministic: batches, weights and seeds decide, no clock does.  Processes of a distributed run each decide for their
 own boundaries by their own batches.
@@ -43,7 +45,7 @@ WIDEST = 4096  # combinations that are kept while places are added one by one; f
 
 @dataclass(frozen=True)
 class Option:
-    """A codec at one place: bytes left of `raw`, and the squared relative error of the gradient."""
+    """A codec at one place: bytes left of `raw`, and the squared error of the gradient."""
 
     spec: str
     raw: int
@@ -111,7 +113,7 @@ class AutoCodec:
         args, kwargs, _ = few_rows(args, kwargs, ROWS * (2 if normed(self.handle.model) else 1))
         fits = self._fitting()
         rows = sensitivity(self.handle, module, args, kwargs, dict.fromkeys(self.directions, fits), self.names)
-        if any(row["grad_error"] is None for row in rows if row["codec"] == "identity"):
+        if any(row["layer_error"] is None for row in rows if row["codec"] == "identity"):
             return False  # NaN
         self.table = rows
         keys = [(name, direction) for name in self.names for direction in self.directions]
@@ -197,5 +199,5 @@ class AutoCodec:
 
 
 def _option(row: dict[str, Any]) -> Option:
-    error = row["grad_error"]
+    error = row["layer_error"]
     return Option(row["codec"], row["raw_bytes"], row["payload_bytes"], math.inf if error is None else error**2)

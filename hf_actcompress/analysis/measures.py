@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
     noise, power = float(error.square().mean()), float(a.square().mean())
     spread, mean = (float(v) for v in torch.var_mean(a, correction=0))
     return {
-        **_apart(noise, power, float(a @ b), float(b.square().sum()), a.numel()),
+        **_apart(noise, power, float(b.square().mean()), float(a @ b) / a.numel()),
         "bias": _bias(error),
         "zeroed": float(((a != 0) & (b == 0)).double().mean()),
         "saturated": float(((a > top) | (a < bottom)).double().mean()),
@@ -47,41 +48,63 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
     }
 
 
-def compare_gradients(
-    exact: Iterable[Tensor | None], other: Iterable[Tensor | None]
-) -> dict[str, float | None]:
-    """`rel_error`, `snr_db` and `cosine` of two gradients, each given as the parts of one long vector.
+@dataclass(frozen=True)
+class Sums:
+    """Of two vectors: squares of their difference, of the first and of the second, and products of the two.
 
-    A part that is None on one side counts as zeros there.
+    Sums of parts add up to the sums of the whole.
     """
-    noise = power = dot = own = 0.0
+
+    noise: float = 0.0
+    power: float = 0.0
+    own: float = 0.0
+    dot: float = 0.0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.noise + other.noise, self.power + other.power, self.own + other.own, self.dot + other.dot)
+
+    def measures(self) -> dict[str, float | None]:
+        """`rel_error`, `snr_db` and `cosine`; None where NaN or Inf came about."""
+        values = (self.noise, self.power, self.own, self.dot)
+        if not all(map(math.isfinite, values)):
+            return dict.fromkeys(("rel_error", "snr_db", "cosine"))
+        return _apart(*values)
+
+
+def sums_of(exact: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> list[Sums]:
+    """Of each pair; a tensor that is None on one side counts as zeros there."""
+    result = []
     for a, b in zip(exact, other, strict=True):
         if a is None and b is None:
+            result.append(Sums())
             continue
         a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
         b = torch.zeros_like(a) if b is None else b
-        a, b = a.detach().float().reshape(-1), b.detach().float().reshape(-1)
-        noise += _sum((b - a).square_())
-        power += _sum(a.square())
-        own += _sum(b.square())
-        dot += _sum(a * b)
-    if not all(map(math.isfinite, (noise, power, own, dot))):
-        return dict.fromkeys(("rel_error", "snr_db", "cosine"))
-    return _apart(noise, power, dot, own, 1)
+        a, b = a.detach().float(), b.detach().float()
+        result.append(Sums(_sum((b - a).square_()), _sum(a.square()), _sum(b.square()), _sum(a * b)))
+    return result
+
+
+def rms_error(parts: Iterable[Sums]) -> float | None:
+    """The root mean square of the parts' relative errors, so that a part with a small gradient counts like a large
+    one, as it does for an optimizer that scales each parameter's step (Adam)."""
+    parts = [part for part in parts if part.power > 0]
+    if not all(math.isfinite(part.noise) for part in parts):
+        return None
+    return math.sqrt(sum(part.noise / part.power for part in parts) / len(parts)) if parts else 0.0
 
 
 def _sum(x: Tensor) -> float:
     return float(x.sum(dtype=torch.float64))
 
 
-def _apart(noise: float, power: float, dot: float, own: float, count: int) -> dict[str, float | None]:
-    """From mean squares of error and input, and sums of products and squares of the output."""
+def _apart(noise: float, power: float, own: float, dot: float) -> dict[str, float | None]:
     if power == 0:
         return {"rel_error": 0.0 if noise == 0 else None, "snr_db": None, "cosine": 1.0 if noise == 0 else 0.0}
     return {
         "rel_error": math.sqrt(noise / power),
         "snr_db": 10 * math.log10(power / noise) if noise > 0 else None,
-        "cosine": dot / math.sqrt(power * count * own) if own > 0 else 0.0,
+        "cosine": dot / math.sqrt(power * own) if own > 0 else 0.0,
     }
 
 

@@ -26,8 +26,9 @@ from ..packed import Coded
 from ..sites.boundary import Channel
 from ..sites.saved import Record, SavedTensors
 from ..trials import few_rows, gradients, loss_of, on_the_side, undisturbed
-from .measures import compare, compare_gradients
+from .measures import Sums, compare, sums_of
 from .records import row
+from .sensitivity import by_layer
 
 if TYPE_CHECKING:
     from ..attach import Handle
@@ -90,9 +91,11 @@ class Probe:
             plain_loss, exact = run()
         with watched(self.handle, lambda **values: rows.append(values)):
             loss, found = run()
-        whole = compare_gradients(exact, found)
-        for layer, chosen in self._by_layer([name for name, _ in named]):
-            values = compare_gradients(*([side[i] for i in chosen] for side in (exact, found))) if layer else whole
+        sums = sums_of(exact, found)
+        whole = sum(sums, Sums()).measures()
+        groups = [(None, list(range(len(named)))), *by_layer(self.handle.layers, [name for name, _ in named])]
+        for layer, chosen in groups:
+            values = sum((sums[i] for i in chosen), Sums()).measures()
             rows.append({
                 "site": "parameters", "layer": layer and layer.index, "name": layer.name if layer else "",
                 "direction": "gradient", "codec": "", "call": 0,
@@ -103,15 +106,6 @@ class Probe:
             "grad_cosine": whole["cosine"], "grad_error": whole["rel_error"],
         }  # fmt: skip
         return [row(**about, **values) for values in rows]
-
-    def _by_layer(self, names: list[str]) -> Iterator[tuple[Any, list[int]]]:
-        """(None, all parameters), then each layer with the places of its own."""
-        yield None, list(range(len(names)))
-        for layer in self.handle.layers:
-            own = tuple(f"{part}." for part in layer.parts or (layer.module,))
-            chosen = [i for i, name in enumerate(names) if name.startswith(own)]
-            if chosen:
-                yield layer, chosen
 
 
 def identity_of(model: nn.Module) -> str:

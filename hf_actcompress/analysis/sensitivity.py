@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..codecs import Codec, raw_nbytes
+from ..layers import Layer
 from ..metering import dense
 from ..sites.boundary import roundtrip
 from ..trials import gradients, loss_of, undisturbed
-from .measures import compare, compare_gradients
+from .measures import Sums, compare, rms_error, sums_of
 
 if TYPE_CHECKING:
     from ..attach import Handle
@@ -72,20 +73,26 @@ def sensitivity(
     advance: called after each row.  look: is shown (name, direction, codec, input, decoded).
 
     A row holds the layer, the codec, its bytes, the measures of `compare`, `grad_cosine` and `grad_error` of the
-    parameters' gradient, and for forward codecs `loss_change` and `logits_error` too.  Values are None where NaN or
+    parameters' gradient, `layer_error` (the root mean square over layers of the relative error of each one's own
+    gradient), and for forward codecs `loss_change` and `logits_error` too.  Values are None where NaN or
     Inf came about.
     """
     model = handle.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    groups = by_layer(handle.layers, [name for name, _ in named]) or [(None, list(range(len(named))))]
     names = list(handle.boundaries) if names is None else list(names)
     rows: list[dict[str, Any]] = []
     with _exchanged(handle, names) as places:
 
         def row(name: str, direction: str, codec: Codec, place: Exchange, found: list[Any], **more: Any) -> None:
-            apart = compare_gradients(exact, found)
+            sums = sums_of(exact, found)
+            apart = sum(sums, Sums()).measures()
+            layers = rms_error(sum((sums[i] for i in chosen), Sums()) for _, chosen in groups)
             rows.append({
                 "layer": handle.cuts[name].index, "name": name, "direction": direction, "codec": str(codec),
-                **place.row, "grad_cosine": apart["cosine"], "grad_error": apart["rel_error"], **more,
+                **place.row, "grad_cosine": apart["cosine"], "grad_error": apart["rel_error"], "layer_error": layers,
+                **more,
             })  # fmt: skip
             advance()
 
@@ -115,7 +122,7 @@ def sensitivity(
                 with using(name, "forward", codec) as place, undisturbed(model):
                     output = module(*args, **kwargs)
                     loss = loss_of(output)
-                    error = compare_gradients([plain], [_logits(output)])["rel_error"]
+                    error = sums_of([plain], [_logits(output)])[0].measures()["rel_error"]
                     change = float(loss.detach()) - plain_loss
                     row(name, "forward", codec, place, gradients(loss, parameters), logits_error=error,
                         loss_change=change if math.isfinite(change) else None, plain_loss=plain_loss)  # fmt: skip
@@ -136,6 +143,17 @@ def batches_mean(tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, A
                 mean[key] = math.sqrt(total) if squares and total is not None else total
         result.append(mean)
     return result
+
+
+def by_layer(layers: Sequence[Layer], names: Sequence[str]) -> list[tuple[Layer | None, list[int]]]:
+    """Each layer that has parameters, with the places of their names."""
+    groups: list[tuple[Layer | None, list[int]]] = []
+    for layer in layers:
+        own = tuple(f"{part}." for part in layer.parts or (layer.module,))
+        chosen = [i for i, name in enumerate(names) if name.startswith(own)]
+        if chosen:
+            groups.append((layer, chosen))
+    return groups
 
 
 @contextlib.contextmanager

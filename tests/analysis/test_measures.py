@@ -7,7 +7,7 @@ import torch
 
 from hf_actcompress import parse_codec
 from hf_actcompress.analysis import measures
-from hf_actcompress.analysis.measures import MEASURES, compare, compare_gradients
+from hf_actcompress.analysis.measures import MEASURES, Sums, compare, rms_error, sums_of
 
 
 def by_hand(xs, ys):
@@ -84,9 +84,17 @@ def test_gradients_in_parts_are_one_long_vector():
     parts = [torch.randn(3, 4), torch.randn(5), torch.randn(2, 2).bfloat16()]
     other = [p + 0.1 * torch.randn_like(p) for p in parts]
     a, b = (torch.cat([p.double().flatten() for p in side]) for side in (parts, other))
-    found = compare_gradients([*parts, None], [*other, None])
+    found = sum(sums_of([*parts, None], [*other, None]), Sums()).measures()
     assert found["rel_error"] == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-5)
     assert found["cosine"] == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-5)
     assert found["snr_db"] == pytest.approx(-20 * math.log10(found["rel_error"]), rel=1e-9)
-    assert compare_gradients([parts[0], None], [None, parts[1]])["cosine"] == 0
-    assert set(compare_gradients([torch.tensor([math.inf])], [torch.ones(1)]).values()) == {None}
+    assert sum(sums_of([parts[0], None], [None, parts[1]]), Sums()).measures()["cosine"] == 0
+    assert set(sums_of([torch.tensor([math.inf])], [torch.ones(1)])[0].measures().values()) == {None}
+
+
+def test_the_mean_error_of_layers_counts_each_alike():
+    large, small = torch.tensor([300.0, 400.0]), torch.tensor([0.003, 0.004])
+    parts = sums_of([large, small, torch.zeros(2)], [large * 1.1, small * 1.4, torch.zeros(2)])
+    assert rms_error(parts) == pytest.approx(math.sqrt((0.1**2 + 0.4**2) / 2), rel=1e-5)
+    assert sum(parts, Sums()).measures()["rel_error"] == pytest.approx(0.1, rel=1e-4)
+    assert rms_error(sums_of([large], [large * math.nan])) is None and rms_error([]) == 0
