@@ -32,16 +32,17 @@ MAY = {
     "weights": {"codecs", "layers", "metering", "config"},
     "recipes": {"config", "callback"},
     "bench": {"codecs", "metering"},
+    "study": {"codecs", "layers", "config", "attach", "analysis", "trials", "recipes", "inspection"},
     "inspection": {"codecs", "layers", "config", "sites", "attach", "recipes"},
     "commands": {"codecs", "layers", "metering", "config", "sites", "attach", "report", "plots", "bench", "inspection",
-                 "pipeline", "weights", "recipes", "analysis"},
+                 "pipeline", "weights", "recipes", "analysis", "study"},
     "cli": {"commands"},
     "__init__": {"codecs", "layers", "config", "attach", "callback", "sites", "metering"},
 }
 WITHOUT_TORCH = ("report", "plots")
 TRANSFORMERS = ("callback", "recipes", "weights")
 # The command line loads a model by its name; only inside of functions.
-TRANSFORMERS_LATE = ("commands", "inspection")
+TRANSFORMERS_LATE = ("commands", "inspection", "study")
 DISTRIBUTED = ("sites/wire.py", "pipeline/")
 OPTIONAL = (
     "timm", "matplotlib", "datasets", "evaluate", "sklearn", "torchvision", "transformers", "torch_pruning", "torchao",
