@@ -88,8 +88,8 @@ def sums_of(exact: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> l
 def rms_error(parts: Iterable[Sums]) -> float | None:
     """The root mean square of the parts' relative errors, so that a part with a small gradient counts like a large
     one, as it does for an optimizer that scales each parameter's step (Adam)."""
-    parts = [part for part in parts if part.power > 0]
-    if not all(math.isfinite(part.noise) for part in parts):
+    parts = [part for part in parts if part.power != 0]
+    if not all(math.isfinite(part.noise) and math.isfinite(part.power) for part in parts):
         return None
     return math.sqrt(sum(part.noise / part.power for part in parts) / len(parts)) if parts else 0.0
 
