@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sensitivity"
 FIGURES = ROOT / "docs" / "figures"
 STUDIES = {
-    "minilm": {"data": "cola", "batches": 2, "batch_size": 32},
-    "mobilenetv2_100": {"data": "cifar10", "batches": 1, "batch_size": 16},
-    "efficientnet-lite0": {"data": "cifar10", "batches": 1, "batch_size": 16},
+    "minilm": {"data": "cola", "batches": 1, "batch_size": 16},
+    "mobilenetv2_100": {"data": "cifar10", "batches": 1, "batch_size": 16, "image_size": 64},
+    "efficientnet-lite0": {"data": "cifar10", "batches": 1, "batch_size": 16, "image_size": 64},
 }
 CODECS = (*ANALYZE_CODECS, "topk:ratio=0.2|block:bits=8")
 
