@@ -153,7 +153,8 @@ def test_a_gradients_codec_of_its_own_and_named_layers_are_left_alone():
         loss_of(model, batch_of("bert")).backward()
         assert handle.auto.names == ["bert.encoder.layer.3"]
         rows = {(r["layer"], r["direction"]): r["codec"] for r in handle.stats()}
-    assert rows[0, "forward"] == "sort:bits=8,splits=2" and rows[0, "backward"] == rows[3, "backward"] == "uniform:bits=8"
+    assert rows[0, "forward"] == "sort:bits=8,splits=2"
+    assert rows[0, "backward"] == rows[3, "backward"] == "uniform:bits=8"
     assert set(handle.auto.chosen["bert.encoder.layer.3"]) == {"forward"}
 
 
