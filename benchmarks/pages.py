@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-import link_pages
 import card_pages
+import link_pages
 import memory_pages
 import pipeline_pages
 import speed

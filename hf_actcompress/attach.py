@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .analysis.auto import AutoCodec
+from .analysis.probe import Probe
 from .budget import Auto
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
@@ -33,6 +35,8 @@ class Handle:
         self.boundaries: dict[str, Boundary] = {}
         self.cuts: dict[str, Layer] = {}
         self.saved: SavedTensors | None = None
+        self.probe: Probe | None = None
+        self.auto: AutoCodec | None = None
         self._removers: list[Any] = []
         self._named: set[str] = set()  # boundaries whose codec `layers` fixes: the schedule leaves them alone
         self.epoch = 0
@@ -72,7 +76,7 @@ class Handle:
         changed = codecs != self.config.scheduled(self.epoch)
         self.epoch = epoch
         for name, boundary in self.boundaries.items():
-            if name not in self._named:
+            if name not in self._named and self.auto is None:
                 boundary.set_codecs(*codecs)
         if changed:
             logger.info("epoch %d: boundaries now use %s forward and %s backward", epoch, *codecs)
@@ -96,7 +100,7 @@ class Handle:
     # -- state ------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """What codecs remember, by boundary and direction: warm starts, noise counters, error feedback."""
-        result = {}
+        result: dict[str, Any] = {} if self.auto is None else {"auto": self.auto.state_dict()}
         for name in self.boundaries:
             for direction, channel in self.channels(name):
                 if channel.state is not None:
@@ -110,6 +114,8 @@ class Handle:
     def load_state_dict(self, values: dict[str, Any]) -> list[str]:
         """Take over the state of boundaries that have the same codec; returns the names of those that did not."""
         missed = []
+        if self.auto is not None and "auto" in values:
+            self.auto.load_state_dict(values["auto"])
         for name in self.boundaries:
             for direction, channel in self.channels(name):
                 if channel.state is None:
@@ -199,6 +205,15 @@ def compress_model(
         handle._removers += install(handle.saved, inner)
     elif not handle.boundaries:
         logger.warning("first=0, last=0 and no layers: nothing is compressed.")
+    if config.auto is not None and (free := [name for name in handle.boundaries if name not in handle._named]):
+        handle.auto = AutoCodec(handle, config.auto, free, backward=config.grad_codec is None)
+        handle.auto.set(config.resolved or {})
+    if config.analysis:
+        handle.probe = Probe(handle, config.analysis_every)
+        # Before the hooks of saved tensors, which would keep what the probe's own passes save.
+        handle._removers.append(inner.register_forward_pre_hook(handle.probe, prepend=True, with_kwargs=True))
+    if handle.auto is not None:  # before the probe, which measures what is chosen
+        handle._removers.append(inner.register_forward_pre_hook(handle.auto, prepend=True, with_kwargs=True))
     return handle
 
 
@@ -231,6 +246,8 @@ def remove_compression(model: nn.Module) -> list[str]:
                     hook.saved.enabled = False
                     if name == "" and "" not in names:
                         names.append(name)
+                elif isinstance(hook, (Probe, AutoCodec)):
+                    pass
                 else:
                     continue
                 del hooks[key]

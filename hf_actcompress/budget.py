@@ -19,15 +19,14 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 from .packed import Slopes
+from .trials import few_rows, gradients, loss_of, normed, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -194,27 +193,25 @@ def measure(
 ) -> list[Slot] | None:  # fmt: skip
     """The slots with their errors and bits, found on a few rows of this batch.  Leaves gradients, buffers and random
     numbers alone.  None where a tensor holds NaN or Inf.  Raises ValueError for a budget that cannot be met."""
-    args, kwargs, scale = _few_rows(model, args, kwargs)
+    args, kwargs, scale = few_rows(args, kwargs, ROWS * (2 if normed(model) else 1))
     trial = saved.trial = Trial(scale, saved.codec)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        with around(), _undisturbed(model, parameters):
+        with around(), undisturbed(model):
             began = time.perf_counter()
-            loss = _loss(model(*args, **kwargs))
+            loss = loss_of(model(*args, **kwargs))
             if trial.strange:
                 return None
 
-            def gradients() -> list[Tensor | None]:
-                return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
-
             def error(rounded: dict[str, int]) -> float:
                 trial.rounded = rounded
+                found = gradients(loss, parameters, again=True)
                 return sum(
                     float((a.float() - b.float()).square().sum())
-                    for a, b in zip(exact, gradients(), strict=True) if a is not None and b is not None
+                    for a, b in zip(exact, found, strict=True) if a is not None and b is not None
                 ) / norm  # fmt: skip
 
-            exact = gradients()
+            exact = gradients(loss, parameters, again=True)
             stop = time.perf_counter() + COST * scale * (time.perf_counter() - began)
             norm = sum(float(g.float().square().sum()) for g in exact if g is not None) or 1.0
             for name in _order(trial.slots):
@@ -230,43 +227,6 @@ def measure(
     for name, bits in best.items():
         trial.slots[name].bits = bits
     return list(trial.slots.values())
-
-
-def _few_rows(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], float]:
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.dim()]
-    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    rows, take = (tensors[0].shape[0] if tensors else 1), ROWS * (2 if normed else 1)
-    if rows <= take:
-        return args, kwargs, 1.0
-
-    def few(value: Any) -> Any:
-        return value[:take] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
-
-    return tree_map(few, args), tree_map(few, kwargs), rows / take
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    device = parameters[0].device if parameters else torch.device("cpu")
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-
-
-def _loss(output: Any) -> Tensor:
-    """The model's own loss, or else its outputs in a random direction."""
-    tensors = [t for t in tree_flatten(dict(output) if isinstance(output, dict) else output)[0]
-               if isinstance(t, Tensor) and t.requires_grad]  # fmt: skip
-    for t in tensors:
-        if t.dim() == 0:
-            return t
-    return sum((t.float() * torch.randn_like(t, dtype=torch.float32)).mean() for t in tensors)  # type: ignore
 
 
 def _order(slots: dict[str, Slot]) -> list[str]:

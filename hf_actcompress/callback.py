@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .analysis.records import FILE_NAME as ANALYSIS_NAME
+from .analysis.records import Writer
 from .attach import Handle, compress_model, flatten_state, unflatten_state
 from .config import ActCompressConfig
 from .metering import Meter
@@ -42,7 +45,9 @@ class ActCompressCallback(TrainerCallback):
     Each log line of the Trainer (and so `log_history` and TensorBoard) gets, per boundary since the last line:
     `compress/<layer>/forward_ratio`, `..._error` (relative), `..._cosine`, the same for `backward`, and
     `saved_mb`, the megabytes saved so far; with `saved`, `compress/saved/plain_mb` and `held_mb`, what autograd would
-    have held of a forward pass and what was held, and `mean_bits` where a budget chooses them.  After training,
+    have held of a forward pass and what was held, and `mean_bits` where a budget chooses them; with `analysis`,
+    `compress/grad_cosine` and `grad_error` of the last sampled step, and all records go to
+    `<output_dir>/actcompress_analysis.jsonl`.  After training,
     `stats` holds the whole table; evaluation then runs without compression unless it is done under
     `with callback.attached(model):`.
 
@@ -62,6 +67,7 @@ class ActCompressCallback(TrainerCallback):
         self._logged_saved = Record()
         self._epoch: int | None = None  # the last one trained in
         self._epoch_begun = False
+        self._analysed: dict[str, Any] | None = None  # the last row that the probe has written
         self._trainer: Any = None
 
     @contextlib.contextmanager
@@ -90,10 +96,15 @@ class ActCompressCallback(TrainerCallback):
         self._epoch_begun = False
         self.handle.set_epoch(self._epoch)
         self._logged, self._logged_saved = {}, Record()
+        if self.handle.probe is not None:
+            self._record_analysis(args, state)
         if state.global_step > 0:
             self._load(resumed_from(args, state))
         cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
-        logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(self._epoch))
+        if self.handle.auto is None:
+            logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(self._epoch))
+        else:
+            logger.info("compressing %s: %s", cuts, self.config.codec)
         if self.config.evaluate == "both" and self._trainer is not None:
             self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
 
@@ -107,6 +118,12 @@ class ActCompressCallback(TrainerCallback):
             self._epoch += 1
         self._epoch_begun = True
         self.handle.set_epoch(self._epoch)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.handle is not None and self.handle.probe is not None:
+            self.handle.probe.arm(state.global_step, state.epoch)
 
     def on_log(
         self,
@@ -128,6 +145,7 @@ class ActCompressCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.handle is None or not folder.is_dir():
             return
+        self._remember_choice()
         if state.is_world_process_zero:
             self.config.save_pretrained(folder)
             if self.handle.saved is not None and self.handle.saved.auto is not None:
@@ -151,11 +169,31 @@ class ActCompressCallback(TrainerCallback):
         self._detach()
 
     # -- helpers ----------------------------------------------------------------------------------------------
+    def _record_analysis(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.handle is not None and self.handle.probe is not None
+        probe, write = self.handle.probe, None
+        if state.is_world_process_zero:
+            write = Writer(Path(args.output_dir) / ANALYSIS_NAME, probe.model, resume_at=state.global_step)
+
+        def note(rows: list[dict[str, Any]]) -> None:
+            self._analysed = rows[-1]
+            if write is not None:  # every process measures, because batch norms may wait for each other
+                write(rows)
+
+        self._analysed, probe.write = None, note
+
+    def _remember_choice(self) -> None:
+        """Into the configuration that is saved; the user's own object stays as it is."""
+        assert self.handle is not None
+        if self.handle.auto is not None and self.handle.auto.chosen:
+            self.config = dataclasses.replace(self.config, resolved=self.handle.auto.chosen)
+
     def _detach(self) -> None:
         if self._trainer is not None and isinstance(vars(self._trainer).get("evaluate"), _EvaluateTwice):
             del self._trainer.evaluate
         if self.handle is None:
             return
+        self._remember_choice()
         self.stats = self.handle.stats()
         self._last_state = self.handle.state_dict()
         self.handle.remove()
@@ -178,6 +216,11 @@ class ActCompressCallback(TrainerCallback):
                 if record["nonfinite"]:
                     result[f"compress/{name}/{direction}_nonfinite"] = record["nonfinite"]
             result[f"compress/{name}/saved_mb"] = round(saved / 1e6, 3)
+        if self._analysed is not None:
+            for key in ("grad_cosine", "grad_error"):
+                if self._analysed[key] is not None:
+                    result[f"compress/{key}"] = self._analysed[key]
+            self._analysed = None
         if self.handle.saved is not None:
             result |= self._memory_metrics(self.handle.saved.record)
             if self.handle.saved.auto is not None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .analysis.target import START, Target, is_auto
 from .budget import Auto
 from .codecs import Codec, parse_codec
 
@@ -21,7 +22,9 @@ NONFINITE = ("pass", "raise")
 class ActCompressConfig:
     """Which codec at which boundary.
 
-    codec: forward codec, as a spec ("block:bits=4").
+    codec: forward codec, as a spec ("block:bits=4").  Or "auto:ratio=8": codecs and bits for each boundary and
+        direction, chosen by what they do to the gradient, so that bytes shrink by 8 over all; or "auto:error=0.1", a
+        relative error of the gradient to stay within.  With a `grad_codec`, only the forward ones are chosen.
     grad_codec: codec of the gradients that come back; None means the same as `codec`, "identity" turns it off.
     first, last: compress the outputs of the first k layers and the inputs of the last N (0 leaves that end alone).
         Layer 0 is a CNN's stem or a transformer's embeddings with block 0; the head is the last layer.
@@ -40,6 +43,10 @@ class ActCompressConfig:
     nonfinite: "pass" lets tensors with NaN or Inf through uncompressed and counts them; "raise" stops.
     seed: of stochastic rounding and cold starts.
     meter_every: the error is measured at every n-th call of a boundary; 0 never.
+    analysis: at every `analysis_every`-th step the batch is run twice on the side, with and without compression, and
+        what that does to every tensor and to the parameters' gradient is recorded (docs/analysis.md).
+    resolved: what auto has chosen, by layer: {"encoder.layer.0": {"forward": ..., "backward": ...}}.  Written by a
+        run; a model that is compressed with it starts from there.
     """
 
     codec: str = "block:bits=4"
@@ -56,9 +63,21 @@ class ActCompressConfig:
     nonfinite: str = "pass"
     seed: int = 0
     meter_every: int = 10
+    analysis: bool = False
+    analysis_every: int = 100
+    resolved: dict[str, dict[str, str]] | None = None
 
     def __post_init__(self) -> None:
-        self.codec = str(_spec(self.codec, "codec"))
+        self.codec = str(Target.parse(self.codec) if is_auto(self.codec) else _spec(self.codec, "codec"))
+        if is_auto(self.grad_codec):
+            raise ValueError(f"grad_codec={self.grad_codec!r}: auto chooses both directions; give it as codec alone.")
+        if self.auto is None and self.resolved is not None:
+            raise ValueError(f"resolved belongs to codec='auto:...', and codec is {self.codec!r}.")
+        if self.auto is not None and self.schedule is not None:
+            raise ValueError(f"codec={self.codec!r} decides by itself when codecs change; leave schedule out.")
+        for name, codecs in (self.resolved or {}).items():
+            for direction, spec in codecs.items():
+                _spec(spec, f"resolved[{name!r}][{direction!r}]")
         if self.grad_codec is not None:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
@@ -75,6 +94,11 @@ class ActCompressConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}={value!r} is not a whole number of 0 or more.")
+        if not isinstance(self.analysis, bool):
+            raise ValueError(f"analysis={self.analysis!r} is neither True nor False.")
+        every = self.analysis_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"analysis_every={every!r} is not a whole number of 1 or more.")
         for name, allowed in (("placement", PLACEMENTS), ("evaluate", EVALUATE), ("nonfinite", NONFINITE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(allowed)}.")
@@ -102,19 +126,25 @@ class ActCompressConfig:
             result[number] = _plain(value)
         return dict(sorted(result.items()))
 
+    @property
+    def auto(self) -> Target | None:
+        """The target of codec="auto:...", or None for a codec that is named."""
+        return Target.parse(self.codec) if is_auto(self.codec) else None
+
     # -- codecs -----------------------------------------------------------------------------------------------
     def codecs_of(self, value: Any = None, where: str = "codec") -> tuple[Codec, Codec]:
         """(codec, grad_codec) of an entry of `layers` or `schedule`; None means the config's own two.
 
         A plain spec keeps the config's `grad_codec` if there is one, else it serves both directions.
         """
+        own = START if is_auto(self.codec) else self.codec
         if value is None:
-            value = self.codec
+            value = own
         if isinstance(value, dict) and "name" not in value:
             unknown = set(value) - {"codec", "grad_codec"}
             if unknown:
                 raise ValueError(f"{where}: unknown entries {sorted(unknown)}; use 'codec' and 'grad_codec'.")
-            forward = _spec(value.get("codec", self.codec), where)
+            forward = _spec(value.get("codec", own), where)
             backward = value.get("grad_codec", self.grad_codec)
         else:
             forward, backward = _spec(value, where), self.grad_codec
@@ -173,7 +203,8 @@ class CompressionArguments:
     """The same as command line options, for HfArgumentParser."""
 
     codec: str = field(
-        default="block:bits=4", metadata={"help": "Forward codec, e.g. block:bits=4. 'none' runs without compression."}
+        default="block:bits=4",
+        metadata={"help": "Forward codec, e.g. block:bits=4, or auto:ratio=8. 'none' runs without compression."},
     )
     grad_codec: str | None = field(
         default=None, metadata={"help": "Codec of the gradients; default: the same. 'identity' turns it off."}
@@ -198,6 +229,10 @@ class CompressionArguments:
     nonfinite: str = field(default="pass", metadata={"help": "NaN and Inf: 'pass' them on and count, or 'raise'."})
     codec_seed: int = field(default=0, metadata={"help": "Seed of stochastic rounding and cold starts."})
     meter_every: int = field(default=10, metadata={"help": "Measure the error at every n-th call; 0 never."})
+    analysis: bool = field(
+        default=False, metadata={"help": "Record what compression does to tensors and gradients (docs/analysis.md)."}
+    )
+    analysis_every: int = field(default=100, metadata={"help": "Steps between records of the analysis."})
 
     def to_config(self) -> ActCompressConfig | None:
         """The configuration, or None for `--codec none`."""

@@ -166,7 +166,7 @@ def _model(name: str, seq_len: int, image_size: int) -> tuple[Build, Inputs, str
     architecture = "tf_efficientnet_lite0" if name == models.EFFICIENTNET else name
     folder = Path(models._packaged_minilm() if name == models.MINILM else name).expanduser()
     if not folder.is_dir() and "/" not in name:
-        timm = _timm()
+        timm = timm_or_none()
         if timm is None and architecture != name:
             raise ValueError(f"{name!r} needs timm: {models.EXAMPLES_INSTALL}.")
         if timm is not None and timm.is_model(architecture):
@@ -174,7 +174,7 @@ def _model(name: str, seq_len: int, image_size: int) -> tuple[Build, Inputs, str
             extra = {"img_size": image_size} if own is not None and own.fixed_input_size else {}
             return lambda: timm.create_model(architecture, **extra), images, pixels
 
-    config, auto = _classifier(str(folder.resolve()) if folder.is_dir() else name)
+    config, auto = classifier_of(str(folder.resolve()) if folder.is_dir() else name)
     if auto.__name__.endswith("ImageClassification"):
         config.image_size = image_size
         channels = getattr(config, "num_channels", None) or 3
@@ -194,7 +194,7 @@ def _model(name: str, seq_len: int, image_size: int) -> tuple[Build, Inputs, str
     return lambda: auto.from_config(config), tokens, f"{seq_len} tokens"
 
 
-def _timm() -> Any:
+def timm_or_none() -> Any:
     try:
         import timm
     except ImportError:
@@ -202,7 +202,7 @@ def _timm() -> Any:
     return timm
 
 
-def _classifier(name: str) -> tuple[Any, Any]:
+def classifier_of(name: str) -> tuple[Any, Any]:
     """(configuration, transformers' auto class of the classifier) of a folder or hub id."""
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
     from transformers.models.auto import modeling_auto as auto
@@ -214,7 +214,7 @@ def _classifier(name: str) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=state != "online")
     except (OSError, ValueError, KeyError) as error:
-        timm = _timm()
+        timm = timm_or_none()
         close = difflib.get_close_matches(name, timm.list_models(), 3) if timm else []
         hint = f" Did you mean timm's {' or '.join(close)}?" if close else ""
         missing = "" if timm else f" (timm is not installed: {models.EXAMPLES_INSTALL})"

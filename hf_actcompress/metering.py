@@ -71,12 +71,12 @@ class Meter:
         }
 
 
-def pick(x: Tensor) -> Tensor:
+def pick(x: Tensor, size: int = SAMPLE) -> Tensor:
     """An evenly spaced sample of a tensor, fp32 and 1-D, without copying a strided tensor as a whole."""
-    if x.numel() <= SAMPLE:
+    if x.numel() <= size:
         return x.detach().float().reshape(-1)
     flat = x.detach().reshape(-1) if x.is_contiguous() else _in_memory_order(x.detach()).reshape(-1)
-    return flat[:: (flat.numel() // SAMPLE) | 1].float()
+    return flat[:: (flat.numel() // size) | 1].float()
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

@@ -17,30 +17,33 @@ MAY = {
     "layers": {"tracing"},
     "tracing": set(),
     "metering": set(),
+    "trials": set(),
     "report": {"plots"},
     "plots": {"report"},
-    "config": {"codecs", "budget"},
+    "config": {"codecs", "budget", "analysis"},
     "packed": {"codecs"},
     "consumers": set(),
-    "budget": {"codecs", "packed"},
+    "budget": {"codecs", "packed", "trials"},
     "sites": {"codecs", "layers", "metering", "config", "packed", "budget", "consumers"},
-    "attach": {"codecs", "layers", "metering", "config", "sites", "budget"},
-    "callback": {"codecs", "layers", "metering", "config", "sites", "attach", "trainers"},
+    "attach": {"codecs", "layers", "metering", "config", "sites", "budget", "analysis"},
+    "callback": {"codecs", "layers", "metering", "config", "sites", "attach", "trainers", "analysis"},
+    "analysis": {"codecs", "layers", "metering", "packed", "sites", "trials"},
     "pipeline": {"codecs", "layers", "metering", "config", "sites", "attach"},
     "weights": {"codecs", "layers", "metering", "config", "trainers", "plots", "recipes"},
     "recipes": {"config", "callback", "codecs", "pipeline", "plots"},
     "trainers": set(),
     "bench": {"codecs", "metering"},
+    "study": {"codecs", "layers", "config", "attach", "analysis", "trials", "recipes", "inspection"},
     "inspection": {"codecs", "layers", "config", "sites", "attach", "recipes"},
     "commands": {"codecs", "layers", "metering", "config", "sites", "attach", "report", "plots", "bench", "inspection",
-                 "pipeline", "weights", "recipes", "analysis"},
+                 "pipeline", "weights", "recipes", "analysis", "study"},
     "cli": {"commands"},
     "__init__": {"codecs", "layers", "config", "attach", "callback", "sites", "metering"},
 }
 WITHOUT_TORCH = ("report", "plots")
 TRANSFORMERS = ("callback", "recipes", "weights")
 # The command line loads a model by its name; only inside of functions.
-TRANSFORMERS_LATE = ("commands", "inspection")
+TRANSFORMERS_LATE = ("commands", "inspection", "study")
 DISTRIBUTED = ("sites/wire.py", "pipeline/")
 OPTIONAL = (
     "timm", "matplotlib", "datasets", "evaluate", "sklearn", "torchvision", "transformers", "torch_pruning", "torchao",

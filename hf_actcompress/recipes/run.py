@@ -132,6 +132,9 @@ def train_and_report(
     if training_args.do_eval:
         metrics = _evaluate(trainer, callback, model)
         record["metrics"] = metrics
+    if callback is not None:
+        config = callback.config  # with what auto has chosen
+        record["config"] = config.to_dict()
     record["compression"] = callback.stats if callback is not None else []
     record["history"] = trainer.state.log_history
     if trainer.is_world_process_zero():

@@ -55,7 +55,7 @@ class Channel:
             self.meter.count(raw := raw_nbytes(x.shape, x.dtype), raw, 0.0)
             return x.clone()
         codec, state = (self.codec, self._state_for(x, remember)) if learn else self._borrowed()
-        y = _roundtrip(codec, x, state)
+        y = roundtrip(codec, x, state)
         seconds = time.perf_counter() - began
         if self.meter.due():
             self.meter.sample(pick(x), pick(y))
@@ -67,7 +67,7 @@ class Channel:
         """The value of an earlier call again, for a forward pass that activation checkpointing recomputes."""
         x = dense(x)
         state = self._replays.get(_fingerprint(x)) or self.state
-        return _roundtrip(self.codec, x, None if state is None else state.snapshot(), check=True)
+        return roundtrip(self.codec, x, None if state is None else state.snapshot(), check=True)
 
     def _borrowed(self) -> tuple[Codec, CodecState | None]:
         """Codec and a copy of its state.  The error of a training batch is none of evaluation's data."""
@@ -167,7 +167,7 @@ def _of_gradients(codec: Codec) -> Codec:
     return codec.inner if isinstance(codec, Delta) else codec
 
 
-def _roundtrip(codec: Codec, x: Tensor, state: CodecState | None, check: bool = False) -> Tensor:
+def roundtrip(codec: Codec, x: Tensor, state: CodecState | None, check: bool = False) -> Tensor:
     """codec.roundtrip of a dense tensor, with its strides."""
     return _laid_out_like(x, codec.roundtrip(x, state, check=check))
 

@@ -1,0 +1,203 @@
+"""Codecs for every boundary and direction under one target: `codec="auto:ratio=8"` or `codec="auto:error=0.1"`.
+
+What each candidate does to the gradient of the parameters is measured on a few rows of a training batch, one boundary
+and direction at a time (`sensitivity.py`): the root mean square over layers of the relative error of each layer's own
+gradient, because Adam steps as far in layers with small gradients as in others.  Errors of different places are nearly
+independent, so their squares add up; of all combinations that keep the target the best one is taken.  It is measured
+anew now and then, and another one must be clearly better to replace what is in use, because a new codec starts with
+fresh state.
+
+Deterministic: batches, weights and seeds decide, no clock does.  Processes of a distributed run each decide for their
+own boundaries by their own batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..codecs import Codec, parse_codec
+from ..trials import few_rows, normed, on_the_side
+from .sensitivity import DIRECTIONS, sensitivity
+from .target import Target
+
+if TYPE_CHECKING:
+    from ..attach import Handle
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = (
+    "identity", "block:bits=8", "block:bits=6", "block:bits=4", "block:bits=3", "block:bits=2",
+    "rotated:bits=6", "rotated:bits=4", "rotated:bits=3", "rotated:bits=2", "rotated:bits=1",
+    "kmeans:bits=4", "kmeans:bits=3", "kmeans:bits=2", "topk:ratio=0.1|block:bits=8", "topk:ratio=0.05|block:bits=8",
+)  # fmt: skip
+ROWS = 8  # of a batch that a measurement takes; twice as many where there is batch normalisation
+SECOND, REFRESH = 100, 500  # training passes at which it is measured again: the second one, and then every so many
+BETTER = 0.9  # another choice replaces the one in use if its error is below this share of it
+WIDEST = 4096  # combinations that are kept while places are added one by one; fewer than that are all compared
+
+
+@dataclass(frozen=True)
+class Option:
+    """A codec at one place: bytes left of `raw`, and the squared error of the gradient."""
+
+    spec: str
+    raw: int
+    nbytes: int
+    error: float
+
+
+def choose(places: Sequence[Sequence[Option]], target: Target) -> list[int] | None:
+    """For each place the number of its option, so that the target is kept: the least sum of errors under a ratio, the
+    fewest bytes under an error.  None where no combination keeps it.
+
+    Combinations that cost more than another one and are no better are dropped as places are added, which loses
+    nothing; beyond WIDEST of them, neighbours are thinned out.
+    """
+    front: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    for options in places:
+        grown = sorted(
+            (nbytes + option.nbytes, error + option.error, (*chosen, i))
+            for nbytes, error, chosen in front for i, option in enumerate(options) if math.isfinite(option.error)
+        )  # fmt: skip
+        front, least = [], math.inf
+        for entry in grown:
+            if entry[1] < least:
+                front.append(entry)
+                least = entry[1]
+        if len(front) > WIDEST:
+            step = (len(front) - 1) / (WIDEST - 1)
+            front = [front[round(i * step)] for i in range(WIDEST)]
+    if target.ratio is not None:
+        allowed = sum(options[0].raw for options in places) / target.ratio
+        kept = [entry for entry in front if entry[0] <= allowed]
+        return list(kept[-1][2]) if kept else None
+    kept = [entry for entry in front if math.sqrt(entry[1]) <= float(target.error or 0)]
+    return list(kept[0][2]) if kept else None
+
+
+class AutoCodec:
+    """A forward pre-hook of the whole model that sets the codecs of `names`, boundaries of `handle`.
+
+    backward: whether the gradients' codecs are chosen too (else they are fixed).
+    """
+
+    def __init__(self, handle: Handle, target: Target, names: Sequence[str], backward: bool) -> None:
+        if not hasattr(AutoCodec.__call__, "hidden"):  # a break in a compiled graph, as at boundaries
+            AutoCodec.__call__ = torch.compiler.disable(AutoCodec.__call__)  # type: ignore[method-assign]
+            AutoCodec.__call__.hidden = True  # type: ignore[attr-defined]
+        self.handle, self.target, self.names = handle, target, list(names)
+        self.directions = DIRECTIONS if backward else DIRECTIONS[:1]
+        self.passes = 0
+        self.chosen: dict[str, dict[str, str]] = {}  # name -> direction -> spec
+        self.table: list[dict[str, Any]] = []  # of the last measurement
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"handle": None}  # a copy of the model keeps the codecs that it has
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.handle is None or on_the_side() or not module.training or not torch.is_grad_enabled():
+            return
+        due = self.passes in (0, SECOND) or self.passes % REFRESH == 0
+        self.passes += 1
+        if due and not self._measure(module, args, kwargs):
+            self.passes -= 1  # the next batch may do
+
+    def _measure(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+        args, kwargs, _ = few_rows(args, kwargs, ROWS * (2 if normed(self.handle.model) else 1))
+        fits = self._fitting()
+        rows = sensitivity(self.handle, module, args, kwargs, dict.fromkeys(self.directions, fits), self.names)
+        if any(row["layer_error"] is None for row in rows if row["codec"] == "identity"):
+            return False  # NaN
+        self.table = rows
+        keys = [(name, direction) for name in self.names for direction in self.directions]
+        places = [[_option(row) for row in rows if (row["name"], row["direction"]) == key] for key in keys]
+        best = choose(places, self.target)
+        if best is None:
+            self._refuse(places)
+            best = [min(range(len(options)), key=lambda i: options[i].error) for options in places]
+        now = self._now(keys, places)
+        if now is not None and self._keeps(now, places):
+            best = best if self._score(best, places) < BETTER * self._score(now, places) else now
+        self.set({
+            name: {d: places[keys.index((name, d))][best[keys.index((name, d))]].spec for d in self.directions}
+            for name in self.names
+        })  # fmt: skip
+        ratio = sum(o[0].raw for o in places) / sum(o[i].nbytes for o, i in zip(places, best, strict=True))
+        logger.info(
+            "%s chose, at training pass %d, a ratio of %.2f with a gradient error of about %.3f: %s", self.target,
+            self.passes, ratio, math.sqrt(sum(o[i].error for o, i in zip(places, best, strict=True))),
+            "; ".join(f"{name} {' and '.join(codecs.values())}" for name, codecs in self.chosen.items()),
+        )  # fmt: skip
+        return True
+
+    def _fitting(self) -> list[Codec]:
+        """Candidates that every boundary's output can take."""
+        layers = [self.handle.cuts[name] for name in self.names]
+        fits = []
+        for codec in map(parse_codec, CANDIDATES):
+            try:
+                for layer in layers:
+                    if layer.shape is not None:
+                        codec.payload_nbytes(layer.shape, layer.dtype)
+            except ValueError:
+                continue
+            fits.append(codec)
+        return fits
+
+    def _refuse(self, places: list[list[Option]]) -> None:
+        if self.target.ratio is None:
+            logger.warning("%s cannot be met by any codec here: the most exact ones are taken", self.target)
+            return
+        best = sum(o[0].raw for o in places) / sum(min(option.nbytes for option in o) for o in places)
+        raise ValueError(
+            f"codec={str(self.target)!r} cannot be met: the smallest candidates reach a ratio of {best:.1f} here. Ask "
+            "for less, or name a codec such as topk:ratio=0.01."
+        )
+
+    def _now(self, keys: list[tuple[str, str]], places: list[list[Option]]) -> list[int] | None:
+        """The choice in use, if there is one and all of it was measured."""
+        choice = []
+        for (name, direction), options in zip(keys, places, strict=True):
+            spec = self.chosen.get(name, {}).get(direction)
+            choice += [i for i, option in enumerate(options) if option.spec == spec]
+        return choice if len(choice) == len(keys) else None
+
+    def _keeps(self, choice: list[int], places: list[list[Option]]) -> bool:
+        taken = [options[i] for options, i in zip(places, choice, strict=True)]
+        if self.target.ratio is not None:
+            return sum(o.nbytes for o in taken) * self.target.ratio <= sum(o.raw for o in taken)
+        return math.sqrt(sum(o.error for o in taken)) <= float(self.target.error or 0)
+
+    def _score(self, choice: list[int], places: list[list[Option]]) -> float:
+        """What the target wants little of."""
+        taken = [options[i] for options, i in zip(places, choice, strict=True)]
+        return sum(o.error for o in taken) if self.target.ratio is not None else sum(o.nbytes for o in taken)
+
+    # -- the choice -------------------------------------------------------------------------------------------------
+    def set(self, chosen: dict[str, dict[str, str]]) -> None:
+        """Take over a choice; boundaries that are not named keep theirs."""
+        self.chosen = {name: dict(codecs) for name, codecs in chosen.items() if name in self.names}
+        for name, codecs in self.chosen.items():
+            boundary = self.handle.boundaries[name]
+            forward = parse_codec(codecs["forward"])
+            backward = parse_codec(codecs["backward"]) if "backward" in codecs else boundary.backward.codec
+            boundary.set_codecs(forward, backward)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes, "chosen": self.chosen}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self.passes = values["passes"]
+        self.set(values["chosen"])
+
+
+def _option(row: dict[str, Any]) -> Option:
+    error = row["layer_error"]
+    return Option(row["codec"], row["raw_bytes"], row["payload_bytes"], math.inf if error is None else error**2)

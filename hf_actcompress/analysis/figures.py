@@ -1,0 +1,222 @@
+"""What `study.py` finds becomes figures.  Records only: no torch; matplotlib is imported inside.
+
+Figures are to be understood without the text: titles say what is shown, colour bars and axes what is good and bad.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WIDTH, DPI = 9.0, 180
+COLORS = {"uniform": "#0072B2", "block": "#D55E00", "sort": "#009E73", "kmeans": "#CC79A7", "topk": "#E69F00",
+          "lowrank": "#56B4E9", "rotated": "#7F6000", "float8": "#444444"}  # fmt: skip
+MARKERS = {"uniform": "o", "block": "s", "sort": "^", "kmeans": "D", "topk": "v", "lowrank": "P", "rotated": "X"}
+ARROWS = {"forward": "activations on the way forward", "backward": "gradients on the way back"}
+SAFE, LOST = 0.1, 1.0  # of the error scale: below, training hardly notices; from there on the gradient is mostly noise
+
+
+def family(codec: str) -> str:
+    name = re.split(r"[:|]", codec.removeprefix("ef+"))[0]
+    return "rotated" if name == "block" and "rotate" in codec else name
+
+
+def label(codec: str) -> str:
+    """The codec as a reader names it: "block 4 bits", "top-k 10 %"."""
+    head = codec.removeprefix("ef+").partition("|")[0].partition(":")[2]
+    options = dict(item.split("=", 1) for item in head.split(",") if "=" in item)
+    name = {"kmeans": "k-means", "topk": "top-k", "lowrank": "low rank"}.get(family(codec), family(codec))
+    if "bits" in options:
+        name += f" {options['bits']} bit" + "s" * (options["bits"] != "1")
+    elif "ratio" in options:
+        name += f" {100 * float(options['ratio']):g} %"
+    elif "rank" in options:
+        name += f" {options['rank']}"
+    return f"{name}, then {label(codec.partition('|')[2])}" if "|" in codec else name
+
+
+def sensitivity_map(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Layers across, codecs down, one panel a direction; the colour is the error of the parameters' gradient."""
+    from matplotlib.colors import LogNorm
+
+    rows = record["map"]
+    codecs = [c for c in record["codecs"] if c != "identity"]
+    codecs.sort(key=lambda codec: (-_bits(rows, codec), _rank(codec)))
+    layers = list(dict.fromkeys((row["layer"], row["name"]) for row in rows))
+    figure, axes = _figure(1, 2, WIDTH, 0.24 * len(codecs) + 1.9 + (0.5 if len(layers) > 9 else 0))
+    norm = LogNorm(1e-3, 1.0)
+    image = None
+    for ax, direction in zip(axes, ARROWS, strict=True):
+        found = {(r["codec"], r["layer"]): r["layer_error"] for r in rows if r["direction"] == direction}
+        grid = [[_at_least(found.get((codec, layer)), 1e-3) for layer, _ in layers] for codec in codecs]
+        image = ax.imshow(grid, aspect="auto", cmap="RdYlGn_r", norm=norm)
+        ax.grid(False)
+        ax.set_title(f"Compressing {ARROWS[direction]}", loc="left", fontsize=9, fontweight="bold")
+        ax.set_xticks(range(len(layers)), [str(index) for index, _ in layers])
+        ax.set_xlabel("cut after layer")
+        ax.set_yticks(range(len(codecs)), [label(c) for c in codecs] if direction == "forward" else [""] * len(codecs))
+        ax.tick_params(length=0)
+        size = 7.5 if len(layers) <= 9 else 5
+        for y, codec in enumerate(codecs):
+            for x, (layer, _) in enumerate(layers):
+                value = found.get((codec, layer))
+                if value is not None:
+                    dark = value > 0.35 or value < 0.003
+                    ax.text(x, y, _percent(value), ha="center", va="center", fontsize=size,
+                            color="white" if dark else "black")  # fmt: skip
+        for y, (one, other) in enumerate(zip(codecs, codecs[1:], strict=False)):
+            if _bits(rows, one) != _bits(rows, other):
+                ax.axhline(y + 0.5, color="white", linewidth=2.5)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015)
+    words = ["0.1 %: as good\nas exact", "1 %", "10 %", "100 %: noise\nas large as\nthe gradient"]
+    bar.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=words)
+    bar.ax.tick_params(labelsize=7.5)
+    bar.set_label("error of the parameters' gradient", fontsize=8)
+    figure.suptitle(
+        f"{record['model']}: how much one compressed cut spoils the gradient ({record['data_name']}, in %)",
+        fontsize=10.5, fontweight="bold", x=0.01, ha="left",
+    )  # fmt: skip
+    return _save(figure, path)
+
+
+def error_against_bits(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """One panel a direction: the gradient's error over the bits that are left of each value, a line a family; the
+    line is the geometric mean over layers, the band goes from the least to the most sensitive one."""
+    figure, axes = _figure(1, 2, WIDTH, 3.6)
+    for ax, direction in zip(axes, ARROWS, strict=True):
+        groups: dict[str, dict[float, list[float]]] = {}
+        for row in record["map"]:
+            if row["direction"] == direction and row["layer_error"] and row["codec"] != "identity":
+                bits = 32 / row["ratio"]
+                points = groups.setdefault(family(row["codec"]), {})
+                key = next((b for b in points if abs(b - bits) < 0.35), bits)
+                points.setdefault(key, []).append(row["layer_error"])
+        for name, points in groups.items():
+            bits = sorted(points)
+            means = [math.exp(sum(map(math.log, points[b])) / len(points[b])) for b in bits]
+            style = {"color": COLORS.get(name, "#888888"), "marker": MARKERS.get(name, "h")}
+            ax.plot(bits, means, label=name, markersize=5, linewidth=1.6, **style)
+            ax.fill_between(bits, [min(points[b]) for b in bits], [max(points[b]) for b in bits], alpha=0.10,
+                            color=style["color"], linewidth=0)  # fmt: skip
+        ax.set_yscale("log")
+        ax.axhspan(LOST, max(LOST * 3, ax.get_ylim()[1]), color="#D55E00", alpha=0.08, linewidth=0)
+        ax.set_title(f"Compressing {ARROWS[direction]}", loc="left", fontsize=9, fontweight="bold")
+        ax.set_xlabel("bits left of each 32-bit value, scales included")
+        ax.set_ylabel("error of the parameters' gradient" if direction == "forward" else "")
+        ax.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{record['model']}: gradient error against bits (line: mean of layers, band: all layers)",
+                    fontsize=10.5, fontweight="bold", x=0.01, ha="left")  # fmt: skip
+    return _save(figure, path)
+
+
+def error_growth(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """The forward error at each layer: left with the first cut compressed alone, right with every cut."""
+    figure, axes = _figure(1, 2, WIDTH, 3.6)
+    codecs = _telling(record)
+    for ax, (where, title) in zip(axes, (("first", "Only the first cut is compressed"),
+                                         ("every", "Every cut is compressed")), strict=True):  # fmt: skip
+        for codec in codecs:
+            rows = [r for r in record["growth"] if r["where"] == where and r["codec"] == codec and r["rel_error"]]
+            low = "bits=2" in codec
+            ax.plot([r["layer"] for r in rows], [r["rel_error"] for r in rows], label=label(codec), markersize=4,
+                    color=COLORS.get(family(codec), "#888888"), marker=MARKERS.get(family(codec), "h"),
+                    linestyle="-" if low else (0, (4, 2)), linewidth=1.5)  # fmt: skip
+        ax.set_yscale("log")
+        ax.set_title(title, loc="left", fontsize=9, fontweight="bold")
+        ax.set_xlabel("layer")
+        ax.set_ylabel("relative error of what the next layer gets" if where == "first" else "")
+    axes[1].legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{record['model']}: how the error grows along the depth", fontsize=10.5, fontweight="bold",
+                    x=0.01, ha="left")  # fmt: skip
+    return _save(figure, path)
+
+
+def histograms(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Values before (filled) and after (line) at the first, middle and last cut, one column a codec."""
+    entries = [h for h in record["histograms"] if h["before"] and h["codec"] != "identity"]
+    codecs = sorted({h["codec"] for h in entries}, key=_rank)[:4]
+    order = {row["name"]: row["layer"] for row in record["map"]}
+    lines = sorted({(h["direction"], h["name"]) for h in entries}, key=lambda at: (at[0] == "backward", order[at[1]]))
+    by_place = {(h["direction"], h["name"], h["codec"]): h for h in entries}
+    figure, axes = _figure(len(lines), len(codecs), WIDTH, 1.25 * len(lines) + 0.6)
+    for i, (direction, name) in enumerate(lines):
+        for j, codec in enumerate(codecs):
+            ax = axes[i * len(codecs) + j]
+            found = by_place.get((direction, name, codec))
+            if found is None:
+                continue
+            width = (found["high"] - found["low"]) / len(found["before"])
+            edges = [found["low"] + width * k for k in range(len(found["before"]) + 1)]
+            ax.stairs(found["before"], edges, fill=True, color="#b8c4d0", label="before")
+            ax.stairs(found["after"], edges, color=COLORS.get(family(codec), "#888888"), linewidth=1.1, label="after")
+            ax.set_yscale("log")
+            ax.tick_params(labelsize=6)
+            ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+            ax.xaxis.get_offset_text().set_fontsize(6)
+            if i == 0:
+                ax.set_title(label(codec), fontsize=9, fontweight="bold")
+            if j == 0:
+                what = "activations" if direction == "forward" else "gradients"
+                ax.set_ylabel(f"{what}\nafter layer {order[name]}", fontsize=7.5)
+            if (i, j) == (0, 0):
+                ax.legend(frameon=False, fontsize=6.5)
+    figure.suptitle(f"{record['model']}: values before and after (counts, logarithmic)", fontsize=10.5,
+                    fontweight="bold", x=0.01, ha="left")  # fmt: skip
+    return _save(figure, path)
+
+
+def all_figures(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+    drawn = {"sensitivity": sensitivity_map, "error_bits": error_against_bits, "error_growth": error_growth,
+             "histograms": histograms}  # fmt: skip
+    return [draw(record, Path(folder) / f"{name}.png") for name, draw in drawn.items()]
+
+
+def _telling(record: Mapping[str, Any]) -> list[str]:
+    """At most eight codecs, the coarsest first, then the middle of each family."""
+    every = [codec for codec in record["codecs"] if codec != "identity"]
+    return ([codec for codec in every if re.search(r"bits=(2|4)\b", codec)] or every)[:8]
+
+
+def _rank(codec: str) -> int:
+    names = list(COLORS)
+    return names.index(family(codec)) if family(codec) in names else len(names)
+
+
+def _bits(rows: Sequence[Mapping[str, Any]], codec: str) -> int:
+    """Bits left of a value, as the nearest of 1, 2, 4, 8 or 16, for grouping."""
+    ratio = next(row["ratio"] for row in rows if row["codec"] == codec)
+    return min((1, 2, 4, 8, 16), key=lambda bits: abs(math.log2(32 / ratio) - math.log2(bits)))
+
+
+def _at_least(value: float | None, low: float) -> float:
+    return math.nan if value is None else max(value, low)
+
+
+def _percent(value: float) -> str:
+    percent = 100 * value
+    return f"{percent:.0f}" if percent >= 10 else f"{percent:.1f}" if percent >= 1 else f"{percent:.2f}".lstrip("0")
+
+
+def _figure(lines: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+             "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.edgecolor": "#666666"}
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    return figure, axes
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

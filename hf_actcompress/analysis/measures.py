@@ -1,0 +1,118 @@
+"""How a decoded tensor differs from what went in, and how hard the input is to code.
+
+Pure functions of tensors: they know no codec, module or file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..metering import pick
+
+SAMPLE = 1 << 17  # values that stand for a larger tensor, evenly spaced; the extremes are those of the whole tensor
+
+MEASURES = (
+    "rel_error", "snr_db", "cosine", "bias", "zeroed", "saturated", "outlier", "kurtosis", "effective_bits",
+)  # fmt: skip
+
+
+def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
+    """All of MEASURES for an input `x` and what is decoded of it, `y`, of the same shape and strides.
+
+    None stands for what is not defined: everything where there are no values or NaN or Inf is among them; the decibels
+    and bits of an exact copy; the ratios of a constant tensor.
+    """
+    none = dict.fromkeys(MEASURES)
+    if x.numel() == 0:
+        return none
+    (low, high), (bottom, top) = (tuple(float(v) for v in torch.aminmax(t.detach())) for t in (x, y))
+    if not all(map(math.isfinite, (low, high, bottom, top))):
+        return none
+    a, b = pick(x, SAMPLE).double(), pick(y, SAMPLE).double()
+    error = b - a
+    noise, power = float(error.square().mean()), float(a.square().mean())
+    spread, mean = (float(v) for v in torch.var_mean(a, correction=0))
+    return {
+        **_apart(noise, power, float(b.square().mean()), float(a @ b) / a.numel()),
+        "bias": _bias(error),
+        "zeroed": float(((a != 0) & (b == 0)).double().mean()),
+        "saturated": float(((a > top) | (a < bottom)).double().mean()),
+        "outlier": max(high - mean, mean - low) / math.sqrt(spread) if spread > 0 else None,
+        "kurtosis": float((a - mean).pow(4).mean()) / spread**2 if spread > 0 else None,
+        "effective_bits": 0.5 * math.log2(spread / noise) if spread > 0 and noise > 0 else None,
+    }
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of two vectors: squares of their difference, of the first and of the second, and products of the two.
+
+    Sums of parts add up to the sums of the whole.
+    """
+
+    noise: float = 0.0
+    power: float = 0.0
+    own: float = 0.0
+    dot: float = 0.0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.noise + other.noise, self.power + other.power, self.own + other.own, self.dot + other.dot)
+
+    def measures(self) -> dict[str, float | None]:
+        """`rel_error`, `snr_db` and `cosine`; None where NaN or Inf came about."""
+        values = (self.noise, self.power, self.own, self.dot)
+        if not all(map(math.isfinite, values)):
+            return dict.fromkeys(("rel_error", "snr_db", "cosine"))
+        return _apart(*values)
+
+
+def sums_of(exact: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> list[Sums]:
+    """Of each pair; a tensor that is None on one side counts as zeros there."""
+    result = []
+    for a, b in zip(exact, other, strict=True):
+        if a is None and b is None:
+            result.append(Sums())
+            continue
+        a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
+        b = torch.zeros_like(a) if b is None else b
+        a, b = a.detach().float(), b.detach().float()
+        result.append(Sums(_sum((b - a).square_()), _sum(a.square()), _sum(b.square()), _sum(a * b)))
+    return result
+
+
+def rms_error(parts: Iterable[Sums]) -> float | None:
+    """The root mean square of the parts' relative errors, so that a part with a small gradient counts like a large
+    one, as it does for an optimizer that scales each parameter's step (Adam)."""
+    parts = [part for part in parts if part.power != 0]
+    if not all(math.isfinite(part.noise) and math.isfinite(part.power) for part in parts):
+        return None
+    return math.sqrt(sum(part.noise / part.power for part in parts) / len(parts)) if parts else 0.0
+
+
+def _sum(x: Tensor) -> float:
+    return float(x.sum(dtype=torch.float64))
+
+
+def _apart(noise: float, power: float, own: float, dot: float) -> dict[str, float | None]:
+    if power == 0:
+        return {"rel_error": 0.0 if noise == 0 else None, "snr_db": None, "cosine": 1.0 if noise == 0 else 0.0}
+    return {
+        "rel_error": math.sqrt(noise / power),
+        "snr_db": 10 * math.log10(power / noise) if noise > 0 else None,
+        "cosine": dot / math.sqrt(power * own) if own > 0 else 0.0,
+    }
+
+
+def _bias(error: Tensor) -> float | None:
+    """The mean error over its standard error: about normal with deviation 1 where rounding is unbiased."""
+    spread, mean = (float(v) for v in torch.var_mean(error, correction=0))
+    if spread == 0:
+        return 0.0 if mean == 0 else None
+    return mean / math.sqrt(spread / error.numel())
+
+

@@ -1,0 +1,227 @@
+"""What `hf-actcompress analyze` finds: a model on some batches of data, with each codec at each layer, untrained.
+
+Plain values come out; nothing is printed or drawn here.  transformers, timm and datasets are imported inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .analysis.sensitivity import DIRECTIONS, batches_mean, sensitivity
+from .attach import Handle, compress_model
+from .codecs import Codec, parse_codec
+from .config import ActCompressConfig
+from .layers import find_layers, first_tensor
+from .trials import undisturbed
+
+TASKS = {"cola": "glue/cola", "sst2": "glue/sst2", "rte": "glue/rte", "cifar10": "cifar10", "mnist": "mnist"}
+HUB = {"cola": "nyu-mll/glue", "sst2": "nyu-mll/glue", "rte": "nyu-mll/glue", "cifar10": "uoft-cs/cifar10",
+       "mnist": "ylecun/mnist"}  # fmt: skip
+BINS = 60  # of a histogram
+SHOWN = 3  # layers with histograms: the first, the middle and the last cut
+
+
+# -- model and data ---------------------------------------------------------------------------------------------------
+def load(
+    model: str, data: str, *, root: Path, batches: int, batch_size: int, image_size: int = 96, max_length: int = 128,
+    seed: int = 0,
+) -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Any]]:  # fmt: skip
+    """The model with the task's classes, training batches for it, and what they are in words.
+
+    data: "embedded", one of TASKS (looked for under `root`, then on the hub), a folder, or a hub id.
+    Raises ValueError for a model or data that cannot be found, or that do not belong together.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    name, task = _where(data, root)
+    rows = batches * batch_size
+    if _takes_images(model):
+        built, chosen, source = _images(model, name, task, rows, image_size, seed)
+    else:
+        built, chosen, source = _texts(model, name, task, rows, max_length, seed)
+    if len(chosen) < rows:
+        raise ValueError(
+            f"{data!r} has {len(chosen)} training rows, and {batches} batches of {batch_size} need {rows}. Ask for "
+            "fewer or smaller ones."
+        )
+    made = [chosen.collate(chosen.rows[i * batch_size : (i + 1) * batch_size]) for i in range(batches)]
+    about = {
+        "model": model, "class": type(built).__name__, "parameters": sum(p.numel() for p in built.parameters()),
+        "data": source, "batches": batches, "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    return built.train(), made, about
+
+
+class _Chosen:
+    def __init__(self, rows: list[Any], collate: Callable[[list[Any]], dict[str, Tensor]]) -> None:
+        self.rows, self.collate = rows, collate
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _where(data: str, root: Path) -> tuple[str, str | None]:
+    """(folder, hub id or "embedded"; the task of a hub id)."""
+    if data in TASKS and not Path(data).is_dir():
+        folder = root / TASKS[data]
+        if folder.is_dir():
+            return str(folder), None
+        return HUB[data], data if TASKS[data].startswith("glue/") else None
+    return data, None
+
+
+def _takes_images(model: str) -> bool:
+    from .inspection import classifier_of, timm_or_none
+    from .recipes import models
+
+    if model in (models.MINILM, models.TINY_BERT, models.EFFICIENTNET):
+        return model == models.EFFICIENTNET
+    folder, timm = Path(model).expanduser(), timm_or_none()
+    if not folder.is_dir() and "/" not in model and timm is not None and timm.is_model(model):
+        return True
+    auto = classifier_of(str(folder.resolve()) if folder.is_dir() else model)[1]
+    return auto.__name__.endswith("ForImageClassification")
+
+
+def _texts(model: str, name: str, task: str | None, rows: int, max_length: int, seed: int) -> Any:
+    from transformers import DataCollatorWithPadding
+
+    from .recipes import load_text, load_text_model, tokenize_splits
+
+    data = load_text(name, task, max_train=rows, max_eval=1, seed=seed)
+    built, tokenizer = load_text_model(model, data.num_labels, label_names=data.label_names, texts=data.texts())
+    train, _ = tokenize_splits(data, tokenizer, max_length)
+    return built, _Chosen([train[i] for i in range(len(train))], DataCollatorWithPadding(tokenizer)), data.source
+
+
+def _images(model: str, name: str, task: str | None, rows: int, size: int, seed: int) -> Any:
+    from .recipes import collate_images, load_image_model, load_images, prepare_images
+
+    data = load_images(name, task, max_train=rows, max_eval=1, seed=seed)
+    built, wants = load_image_model(model, data.num_labels, size, label_names=data.label_names)
+    train, _ = prepare_images(data, wants)
+    return built, _Chosen([train[i] for i in range(len(train))], collate_images), data.source
+
+
+# -- the study --------------------------------------------------------------------------------------------------------
+def study(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], codecs: Sequence[str], *, blocks: list[str] | None = None,
+    seed: int = 0, advance: Callable[[], None] = lambda: None, begin: Callable[[int], None] = lambda total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """`layers`, `map` (a row for each direction, layer and codec), `growth` and `histograms`.
+
+    `begin` is told how many times `advance` will be called.  Codecs that cannot take a layer's output are in
+    `left_out`.
+    """
+    example = {key: value for key, value in batches[0].items() if key != "labels"}
+    layers = find_layers(model, example, blocks)
+    config = ActCompressConfig("identity", first=len(layers) - 1, last=0, blocks=blocks, seed=seed)
+    with compress_model(model, config, example_inputs=example) as handle:
+        fits, left_out = _fitting(handle, codecs)
+        begin(len(fits) * (len(batches) * len(handle.boundaries) * len(DIRECTIONS) + 2))
+        histograms: list[dict[str, Any]] = []
+        names = list(handle.boundaries)
+        shown = {names[i] for i in {0, len(names) // 2, len(names) - 1}}
+        drawn = _drawn(fits)
+        tables = []
+        for number, batch in enumerate(batches):
+
+            def look(name: str, direction: str, codec: str, x: Tensor, y: Tensor) -> None:
+                if name in shown and codec in drawn:
+                    histograms.append({"name": name, "direction": direction, "codec": codec, **histogram(x, y)})
+
+            tables.append(sensitivity(
+                handle, model, (), batch, dict.fromkeys(DIRECTIONS, fits), advance=advance,
+                look=look if number == 0 else None,
+            ))  # fmt: skip
+        grown = list(growth(handle, model, batches[0], fits, advance))
+    return {
+        "layers": [{"index": layer.index, "name": layer.name, "shape": layer.shape} for layer in layers],
+        "codecs": [str(codec) for codec in fits], "left_out": left_out, "map": batches_mean(tables), "growth": grown,
+        "histograms": histograms,
+    }  # fmt: skip
+
+
+def growth(
+    handle: Handle, model: nn.Module, batch: dict[str, Tensor], codecs: Sequence[Codec], advance: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """How the relative error of a forward pass goes on through the layers: a codec at the first cut alone, and at
+    every cut.  The error at a cut is that of what the next layer gets."""
+    outputs: dict[str, Tensor] = {}
+    cuts = list(handle.cuts.items())
+    removers = [
+        # After the boundary's own hook, so that what a layer hands on is seen as the next one gets it.
+        model.get_submodule(layer.module).register_forward_hook(
+            lambda module, args, output, name=name: outputs.__setitem__(name, first_tensor(output).detach())
+        )
+        for name, layer in cuts
+    ]  # fmt: skip
+
+    def run() -> dict[str, Tensor]:
+        with undisturbed(model), torch.no_grad():
+            model(**batch)
+        return {name: value.float() for name, value in outputs.items()}
+
+    before = {name: boundary.forward for name, boundary in handle.boundaries.items()}
+    try:
+        with handle.disabled():
+            exact = run()
+        for codec in codecs:
+            for where in ("first", "every"):
+                for number, boundary in enumerate(handle.boundaries.values()):
+                    boundary.enabled = where == "every" or number == 0
+                    boundary.set_codecs(codec, boundary.backward.codec)
+                found = run()
+                for name, layer in cuts:
+                    apart = torch.linalg.vector_norm(found[name] - exact[name]) / torch.linalg.vector_norm(exact[name])
+                    yield {"codec": str(codec), "where": where, "layer": layer.index, "name": name,
+                           "rel_error": float(apart) if torch.isfinite(apart) else None}  # fmt: skip
+                advance()
+    finally:
+        for remover in removers:
+            remover.remove()
+        for name, boundary in handle.boundaries.items():
+            boundary.forward, boundary.enabled = before[name], True
+
+
+def histogram(x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Counts of the values before and after in the same bins, which span the range of both."""
+    x, y = x.detach().float(), y.detach().float()
+    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+        return {"low": None, "high": None, "before": [], "after": []}
+    high = high if high > low else low + 1.0
+    counts = [torch.histc(t, BINS, low, high).int().tolist() for t in (x, y)]
+    return {"low": low, "high": high, "before": counts[0], "after": counts[1]}
+
+
+def _drawn(codecs: Sequence[Codec]) -> set[str]:
+    """The coarsest codec of each family: of the finer ones there is nothing to see."""
+    least: dict[str, Codec] = {}
+    for codec in codecs:
+        family = str(codec).partition("bits=")[0] + str("rotate" in str(codec))
+        if family not in least or getattr(codec, "bits", 0) < getattr(least[family], "bits", 0):
+            least[family] = codec
+    return {str(codec) for codec in least.values()}
+
+
+def _fitting(handle: Handle, specs: Sequence[str]) -> tuple[list[Codec], dict[str, str]]:
+    fits, left_out = [], {}
+    for codec in dict.fromkeys(map(parse_codec, specs)):
+        try:
+            for layer in handle.cuts.values():
+                if layer.shape is not None:
+                    codec.payload_nbytes(layer.shape, layer.dtype)
+        except ValueError as error:
+            left_out[str(codec)] = str(error)
+            continue
+        fits.append(codec)
+    if not fits:
+        raise ValueError(f"No codec fits all layers: {'; '.join(left_out.values())}")
+    return fits, left_out
