@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Record, Row, accuracy_table, codecs_of
+from .report import PERCENT, Record, Row, accuracy_table, codecs_of
 
 WIDTH, DPI = 8.0, 200
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the markers say the same once more.
@@ -22,7 +22,6 @@ STYLES = {
     "none": ("#333333", "_"),
 }  # fmt: skip
 OTHER = ("#888888", "h")
-PERCENT = {"accuracy"}
 
 
 def accuracy_vs_ratio(records_by_task: Mapping[str, Sequence[Record]], path: str | os.PathLike[str]) -> Path:

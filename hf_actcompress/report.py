@@ -21,6 +21,7 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 METRICS = {"cola": "matthews_correlation"}  # all other tasks: accuracy
+PERCENT = {"accuracy"}
 BEGIN, END = "<!-- generated: accuracy -->", "<!-- end: accuracy -->"
 # What must agree between the runs of a task, or the comparison would be one of settings.
 SETTINGS = ("model", "data", "epochs", "batch_size", "learning_rate", "dtype", "image_size")
@@ -40,10 +41,11 @@ def load_records(folder: str | os.PathLike[str]) -> list[Record]:
     paths = sorted(root.rglob("*.json"))
     if not paths:
         raise ValueError(f"{root} holds no JSON file: run a recipe or benchmarks/accuracy.py first.")
-    return [record for path in paths for record in _read(path)]
+    return [record for path in paths for record in read_records(path)]
 
 
-def _read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """The records of one file."""
     text = path.read_text(encoding="utf-8")
     if not text.strip():
         raise ValueError(f"{path} is empty: delete it and run that result again.")
@@ -78,7 +80,7 @@ def accuracy_table(records: Iterable[Record]) -> list[Row]:
         groups.setdefault((record["task"], *codecs_of(record)), []).append(record)
     for task in {key[0] for key in groups}:
         _check_settings(task, [record for key, group in groups.items() if key[0] == task for record in group])
-    rows = [_row(key, group) for key, group in groups.items()]
+    rows = [summarize(group) for group in groups.values()]
     base = {row["task"]: row for row in rows if row["codec"] == "none"}
     for row in rows:
         none = base.get(row["task"], {})
@@ -96,8 +98,9 @@ def codecs_of(record: Record) -> tuple[str, str]:
     return codec, (record.get("config") or {}).get("grad_codec") or codec
 
 
-def _row(key: tuple[str, str, str], group: list[Record]) -> Row:
-    task, codec, grad_codec = key
+def summarize(group: Sequence[Record]) -> Row:
+    """The row of runs that differ in their seeds alone; without the drop, which needs those without compression."""
+    task, (codec, grad_codec) = group[0]["task"], codecs_of(group[0])
     seeds = [record.get("seed") for record in group]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{task}, {codec}, {grad_codec}: the seeds {seeds} are not all different; keep one run each.")
@@ -182,11 +185,7 @@ def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | Non
         own = [row for row in rows if row["task"] == task]
         record = next(record for record in records if record["task"] == task)
         config = next((r["config"] for r in records if r["task"] == task and r.get("config")), None)
-        settings = [f"{record.get('model')}", f"{record.get('data')}", f"{record.get('epochs'):g} epochs",
-                    f"batch {record.get('batch_size')}", f"learning rate {record.get('learning_rate'):g}",
-                    f"{record.get('dtype')}"]  # fmt: skip
-        if record.get("image_size"):
-            settings.insert(2, f"{record['image_size']} pixels")
+        settings = settings_of(record)
         if config:
             settings.append(f"first {config['first']}, last {config['last']}, placement {config['placement']}")
         parts += [f"### {task}", f"{own[0]['metric']}; {', '.join(settings)}.", markdown_table(own)]
@@ -201,6 +200,16 @@ def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | Non
         "activations, |y - x| / |x|."
     )
     return "\n\n".join([*parts, legend, *(f"Environment: {machine}." for machine in sorted(machines))])
+
+
+def settings_of(record: Record) -> list[str]:
+    """What a run was, in words, without codec, cuts and seed."""
+    settings = [f"{record.get('model')}", f"{record.get('data')}", f"{record.get('epochs') or 0:g} epochs",
+                f"batch {record.get('batch_size')}", f"learning rate {record.get('learning_rate') or 0:g}",
+                f"{record.get('dtype')}"]  # fmt: skip
+    if record.get("image_size"):
+        settings.insert(2, f"{record['image_size']} pixels")
+    return settings
 
 
 def write_results_page(
