@@ -12,7 +12,6 @@ its end and the records of its first tenth, averaged over that tenth by boundary
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -26,18 +25,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hf_actcompress.analysis import read_records
 
 RESULTS = Path(__file__).parent / "results" / "predictor"
-EARLY = 0.1  # share of the steps whose records count
-SAMPLES = 4  # of these steps are recorded
-TEXT = "--num_train_epochs 1 --per_device_train_batch_size 32 --max_eval_samples 800"
+STEPS, EARLY, EVERY = 100, 10, 5  # of each run; those whose records count; one in so many of them is recorded
+TEXT = "--num_train_epochs 1 --max_eval_samples 800"
 TASKS = {
-    "cola": ("glue", "glue/cola", f"{TEXT} --learning_rate 1e-4 --max_train_samples 3200 --max_length 32"),
-    "sst2": ("glue", "glue/sst2", f"{TEXT} --learning_rate 5e-5 --max_train_samples 1600 --max_length 48"),
+    "cola": ("glue", "glue/cola", f"{TEXT} --learning_rate 1e-4 --max_train_samples 3200 --max_length 32 "
+             "--per_device_train_batch_size 32"),
+    "sst2": ("glue", "glue/sst2", f"{TEXT} --learning_rate 5e-5 --max_train_samples 1600 --max_length 48 "
+             "--per_device_train_batch_size 16"),
     "cifar10": ("cifar", "cifar10", "--num_train_epochs 2 --learning_rate 2e-3 --per_device_train_batch_size 32 "
                 "--max_train_samples 1600 --max_eval_samples 1500 --image_size 48"),
     "mnist": ("cifar", "mnist", "--model resnet10t --num_train_epochs 1 --learning_rate 1e-3 "
               "--per_device_train_batch_size 32 --max_train_samples 3200 --max_eval_samples 1500 --image_size 32"),
 }  # fmt: skip
-STEPS = {"cola": 100, "sst2": 50, "cifar10": 100, "mnist": 100}
 CUTS = {
     "cuts": "--first 1 --last 1 --placement cuts",
     "late": "--first 1 --last 2 --placement cuts",
@@ -82,20 +81,20 @@ def plan(tasks: list[str]) -> list[Run]:
 
 def execute(run: Run, data: Path, extra: list[str]) -> dict[str, Any]:
     script, folder, options = TASKS[run.task]
-    early = max(1, math.ceil(EARLY * STEPS[run.task]))
-    every = max(1, early // SAMPLES)
     argv = [*options.split(), *CUTS[run.cuts].split(), "--dataset", str(data / folder), "--codec", run.codec,
             "--logging_steps", "5", *extra]  # fmt: skip
     if run.grad_codec is not None:
         argv += ["--grad_codec", run.grad_codec]
     if run.codec != "none":
-        argv += ["--analysis", "True", "--analysis_every", str(every), "--analysis_until", str(early)]
+        argv += ["--analysis", "True", "--analysis_every", str(EVERY)]
     with tempfile.TemporaryDirectory() as out:
         record = accuracy.train(script, argv, run.seed, out)
         rows = read_records(out) if run.codec != "none" else []
-    rows = [row for row in rows if row["step"] < early]
-    return {**record, "codec": run.codec, "grad_codec": run.grad_codec, "cuts": run.cuts, "early_steps": early,
-            "early": early_rows(rows), "command": f"python benchmarks/predictor.py --tasks {run.task}"}  # fmt: skip
+    whole = [row for row in rows if row["site"] == "parameters" and row["layer"] is None]
+    record.update(cuts=run.cuts, early=early_rows([row for row in rows if row["step"] < EARLY]),
+                  grad_cosine=[[row["step"], row["grad_cosine"]] for row in whole],
+                  command=f"python benchmarks/predictor.py --tasks {run.task}")  # fmt: skip
+    return record
 
 
 def early_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,11 +12,12 @@ from importlib import import_module
 
 from . import __version__
 
-COMMANDS = ("inspect", "bench")
+COMMANDS = ("inspect", "bench", "report")
 EXAMPLES = """examples:
   hf-actcompress inspect minilm --first 1 --last 2 --placement cuts
   hf-actcompress inspect mobilenetv2_100 --batch-size 64 --image-size 96 --codec block:bits=4 topk:ratio=0.2
   hf-actcompress bench block:bits=4 sort:bits=8 --shape 32x128x384
+  hf-actcompress report outputs --html report.html
 """
 
 

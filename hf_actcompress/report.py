@@ -1,18 +1,14 @@
 """Result records become tables: means over seeds, compression ratios, and the distance to training without.
 
-Reads the JSONs that the recipes and benchmarks/accuracy.py write; knows no torch, no codec and no model.
-
-    python -m hf_actcompress.report --results benchmarks/results/accuracy
-    python -m hf_actcompress.report --results benchmarks/results/accuracy --page docs/results.md --figures docs/figures
+Reads the JSONs that the recipes and benchmarks/accuracy.py write; knows no torch, no codec and no model.  The command
+that uses it is `hf-actcompress report`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ BEGIN, END = "<!-- generated: accuracy -->", "<!-- end: accuracy -->"
 # What must agree between the runs of a task, or the comparison would be one of settings.
 SETTINGS = ("model", "data", "epochs", "batch_size", "learning_rate", "dtype", "image_size")
 CUTS = ("first", "last", "placement")
+COLUMNS_NEEDED = ("direction", "raw_bytes", "payload_bytes")
 
 
 def load_records(folder: str | os.PathLike[str]) -> list[Record]:
@@ -58,6 +55,15 @@ def read_records(path: Path) -> list[Record]:
         missing = [key for key in ("task", "codec", "metrics") if not isinstance(record, dict) or key not in record]
         if missing:
             raise ValueError(f"{path} is no result record: it has no {', '.join(missing)}. Move it elsewhere.")
+        for channel in record.get("compression") or ():
+            missing = [column for column in COLUMNS_NEEDED if column not in channel]
+            if missing:
+                raise ValueError(f"{path}: the compression of {record['codec']} has no column {', '.join(missing)}; "
+                                 f"each boundary and direction needs {', '.join(COLUMNS_NEEDED)}. Run it again.")
+        metric = METRICS.get(record["task"], "accuracy")
+        if not isinstance(record["metrics"], dict) or metric not in record["metrics"]:
+            raise ValueError(f"{path}: the metrics of {record['task']} have no {metric}; they have "
+                             f"{', '.join(record['metrics']) or 'none'}. Run it again with evaluation.")
     return records
 
 
@@ -123,7 +129,8 @@ def _check_settings(task: str, group: list[Record]) -> None:
     for name, holders in settings:
         values = {str(holder.get(name)) for holder in holders}
         if len(values) > 1:
-            raise ValueError(f"The runs of {task} differ in {name} ({', '.join(sorted(values))}): report them apart.")
+            raise ValueError(f"The runs of {task} differ in {name} ({', '.join(sorted(values))}): a table would "
+                             "compare more than codecs. Put them into folders of their own and report each.")
 
 
 def _ratio(channels: list[Mapping[str, Any]]) -> float | None:
@@ -148,9 +155,16 @@ def show(value: Any, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def mean_std(variant: str) -> Callable[[Row], str]:
+def mean_std(variant: str, scale: float = 1.0, digits: int = 3) -> Callable[[Row], str]:
     """A column "mean ± std" of `variant`."""
-    return lambda row: show(row[variant]) + (f" ± {row[s]:.3f}" if row[s := f"{variant}_std"] is not None else "")
+
+    def text(row: Row) -> str:
+        mean, std = row[variant], row[f"{variant}_std"]
+        if mean is None:
+            return "-"
+        return f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if std is not None else "")
+
+    return text
 
 
 COLUMNS: dict[str, str | Callable[[Row], str]] = {
@@ -214,57 +228,25 @@ def settings_of(record: Record) -> list[str]:
 
 def write_results_page(
     page: str | os.PathLike[str],
-    records: Sequence[Record],
+    records: Sequence[Record] = (),
     figures: Mapping[str, str | os.PathLike[str]] | None = None,
+    *,
+    text: str | None = None,
+    markers: tuple[str, str] = (BEGIN, END),
 ) -> None:
-    """Replace what stands between the markers in the Markdown file `page`; `figures` maps titles to image files.
+    """Replace what stands between the markers in the Markdown file `page`: by `text`, or the section of the records.
 
+    figures: titles and image files.
     Raises ValueError if there is no such file, or not exactly one pair of markers in it.
     """
-    path = Path(page)
-    lines = f"\n{BEGIN}\n{END}\n"
+    path, (begin, end) = Path(page), markers
+    lines = f"\n{begin}\n{end}\n"
     if not path.is_file():
         raise ValueError(f"There is no page {path}. Make one that holds these two lines:{lines}")
-    text = path.read_text(encoding="utf-8")
-    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
+    old = path.read_text(encoding="utf-8")
+    if (old.count(begin), old.count(end)) != (1, 1) or old.index(begin) > old.index(end):
         raise ValueError(f"{path} does not hold these two lines once each, in this order:{lines}")
     links = {title: Path(os.path.relpath(file, path.parent)).as_posix() for title, file in (figures or {}).items()}
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{before}{BEGIN}\n\n{accuracy_section(records, links)}\n\n{after}", encoding="utf-8")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hf_actcompress.report", description="Tables of result records.")
-    parser.add_argument("--results", type=Path, required=True, help="folder with the JSON records")
-    parser.add_argument("--page", type=Path, help=f"Markdown file to update between its markers {BEGIN} and {END}")
-    parser.add_argument("--figures", type=Path, help="folder for accuracy_vs_ratio.png and loss_curves.png")
-    args = parser.parse_args(argv)
-    try:
-        records = load_records(args.results)
-        section = accuracy_section(records)
-        figures = _draw(records, args.figures) if args.figures else {}
-        if args.page:
-            write_results_page(args.page, records, figures)
-            print(f"{len(records)} records -> {args.page}")
-        else:
-            print(section)
-    except ValueError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _draw(records: Sequence[Record], folder: Path) -> dict[str, Path]:
-    from .plots import accuracy_vs_ratio, loss_curves
-
-    by_task: dict[str, list[Record]] = {}
-    for record in records:
-        by_task.setdefault(record["task"], []).append(record)
-    return {
-        "Metric against forward compression ratio": accuracy_vs_ratio(by_task, folder / "accuracy_vs_ratio.png"),
-        "Training loss": loss_curves(records, folder / "loss_curves.png"),
-    }
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    new = accuracy_section(records, links) if text is None else text
+    before, after = old[: old.index(begin)], old[old.index(end) :]
+    path.write_text(f"{before}{begin}\n\n{new}\n\n{after}", encoding="utf-8")

@@ -18,8 +18,10 @@ MAY = {
     "tracing": set(),
     "metering": set(),
     "trials": set(),
-    "report": {"plots"},
+    "report": set(),
+    "comparison": {"report"},
     "plots": {"report"},
+    "webpage": {"report", "comparison", "plots"},
     "config": {"codecs", "budget", "analysis"},
     "packed": {"codecs"},
     "consumers": set(),
@@ -34,11 +36,11 @@ MAY = {
     "bench": {"codecs", "metering"},
     "inspection": {"codecs", "layers", "config", "sites", "attach", "recipes"},
     "commands": {"codecs", "layers", "metering", "config", "sites", "attach", "report", "plots", "bench", "inspection",
-                 "pipeline", "weights", "recipes", "analysis"},
+                 "pipeline", "weights", "recipes", "analysis", "comparison", "webpage"},
     "cli": {"commands"},
     "__init__": {"codecs", "layers", "config", "attach", "callback", "sites", "metering"},
 }
-WITHOUT_TORCH = ("report", "plots")
+WITHOUT_TORCH = ("report", "plots", "comparison", "webpage")
 TRANSFORMERS = ("callback", "recipes", "weights")
 # The command line loads a model by its name; only inside of functions.
 TRANSFORMERS_LATE = ("commands", "inspection")
