@@ -1,4 +1,4 @@
-"""Fill the generated parts of docs/results.md, docs/memory.md and README.md from benchmarks/results.
+"""Fill the generated parts of docs/ (results.md, memory.md, predictor.md) and README.md from benchmarks/results.
 
     python benchmarks/pages.py
 
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import memory_pages
+import predictor_pages
 import speed
 
 from hf_actcompress.commands.report import TABLES as TABLE_MARKERS
@@ -143,6 +144,9 @@ def main() -> None:
         if record is not None:
             fill(page, name.replace("_", " "), make(record))
     fill(readme, "summary", summary())
+    for name, result in (load("predictor") or {}).items():
+        if name in ("short", "long"):
+            fill(ROOT / "docs" / "predictor.md", f"predictor {name}", predictor_pages.section(result))
     memory, record = ROOT / "docs" / "memory.md", load("memory")
     if record is not None and memory_pages.models(record):
         fill(memory, "memory", memory_pages.section(record))

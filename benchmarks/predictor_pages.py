@@ -30,7 +30,7 @@ def section(result: dict[str, Any], most: int = 30) -> str:
     counts = ", ".join(f"{task} {count}" for task, count in result["tasks"].items())
     return "\n".join(lines) + (
         f"\n\n{result['runs']} runs ({counts}), of which {result['harmed']} were harmed. Caught and false alarms: "
-        f"each task by the threshold of the others. The first row by task left out: {hits or 'none could be left out'}."
+        f"each task by the threshold of the others. The first row, by task left out: {hits or 'none'}."
     )
 
 

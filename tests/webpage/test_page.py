@@ -180,7 +180,7 @@ def test_in_a_browser(page, tmp_path):
         assert [s for s in result["sorted"] if s] == ["ascending"]
         assert "sort:bits=8" in result["tip"] and "70.0" in result["tip"] and result["inside"] and result["hidden"]
         assert "codec" in result["said"]
-        assert result["count"] == "2 of 10 runs"
+        assert result["count"] == "2 of 9 runs"
         assert result["width"][0] <= result["width"][1]  # nothing runs out of the page
         assert result["small"] >= 9.5
     assert {result["kind"].split()[1]: result["width"][1] for result in results} == {"narrow": 390, "wide": 1280}
