@@ -2,12 +2,14 @@
 
     python benchmarks/predictor.py                      # everything that is not there yet: about 20 core-seconds a run
     python benchmarks/predictor.py --tasks cola --list
+    python benchmarks/predictor.py --beginnings         # the first two steps of each run of accuracy.py, some seconds
 
 Two text tasks (MiniLM on SST-2; on CoLA from a MiniLM that has learned CoLA without compression, for 60 steps teach
 it nothing else) and two of images (EfficientNet-Lite0 with its weights on CIFAR-10, a random ResNet-10t on MNIST), 60
 steps each; every codec at one of three ways to cut.  One JSON per run under benchmarks/results/predictor/<task>/,
 resumable, several calls may share the work.  A run keeps the metric and loss at its end and the records of its first
-tenth, averaged over that tenth by boundary and direction.
+tenth, averaged over that tenth by boundary and direction.  --beginnings gives the whole trainings of accuracy.py such
+records, too: of their first two steps, in results/predictor_beginnings/.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ TASKS = {
     "mnist": ("cifar", "mnist", f"{IMAGES} --learning_rate 2e-3 --image_size 32 --model resnet10t"),
 }
 STARTS = {"cola": f"{accuracy.TEXT} --max_length 32"}  # trained without compression before the first run
+BEGINNING = ("--max_steps 2 --max_train_samples 256 --max_eval_samples 8 --do_eval False --logging_steps 1 "
+             "--analysis True --analysis_every 1")  # fmt: skip
 CUTS = {
     "cuts": "--first 1 --last 1 --placement cuts",
     "late": "--first 1 --last 2 --placement cuts",
@@ -101,6 +105,38 @@ def execute(run: Run, data: Path, extra: list[str]) -> dict[str, Any]:
     return record
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The first steps of a run of accuracy.py; seeds differ too little to take them all."""
+
+    run: accuracy.Run
+
+    @property
+    def task(self) -> str:
+        return self.run.task
+
+    @property
+    def codec(self) -> str:
+        return self.run.codec
+
+    @property
+    def path(self) -> Path:
+        return RESULTS.with_name("predictor_beginnings") / self.task / self.run.path.name
+
+
+def begin(beginning: Beginning, data: Path, extra: list[str]) -> dict[str, Any]:
+    run, (script, folder, options) = beginning.run, accuracy.TASKS[beginning.task]
+    argv = [*options.split(), *BEGINNING.split(), "--dataset", str(data / folder), "--codec", run.codec, *extra]
+    if run.grad_codec is not None:
+        argv += ["--grad_codec", run.grad_codec]
+    with tempfile.TemporaryDirectory() as out:
+        record = accuracy.train(script, argv, run.seed, out)
+        rows = read_records(out)
+    return {"task": run.task, "codec": record["codec"], "grad_codec": record["config"]["grad_codec"],
+            "early": early_rows(rows), "model": record["model"], "commit": record["commit"], "steps": 2,
+            "command": "python benchmarks/predictor.py --beginnings"}  # fmt: skip
+
+
 def start(task: str, data: Path) -> Path:
     """The folder of a model that has learned the task; made by the first who needs it, while the others wait."""
     folder = accuracy.ROOT / "outputs" / "predictor" / task
@@ -136,13 +172,19 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--only", nargs="+", help="run these forward codecs only ('none' is one)")
     parser.add_argument("--data", type=Path, default=accuracy.ROOT.parent / "shared" / "data")
+    parser.add_argument("--beginnings", action="store_true", help="the first steps of the runs of accuracy.py instead")
     parser.add_argument("--force", action="store_true", help="run again what has a result")
     parser.add_argument("--list", action="store_true", help="show the plan and what is done")
     args, extra = parser.parse_known_args()
-    runs = [run for run in plan(args.tasks) if args.only is None or run.codec in args.only]
+    if args.beginnings:
+        long = accuracy.plan([task for task in accuracy.TASKS if task in args.tasks])
+        runs: list[Any] = [Beginning(run) for run in long if run.codec != "none" and run.seed == 0]
+    else:
+        runs = plan(args.tasks)
+    runs = [run for run in runs if args.only is None or run.codec in args.only]
     if args.list:
         for run in runs:
-            print("done" if run.path.exists() else "open", run.path.relative_to(RESULTS))
+            print("done" if run.path.exists() else "open", run.path.relative_to(RESULTS.parent))
         return
     if not args.data.is_dir():
         raise SystemExit(f"There is no data folder at {args.data}; give one with --data.")
@@ -153,7 +195,8 @@ def main() -> None:
             progress.update(bar, description=f"{run.task} {run.codec}")
             with accuracy.claimed(run) as ours:
                 if ours and (args.force or not run.path.exists()):
-                    accuracy.save(run, execute(run, args.data, extra))
+                    make = begin if args.beginnings else execute
+                    accuracy.save(run, make(run, args.data, extra))
             progress.advance(bar)
 
 

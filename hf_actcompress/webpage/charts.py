@@ -122,7 +122,7 @@ def scatter(points: Sequence[Point], *, title: str, x_name: str, y_name: str, ba
                                + f'<path class="mark" transform="translate({px} {py})" d="{SHAPES[p.family]}"/></g>')
             hits.append([px, py, p.family, p.lines])
         if kind == "wide":
-            _labels(frame, points)
+            _labels(frame, points, base)
         drawn.append(frame.svg(title, kind, hits, "nearest"))
     return "".join(drawn)
 
@@ -142,6 +142,10 @@ def curves(series: Sequence[Series], *, title: str, x_name: str, y_name: str) ->
         for s in series:
             line = " ".join(f"{frame.at_x(a)},{frame.at_y(b)}" for a, b in s.points if math.isfinite(b))
             frame.parts.append(f'<polyline class="line s-{s.family}{" dashed" * s.dashed}" points="{line}"/>')
+            marks = [] if s.dashed else [p for p in s.points if math.isfinite(p[1])]
+            for a, b in marks[:: max(1, len(marks) // 7)]:  # colour alone would not tell the lines apart
+                place = f"translate({frame.at_x(a)} {frame.at_y(b)}) scale(.8)"
+                frame.parts.append(f'<path class="mark s-{s.family}" transform="{place}" d="{SHAPES[s.family]}"/>')
         hits = [[frame.at_x(step), [[s.name, f"{v[step]:.4g}", s.family, frame.at_y(v[step])]
                                     for s, v in zip(series, values, strict=True)
                                     if step in v and math.isfinite(v[step])], f"step {step:g}"]
@@ -184,13 +188,18 @@ def _base_line(frame: Frame, base: tuple[float, float | None]) -> None:
         top, bottom = frame.at_y(base[0] + base[1]), frame.at_y(base[0] - base[1])
         frame.parts.append(f'<path class="band" d="M{frame.left} {top}H{right}V{bottom}H{frame.left}Z"/>')
     frame.parts.append(f'<path class="base" d="M{frame.left} {y}H{right}"/>')
-    frame.parts.append(f'<text class="note" x="{right}" y="{y - 5}" text-anchor="end">no compression</text>')
+    frame.parts.append(f'<text class="note" x="{frame.left + 5}" y="{y - 5}">no compression</text>')
 
 
-def _labels(frame: Frame, points: Sequence[Point]) -> None:
+def _labels(frame: Frame, points: Sequence[Point], base: tuple[float, float | None] | None) -> None:
     """Names of the points that no other beats in both directions, where they cover nothing."""
     places = [(frame.at_x(p.x), frame.at_y(p.y)) for p in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
+    taken += [(x - 3, frame.at_y(p.y + p.spread), x + 3, frame.at_y(p.y - p.spread))
+              for p, (x, _) in zip(points, places, strict=True) if p.spread]  # fmt: skip
+    if base is not None:
+        taken.append((frame.left, frame.at_y(base[0]) - 1, frame.size[0], frame.at_y(base[0]) + 1))
+        taken.append((frame.left, frame.at_y(base[0]) - 18, frame.left + 100, frame.at_y(base[0])))
     for point, (x, y) in zip(points, places, strict=True):
         if any(q.x >= point.x and q.y >= point.y and (q.x, q.y) != (point.x, point.y) for q in points):
             continue

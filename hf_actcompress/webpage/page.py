@@ -64,11 +64,12 @@ def _lead(rows: Sequence[Row], records: Sequence[Record]) -> str:
         within = [row for row in own if row["codec"] != "none" and row["drop"] is not None and row["ratio"]
                   and row["drop"] <= (none["plain_std"] or 0.0)] if none else []  # fmt: skip
         best = max(within, key=lambda row: row["ratio"], default=None)
-        allowed = "one standard deviation" if none and none["plain_std"] else "nothing"
+        loss = "at most one standard deviation" if none and none["plain_std"] else "nothing"
+        name = own[0]["metric"].replace("_", " ")
         if best:
-            name = f"<code>{escape(plots.full_name(best['codec']))}</code>"
-            text = (f"<b>{best['ratio']:.1f}×</b><span>smaller activations with {name}, and {allowed} of "
-                    f"{_metric_name(own[0])} lost at most</span>")  # fmt: skip
+            codec = f"<code>{escape(plots.full_name(best['codec']))}</code>"
+            text = (f"<b>{best['ratio']:.1f}×</b><span>smaller activations with {codec}, and {loss} of {escape(name)} "
+                    "lost</span>")  # fmt: skip
         else:
             text = "<b>–</b><span>No codec here keeps what training without compression reaches.</span>"
         cards.append(f'<a class="card" href="#task-{task}"><h3>{escape(task)}</h3><p>{text}</p></a>')
@@ -111,7 +112,7 @@ def _comparison(comparison: Mapping[str, Any]) -> str:
     if len({row["task"] for row in rows}) > 1:
         columns.append(("task", lambda r: r["task"], lambda r: r["task"]))
     for name in dict.fromkeys(name for row in rows for name in row["theirs"]):
-        columns.append((f"theirs: {name}", lambda r, n=name: r["theirs"].get(n, "–"),
+        columns.append((f"theirs: {name}", lambda r, n=name: r["theirs"].get(n, "-"),
                         lambda r, n=name: _leading(r["theirs"].get(n, ""))))  # fmt: skip
     columns += [
         ("ours", ours_text, lambda r: (r["ours"] or {}).get("value")),
@@ -167,7 +168,7 @@ def _columns(row: Row) -> list[Column]:
         return lambda r: mean_std(variant, scale, digits)(r)
 
     def drop(r: Row) -> str:
-        return "–" if r["drop"] is None else f"{scale * r['drop']:.{digits}f}"
+        return "-" if r["drop"] is None else f"{scale * r['drop']:.{digits}f}"
 
     backward = lambda r: "same" if r["grad_codec"] == r["codec"] != "none" else r["grad_codec"]  # noqa: E731
     return [("forward", lambda r: r["codec"], lambda r: r["codec"]), ("backward", backward, backward),
@@ -192,7 +193,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Any], caption: str) -> str:
             value = key(row)
             data = "" if value is None or value != value else f' data-v="{escape(str(value), quote=True)}"'
             words = text(row)
-            shown = f"<code>{_breakable(words)}</code>" if i == 0 and ":" in words else escape(words)
+            shown = f"<code>{_breakable(words)}</code>" if ":" in words else escape(words)
             tag = 'th scope="row"' if i == 0 else "td"
             cells.append(f"<{tag}{_number(right)}{data}>{shown}</{tag.split()[0]}>")
         body.append(f"<tr>{''.join(cells)}</tr>")
@@ -206,6 +207,7 @@ def _number(right: bool) -> str:
 
 
 def _breakable(spec: str) -> str:
+    """Lines may end after a comma."""
     return escape(spec).replace(",", ",<wbr>")
 
 
