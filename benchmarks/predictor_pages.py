@@ -10,6 +10,12 @@ from hf_actcompress.plots import _figure, _save
 COLOURS = {"cola": ("#0072B2", "o"), "sst2": ("#D55E00", "s"), "cifar10": ("#009E73", "^"), "mnist": ("#CC79A7", "D")}
 
 
+def best_early(result: dict[str, Any]) -> dict[str, Any]:
+    """The strongest quantity that is known before the end of the run, and tells harmed runs in all tasks."""
+    early = [row for row in result["quantities"] if not row["quantity"].endswith("whole run")]
+    return next((row for row in early if all(hit["threshold"] is not None for hit in row["left_out"])), early[0])
+
+
 def section(result: dict[str, Any], most: int = 30) -> str:
     """The ranking as a table, then the hits of the best quantity by task."""
     tasks = list(result["tasks"])
@@ -23,25 +29,26 @@ def section(result: dict[str, Any], most: int = 30) -> str:
                  *("-" if value is None else f"{value:+.2f}" for value in by_task), cut,
                  f"{row['caught']} of {row['harmed']}", f"{row['false_alarms']} of {row['harmless']}"]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    best = result["quantities"][0]
+    best = best_early(result)
     hits = "; ".join(f"{row['task']}: threshold {row['threshold']:.3g}, caught {row['caught']} of {row['harmed']}, "
                      f"false alarms {row['false_alarms']} of {row['runs'] - row['harmed']}"
                      for row in best["left_out"] if row["threshold"] is not None)  # fmt: skip
     counts = ", ".join(f"{task} {count}" for task, count in result["tasks"].items())
     return "\n".join(lines) + (
         f"\n\n{result['runs']} runs ({counts}), of which {result['harmed']} were harmed. Caught and false alarms: "
-        f"each task by the threshold of the others. The first row, by task left out: {hits or 'none'}."
+        f"each task by the threshold of the others. \"{best['quantity']}\", by task left "
+        f"out: {hits or 'none'}."
     )
 
 
 def draw(record: dict[str, Any], path: Path) -> Path:
     """Left the correlations with their intervals, right what is lost against the best quantity; one row per set."""
     sets = [(name, record[name]) for name in ("short", "long") if name in record]
-    titles = {"short": "short runs, records of the first tenth", "long": "whole trainings, metered"}
-    figure, axes = _figure(len(sets), 2, 3.6)
+    titles = {"short": "short runs, records of the first tenth", "long": "whole trainings"}
+    figure, axes = _figure(len(sets), 2, 3.9)
     for i, (name, result) in enumerate(sets):
         left, right = axes[2 * i : 2 * i + 2]
-        rows = result["quantities"][:12][::-1]
+        rows = result["quantities"][:14][::-1]
         for y, row in enumerate(rows):
             low, high = sorted(abs(v) if row["interval"][0] * row["interval"][1] > 0 else v for v in row["interval"])
             left.plot([low, high], [y, y], color="#0072B2", linewidth=1.6, zorder=2)
@@ -49,8 +56,8 @@ def draw(record: dict[str, Any], path: Path) -> Path:
         left.set_yticks(range(len(rows)), [row["quantity"] for row in rows], fontsize=8)
         left.set_xlim(min(0.0, left.get_xlim()[0]), 1)
         left.set_xlabel("|rank correlation| with what is lost, 95 % interval")
-        left.set_title(titles[name], loc="left", fontweight="bold")
-        best = result["quantities"][0]
+        left.set_title(titles[name], loc="left", fontweight="bold", fontsize=10)
+        best = best_early(result)
         for task in result["tasks"]:
             colour, marker = COLOURS.get(task, ("#888888", "h"))
             own = [run for run in result["points"] if run["task"] == task and run[best["quantity"]] is not None]

@@ -3,8 +3,9 @@
     python benchmarks/predictor_study.py
 
 Reads the runs of predictor.py ("short": analysis records of the first tenth of the steps) and of accuracy.py ("long":
-whole trainings, which have metered errors of the whole run, and losses and gradient norms of the first tenth).  Writes
-benchmarks/results/predictor.json and docs/figures/predictor.png.
+whole trainings, with records of their first two steps by `predictor.py --beginnings`, errors metered over the whole
+run, and losses and gradient norms of the first tenth).  Writes benchmarks/results/predictor.json and
+docs/figures/predictor.png.
 
 What is predicted is the share of the margin that is lost: (none - run) / (none - chance), so that tasks compare; a
 run counts as harmed above LOST.  Per quantity: Spearman's rank correlation within each task, averaged over tasks,
@@ -40,8 +41,16 @@ def short_runs(records: Sequence[dict[str, Any]]) -> list[Run]:
     return _runs(records, lambda record, _: _early(record["early"]))
 
 
-def long_runs(records: Sequence[dict[str, Any]]) -> list[Run]:
-    return _runs(records, _metered)
+def long_runs(records: Sequence[dict[str, Any]], beginnings: Sequence[dict[str, Any]] = ()) -> list[Run]:
+    """`beginnings`: records of the first steps, one for all seeds of a pair of codecs."""
+    first = {(b["task"], *codecs_of({**b, "config": {"grad_codec": b["grad_codec"]}})): _early(b["early"])
+             for b in beginnings}  # fmt: skip
+    empty = dict.fromkeys(next(iter(first.values()), {}))
+
+    def quantities(record: dict[str, Any], plain: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+        return {**first.get((record["task"], *codecs_of(record)), empty), **_metered(record, plain)}
+
+    return _runs(records, quantities)
 
 
 def _runs(records: Sequence[dict[str, Any]], quantities: Callable[..., dict[str, float | None]]) -> list[Run]:
@@ -95,7 +104,7 @@ def _metered(record: dict[str, Any], plain: Sequence[dict[str, Any]]) -> dict[st
         for name, worst in (("rel_error", max), ("cosine", min)):
             values = [_number(row[name]) for row in own if row.get(name) is not None]
             values = [value for value in values if math.isfinite(value)]
-            found[f"{name}, {direction}"] = worst(values) if values else None
+            found[f"{name}, {direction}, whole run"] = worst(values) if values else None
     same = [other for other in plain if other["seed"] == record["seed"]] or plain[:1]
     for key, name in (("loss", "early loss - none's"), ("grad_norm", "early gradient norm over none's")):
         ours, theirs = (_first_tenth(other["history"], key) for other in (record, same[0]))
@@ -225,11 +234,16 @@ def study(runs: Sequence[Run], draws: int = DRAWS) -> dict[str, Any]:
             "harmed": sum(run["lost"] > LOST for run in runs), "quantities": rows, "points": list(runs)}
 
 
+def _beginnings() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / "predictor_beginnings").rglob("*.json"))]
+
+
 def main() -> None:
     found = {}
     for name, folder, read in (("short", "predictor", short_runs), ("long", "accuracy", long_runs)):
         if (RESULTS / folder).is_dir():
-            runs = read(load_records(RESULTS / folder))
+            more = [_beginnings()] if name == "long" else []
+            runs = read(load_records(RESULTS / folder), *more)
             if len(runs) >= 8:
                 found[name] = study(runs)
     if not found:

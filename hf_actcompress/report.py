@@ -28,17 +28,23 @@ COLUMNS_NEEDED = ("direction", "raw_bytes", "payload_bytes")
 def load_records(folder: str | os.PathLike[str]) -> list[Record]:
     """Every record in the JSON files of `folder` and its sub-folders, in the order of their paths.
 
-    A file holds one record, or several under "runs".
+    A file holds one record, or several under "runs".  Beside and below the results.json of a recipe nothing else is
+    looked at: there lie the model, its tokenizer and checkpoints.
     Raises ValueError, with the file's name, for a folder without records and a file that is empty, cut off or of
     another kind.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"There is no folder {root}: give the one that holds the results, such as outputs/demo.")
-    paths = sorted(root.rglob("*.json"))
+    paths = sorted(path for path in root.rglob("*.json") if path.name == "results.json" or not _of_a_run(path, root))
     if not paths:
         raise ValueError(f"{root} holds no JSON file: run a recipe or benchmarks/accuracy.py first.")
     return [record for path in paths for record in read_records(path)]
+
+
+def _of_a_run(path: Path, root: Path) -> bool:
+    folders = [path.parent, *path.parent.parents]
+    return any((folder / "results.json").is_file() for folder in folders[: folders.index(root) + 1])
 
 
 def read_records(path: Path) -> list[Record]:

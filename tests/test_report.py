@@ -86,6 +86,15 @@ def test_load_what_the_recipes_write(tmp_path):
     assert [r["task"] for r in load_records(tmp_path)] == ["cola", "rte", "sst2"]
 
 
+def test_what_lies_beside_a_result_is_left_alone(tmp_path):
+    """A recipe's folder holds its model and checkpoints as well."""
+    write_results(tmp_path / "glue", record())
+    for name in ("config.json", "checkpoint-2/trainer_state.json"):
+        (tmp_path / "glue" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "glue" / name).write_text("{}")
+    assert len(load_records(tmp_path)) == len(load_records(tmp_path / "glue")) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "empty"), ('{"task": "sst2", "co', "no whole JSON"), ("[1]", "no result record"),

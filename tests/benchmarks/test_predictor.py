@@ -73,8 +73,19 @@ def test_the_task_left_out_has_no_say(study):
 def test_what_is_lost_and_the_quantities_of_whole_trainings(study):
     made = study.long_runs([record(seed=0, plain=0.909), record("sort:bits=8", 0, 0.9, 0.809), record(task="rte")])
     assert len(made) == 1
-    assert made[0]["lost"] == pytest.approx(0.1 / 0.4) and made[0]["rel_error, forward"] == pytest.approx(0.2)
+    assert made[0]["lost"] == pytest.approx(0.1 / 0.4)
+    assert made[0]["rel_error, forward, whole run"] == pytest.approx(0.2)
     assert made[0]["compression ratio"] == pytest.approx(2000 / 750) and made[0]["early loss - none's"] == 0
+
+
+def test_beginnings_go_to_all_seeds_of_their_codecs(study):
+    row = {"site": "parameters", "layer": None, "direction": "gradient", "cosine": 0.7, "rel_error": 0.6,
+           "loss": 2.0, "plain_loss": 1.5}  # fmt: skip
+    beginning = {"task": "sst2", "codec": "sort:bits=8", "grad_codec": None, "early": [row]}
+    runs = [record(seed=0), *(record("sort:bits=8", seed, 0.9, 0.8) for seed in (0, 1)),
+            record("sort:bits=8", 0, 0.9, 0.8, grad_codec="identity")]  # fmt: skip
+    made = study.long_runs(runs, [beginning])
+    assert [run["cosine, parameter gradient"] for run in made] == [0.7, 0.7, None]
 
 
 def test_early_quantities_are_those_of_the_worst_boundary(study):
