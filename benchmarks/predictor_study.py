@@ -54,13 +54,13 @@ def long_runs(records: Sequence[dict[str, Any]], beginnings: Sequence[dict[str, 
 
 
 def _runs(records: Sequence[dict[str, Any]], quantities: Callable[..., dict[str, float | None]]) -> list[Run]:
-    """The compressed runs of tasks that have runs without compression, too."""
+    """The compressed runs of tasks of known chance that have runs without compression, too."""
     result = []
     for task in dict.fromkeys(record["task"] for record in records):
         metric = METRICS.get(task, "accuracy")
         own = [record for record in records if record["task"] == task]
         plain = [record for record in own if record["codec"] == "none"]
-        if not plain:
+        if not plain or task not in CHANCE:
             continue
         none = [float(record["metrics"][metric]["plain"]) for record in plain]
         margin = float(np.mean(none)) - CHANCE[task]

@@ -237,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="CODEC", help="rows of these codecs only")
     parser.add_argument("--force", action="store_true", help="run again what has a result in these tables")
     parser.add_argument("--list", action="store_true", help="show the runs and what is done, and run nothing")
+    parser.add_argument("--summary", action="store_true", help="print the tables of what is there, and run nothing")
     parser.add_argument("--throughput", action="store_true", help="measure speed instead of training to the end")
     parser.add_argument("--rounds", type=int, default=5, help="of --throughput")
     parser.add_argument("--device", default="cpu", help="of --throughput")
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.throughput:
             for table in tables:
                 throughput(table, args.budget, args)
-        else:
+        elif not args.summary:
             failed = work(runs, args, extra)
         for table in tables:
             print(comparison_table(load_comparison(write_index(table, args.budget))))

@@ -73,6 +73,7 @@ def test_a_table_runs_once_and_prints_both_sides(bench, capsys):
     out = capsys.readouterr().out
     assert "| sort, 8 bits, 2 of them splits | cifar10 | 95.7 | 80.0 | 1 | 10.0 | 2.67 |" in out
     assert bench("--table", "sort", "--budget", "smoke") == (0, [])
+    assert bench("--table", "text", "--budget", "smoke", "--summary") == (0, [])
     index = json.loads((bench.folder / "tables" / "sort" / "smoke.json").read_text())
     assert all((bench.folder / "tables" / "sort" / file).is_file() for row in index["rows"] for file in row["runs"])
 
