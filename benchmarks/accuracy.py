@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import json
 import re
@@ -97,7 +98,8 @@ def single(task: str) -> list[str]:
 @contextlib.contextmanager
 def claimed(run: Run) -> Iterator[bool]:
     """Whether the run is ours; False where another process is at it."""
-    name = f"hf_actcompress-{run.path.parent.parent.name}-{run.task}-{run.path.stem}.lock"
+    # Of the whole path: another checkout's results are not these.
+    name = f"hf_actcompress-{hashlib.sha256(str(run.path).encode()).hexdigest()[:24]}.lock"
     with (Path(tempfile.gettempdir()) / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,17 +121,24 @@ def recipe(name: str) -> Any:
 
 def execute(run: Run, data: Path, extra: list[str]) -> dict[str, Any]:
     script, folder, options = TASKS[run.task]
+    argv = [*options.split(), "--dataset", str(data / folder), "--codec", run.codec, "--logging_steps", "20", *extra]
+    if run.grad_codec is not None:
+        argv += ["--grad_codec", run.grad_codec]
+    record = train(script, argv, run.seed)
+    record["command"] = f"python benchmarks/accuracy.py --tasks {run.task} --only '{run.codec}'"
+    return record
+
+
+def train(script: str, argv: list[str], seed: int, output: str | None = None) -> dict[str, Any]:
+    """The record of one run of a recipe, evaluated with and without compression at its end."""
+    began = time.time()
     with tempfile.TemporaryDirectory() as out:
-        argv = [*options.split(), "--dataset", str(data / folder), "--codec", run.codec, "--seed", str(run.seed),
-                "--output_dir", out, "--eval_strategy", "no", "--logging_steps", "20", "--evaluate", "both",
-                "--codec_seed", str(run.seed), "--disable_tqdm", "True", *extra]  # fmt: skip
-        if run.grad_codec is not None:
-            argv += ["--grad_codec", run.grad_codec]
-        began = time.time()
-        record = recipe(script).main(argv)
+        record = recipe(script).main(
+            ["--output_dir", output or out, "--seed", str(seed), "--codec_seed", str(seed), "--eval_strategy", "no",
+             "--evaluate", "both", "--disable_tqdm", "True", *argv]
+        )  # fmt: skip
     record["data"] = re.sub(r"(/[^ ]*)/(?=shared|data)", "", str(record["data"]))
     record["seconds"] = round(time.time() - began, 1)
-    record["command"] = f"python benchmarks/accuracy.py --tasks {run.task} --only '{run.codec}'"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     record["commit"] = commit.stdout.strip() or None  # which code a figure stands for
     record["history"] = [

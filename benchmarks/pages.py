@@ -16,11 +16,14 @@ import card_pages
 import link_pages
 import memory_pages
 import pipeline_pages
+import predictor_pages
 import speed
 import weights_pages
 
-from hf_actcompress.report import accuracy_table, load_records
-from hf_actcompress.report import main as report
+from hf_actcompress.commands.report import TABLES as TABLE_MARKERS
+from hf_actcompress.commands.report import draw
+from hf_actcompress.comparison import comparison_section, find_indices, load_comparison
+from hf_actcompress.report import accuracy_table, load_records, write_results_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -133,7 +136,10 @@ def _metric(row: dict, task: str, variant: str) -> str:
 
 def main() -> None:
     page, readme = ROOT / "docs" / "results.md", ROOT / "README.md"
-    report(["--results", str(RESULTS / "accuracy"), "--page", str(page), "--figures", str(ROOT / "docs" / "figures")])
+    records = load_records(RESULTS / "accuracy")
+    tables = [load_comparison(path) for path in find_indices(RESULTS / "tables")]
+    write_results_page(page, records, draw(records, tables, ROOT / "docs" / "figures"))
+    write_results_page(page, text="\n\n".join(map(comparison_section, tables)), markers=TABLE_MARKERS)
     parts = {"codec_error": codec_error, "logit_noise": logit_noise, "gradient_noise": gradient_noise,
              "schedule": schedule, "metering": metering, "codecs": speed.codecs,
              "training": speed.training, "boundary_profile": speed.boundary,
@@ -143,6 +149,9 @@ def main() -> None:
         if record is not None:
             fill(page, name.replace("_", " "), make(record))
     fill(readme, "summary", summary())
+    for name, result in (load("predictor") or {}).items():
+        if name in ("short", "long"):
+            fill(ROOT / "docs" / "predictor.md", f"predictor {name}", predictor_pages.section(result))
     memory, record = ROOT / "docs" / "memory.md", load("memory")
     if record is not None and memory_pages.models(record):
         fill(memory, "memory", memory_pages.section(record))

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.plots import OTHER, STYLES, _family, _figure, _save
+from hf_actcompress.plots import OTHER, STYLES, _figure, _save, family
 
 # What encode and decode may cost at 64 MiB in fp32, in clones.
 ALLOWED = {
@@ -169,7 +169,7 @@ def plot(record: dict[str, Any], path: Path) -> Path | None:
             )  # fmt: skip
             if not rows:
                 continue
-            color, marker = STYLES.get(_family(codec), OTHER)
+            color, marker = STYLES.get(family(codec), OTHER)
             turned = "rotate" in codec
             x = [size for size, _ in rows]
             ax.plot(x, [t["clones"] for _, t in rows], color=color, marker=marker, markersize=5, linewidth=1.4,

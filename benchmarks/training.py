@@ -60,7 +60,7 @@ MODELS: dict[str, Callable[[str], tuple[torch.nn.Module, dict[str, torch.Tensor]
 }
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, args: argparse.Namespace, first: int = 1, last: int = 1) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model, batch, samples = MODELS[name](args.device)
     model.train()
@@ -77,7 +77,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     with tqdm(total=args.rounds * len(rates), desc=name) as progress:
         for _ in range(-1, args.rounds):  # the first round warms up: it compiles
             for codec, found in rates.items():
-                config = ActCompressConfig(codec, first=1, last=1) if codec != "none" else None
+                config = ActCompressConfig(codec, first=first, last=last) if codec != "none" else None
                 with compress_model(model, config) if config else nullcontext():
                     step()
                     began = time.perf_counter()

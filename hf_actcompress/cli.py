@@ -12,13 +12,14 @@ from importlib import import_module
 
 from . import __version__
 
-COMMANDS = ("inspect", "bench", "analyze", "advise", "card")
+COMMANDS = ("inspect", "bench", "analyze", "advise", "card", "report")
 EXAMPLES = """examples:
   hf-actcompress inspect minilm --first 1 --last 2 --placement cuts
   hf-actcompress inspect mobilenetv2_100 --batch-size 64 --image-size 96 --codec block:bits=4 topk:ratio=0.2
   hf-actcompress analyze minilm cola --codec block:bits=4 block:bits=2 --out outputs/minilm
   hf-actcompress bench block:bits=4 sort:bits=8 --shape 32x128x384
   hf-actcompress advise --model minilm --bandwidth 100mbit
+  hf-actcompress report outputs --html report.html
 """
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Record, Row, accuracy_table, codecs_of
+from .report import PERCENT, Record, Row, accuracy_table, codecs_of
 
 WIDTH, DPI = 8.0, 200
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the markers say the same once more.
@@ -22,7 +22,6 @@ STYLES = {
     "none": ("#333333", "_"),
 }  # fmt: skip
 OTHER = ("#888888", "h")
-PERCENT = {"accuracy"}
 
 
 def accuracy_vs_ratio(records_by_task: Mapping[str, Sequence[Record]], path: str | os.PathLike[str]) -> Path:
@@ -40,7 +39,7 @@ def accuracy_vs_ratio(records_by_task: Mapping[str, Sequence[Record]], path: str
     figure, axes = _figure(lines, columns, 3.3 if columns == 1 else 3.6)
     for ax, (task, rows) in zip(axes, tables.items(), strict=False):
         _panel(ax, task, rows)
-    families = {_family(row["codec"]) for rows in tables.values() for row in rows} - {"none"}
+    families = {family(row["codec"]) for rows in tables.values() for row in rows} - {"none"}
     _legend(figure, [name for name in (*STYLES, "other") if name in families])
     return _save(figure, path)
 
@@ -145,20 +144,16 @@ def loss_curves(records: Iterable[Record], path: str | os.PathLike[str], most: i
         raise ValueError("There is nothing to draw: no record has a history with losses.")
     columns = min(2, len(tasks))
     figure, axes = _figure(-(-len(tasks) // columns), columns, 3.2)
-    families = set()
     for ax, (task, groups) in zip(axes, tasks.items(), strict=False):
-        rows = [row for row in accuracy_table(itertools.chain(*groups.values())) if row["codec"] != "none"]
-        chosen = {_family(row["codec"]): (row["codec"], row["grad_codec"]) for row in rows}  # rows rise by ratio
-        keys = [("none", "none")] * (("none", "none") in groups) + list(chosen.values())[: most - 1]
-        for key in keys:
-            steps, losses = _mean_curve(groups[key])
-            color, marker = _style(key[0])
-            none = key[0] == "none"
+        own = list(itertools.chain(*groups.values()))
+        for codec, group in chosen_curves(own, accuracy_table(own), most):
+            steps, losses = mean_curve(group)
+            color, marker = _style(codec)
+            none = codec == "none"
             ax.plot(steps, losses, color=color, linewidth=2.2 if none else 1.3, zorder=2 if none else 3,
-                    label="no compression" if none else _full(key[0]), linestyle=(0, (5, 2)) if none else "-",
+                    label="no compression" if none else full_name(codec), linestyle=(0, (5, 2)) if none else "-",
                     marker=None if none else marker, markersize=4.5, markeredgecolor="white", markeredgewidth=0.4,
                     markevery=max(1, len(steps) // 8))  # fmt: skip
-            families.add(_family(key[0]))
         ax.set_title(task, loc="left", fontweight="bold")
         ax.set_xlabel("step")
         ax.set_ylabel("training loss")
@@ -167,7 +162,53 @@ def loss_curves(records: Iterable[Record], path: str | os.PathLike[str], most: i
     return _save(figure, path)
 
 
-def _mean_curve(group: list[Record]) -> tuple[list[int], list[float]]:
+def accuracy_vs_throughput(panels: Mapping[str, Sequence[Row]], path: str | os.PathLike[str]) -> Path:
+    """One panel per table: the metric against samples per second over those without compression, whose line is at 1.
+
+    panels: {title: rows of comparison.load_comparison that have `speed`}.  Raises ValueError without any.
+    """
+    panels = {title: rows for title, rows in panels.items() if rows}
+    if not panels:
+        raise ValueError("There is nothing to draw: no table has a measured throughput.")
+    figure, axes = _figure(len(panels), 1, 3.1)
+    families = set()
+    for ax, (title, rows) in zip(axes, panels.items(), strict=False):
+        metric = rows[0]["ours"]["metric"]
+        scale, points = 100 if metric in PERCENT else 1, []
+        ax.axvline(1.0, color=STYLES["none"][0], linewidth=1.2, linestyle=(0, (5, 2)), zorder=1)
+        for row in rows:
+            (color, marker), speed, value = _style(row["codec"]), row["speed"], scale * row["ours"]["value"]
+            low, high = speed["of_none_range"]
+            spread = [[speed["of_none"] - low], [high - speed["of_none"]]]
+            std = scale * row["ours"]["std"] if row["ours"]["std"] else None
+            ax.errorbar(speed["of_none"], value, xerr=spread, yerr=std, color=color, marker=marker, markersize=6.5,
+                        markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.2, capsize=2.5, zorder=3)
+            points.append((speed["of_none"], value, row["label"], color))
+            families.add(family(row["codec"]))
+        ax.margins(x=0.1, y=0.2)
+        ax.set_title(title, loc="left", fontweight="bold")
+        ax.set_xlabel("samples per second over those without compression")
+        ax.set_ylabel(metric.replace("_", " ") + (", %" if scale == 100 else ""))
+        _label(ax, points)
+    _legend(figure, [name for name in (*STYLES, "other") if name in families])
+    return _save(figure, path)
+
+
+def chosen_curves(
+    records: Iterable[Record], rows: Sequence[Row], most: int = 7
+) -> list[tuple[str, list[Record]]]:
+    """(codec, its runs) of the curves that are drawn; `rows` is the table of the records, which rises by ratio."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if any("loss" in entry for entry in record.get("history") or ()):
+            groups.setdefault(codecs_of(record), []).append(record)
+    pairs = [(row["codec"], row["grad_codec"]) for row in rows]
+    best = {family(pair[0]): pair for pair in pairs if pair[0] != "none" and pair in groups}
+    keys = [("none", "none")] * (("none", "none") in groups) + list(best.values())[: most - 1]
+    return [(key[0], groups[key]) for key in keys]
+
+
+def mean_curve(group: list[Record]) -> tuple[list[int], list[float]]:
     """Losses at the steps that all seeds have logged."""
     curves = [{e["step"]: float(e["loss"]) for e in record["history"] if "loss" in e} for record in group]
     steps = sorted(set.intersection(*map(set, curves)))
@@ -177,14 +218,14 @@ def _mean_curve(group: list[Record]) -> tuple[list[int], list[float]]:
 # Names and styles
 
 
-def _family(codec: str) -> str:
+def family(codec: str) -> str:
     """The codec that decides a spec: the first of a chain, the inner one of error feedback."""
     name = re.split(r"[:|]", codec.removeprefix("ef+"))[0]
     return name if name in STYLES else "other"
 
 
 def _style(codec: str) -> tuple[str, str]:
-    return STYLES.get(_family(codec), OTHER)
+    return STYLES.get(family(codec), OTHER)
 
 
 def _options(codec: str) -> list[str]:
@@ -210,8 +251,8 @@ def _short(codec: str) -> str:
     return f"{words} | {codec.partition('|')[2].partition(':')[0]}" if "|" in codec else words
 
 
-def _full(codec: str) -> str:
-    return codec if _family(codec) == "other" else f"{_family(codec)} {_short(codec)}"
+def full_name(codec: str) -> str:
+    return codec if family(codec) == "other" else f"{family(codec)} {_short(codec)}"
 
 
 def _legend(figure: Any, families: list[str]) -> None:

@@ -1,18 +1,14 @@
 """Result records become tables: means over seeds, compression ratios, and the distance to training without.
 
-Reads the JSONs that the recipes and benchmarks/accuracy.py write; knows no torch, no codec and no model.
-
-    python -m hf_actcompress.report --results benchmarks/results/accuracy
-    python -m hf_actcompress.report --results benchmarks/results/accuracy --page docs/results.md --figures docs/figures
+Reads the JSONs that the recipes and benchmarks/accuracy.py write; knows no torch, no codec and no model.  The command
+that uses it is `hf-actcompress report`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,29 +17,38 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 METRICS = {"cola": "matthews_correlation"}  # all other tasks: accuracy
+PERCENT = {"accuracy"}
 BEGIN, END = "<!-- generated: accuracy -->", "<!-- end: accuracy -->"
 # What must agree between the runs of a task, or the comparison would be one of settings.
 SETTINGS = ("model", "data", "epochs", "batch_size", "learning_rate", "dtype", "image_size")
 CUTS = ("first", "last", "placement")
+COLUMNS_NEEDED = ("direction", "raw_bytes", "payload_bytes")
 
 
 def load_records(folder: str | os.PathLike[str]) -> list[Record]:
     """Every record in the JSON files of `folder` and its sub-folders, in the order of their paths.
 
-    A file holds one record, or several under "runs".
+    A file holds one record, or several under "runs".  Beside and below the results.json of a recipe nothing else is
+    looked at: there lie the model, its tokenizer and checkpoints.
     Raises ValueError, with the file's name, for a folder without records and a file that is empty, cut off or of
     another kind.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"There is no folder {root}: give the one that holds the results, such as outputs/demo.")
-    paths = sorted(root.rglob("*.json"))
+    paths = sorted(path for path in root.rglob("*.json") if path.name == "results.json" or not _of_a_run(path, root))
     if not paths:
         raise ValueError(f"{root} holds no JSON file: run a recipe or benchmarks/accuracy.py first.")
-    return [record for path in paths for record in _read(path)]
+    return [record for path in paths for record in read_records(path)]
 
 
-def _read(path: Path) -> list[Record]:
+def _of_a_run(path: Path, root: Path) -> bool:
+    folders = [path.parent, *path.parent.parents]
+    return any((folder / "results.json").is_file() for folder in folders[: folders.index(root) + 1])
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of one file."""
     text = path.read_text(encoding="utf-8")
     if not text.strip():
         raise ValueError(f"{path} is empty: delete it and run that result again.")
@@ -56,6 +61,15 @@ def _read(path: Path) -> list[Record]:
         missing = [key for key in ("task", "codec", "metrics") if not isinstance(record, dict) or key not in record]
         if missing:
             raise ValueError(f"{path} is no result record: it has no {', '.join(missing)}. Move it elsewhere.")
+        for channel in record.get("compression") or ():
+            missing = [column for column in COLUMNS_NEEDED if column not in channel]
+            if missing:
+                raise ValueError(f"{path}: the compression of {record['codec']} has no column {', '.join(missing)}; "
+                                 f"each boundary and direction needs {', '.join(COLUMNS_NEEDED)}. Run it again.")
+        metric = METRICS.get(record["task"], "accuracy")
+        if not isinstance(record["metrics"], dict) or metric not in record["metrics"]:
+            raise ValueError(f"{path}: the metrics of {record['task']} have no {metric}; they have "
+                             f"{', '.join(record['metrics']) or 'none'}. Run it again with evaluation.")
     return records
 
 
@@ -78,7 +92,7 @@ def accuracy_table(records: Iterable[Record]) -> list[Row]:
         groups.setdefault((record["task"], *codecs_of(record)), []).append(record)
     for task in {key[0] for key in groups}:
         _check_settings(task, [record for key, group in groups.items() if key[0] == task for record in group])
-    rows = [_row(key, group) for key, group in groups.items()]
+    rows = [summarize(group) for group in groups.values()]
     base = {row["task"]: row for row in rows if row["codec"] == "none"}
     for row in rows:
         none = base.get(row["task"], {})
@@ -96,8 +110,9 @@ def codecs_of(record: Record) -> tuple[str, str]:
     return codec, (record.get("config") or {}).get("grad_codec") or codec
 
 
-def _row(key: tuple[str, str, str], group: list[Record]) -> Row:
-    task, codec, grad_codec = key
+def summarize(group: Sequence[Record]) -> Row:
+    """The row of runs that differ in their seeds alone; without the drop, which needs those without compression."""
+    task, (codec, grad_codec) = group[0]["task"], codecs_of(group[0])
     seeds = [record.get("seed") for record in group]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{task}, {codec}, {grad_codec}: the seeds {seeds} are not all different; keep one run each.")
@@ -120,7 +135,8 @@ def _check_settings(task: str, group: list[Record]) -> None:
     for name, holders in settings:
         values = {str(holder.get(name)) for holder in holders}
         if len(values) > 1:
-            raise ValueError(f"The runs of {task} differ in {name} ({', '.join(sorted(values))}): report them apart.")
+            raise ValueError(f"The runs of {task} differ in {name} ({', '.join(sorted(values))}): a table would "
+                             "compare more than codecs. Put them into folders of their own and report each.")
 
 
 def _ratio(channels: list[Mapping[str, Any]]) -> float | None:
@@ -145,9 +161,16 @@ def show(value: Any, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def mean_std(variant: str) -> Callable[[Row], str]:
+def mean_std(variant: str, scale: float = 1.0, digits: int = 3) -> Callable[[Row], str]:
     """A column "mean ± std" of `variant`."""
-    return lambda row: show(row[variant]) + (f" ± {row[s]:.3f}" if row[s := f"{variant}_std"] is not None else "")
+
+    def text(row: Row) -> str:
+        mean, std = row[variant], row[f"{variant}_std"]
+        if mean is None:
+            return "-"
+        return f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if std is not None else "")
+
+    return text
 
 
 COLUMNS: dict[str, str | Callable[[Row], str]] = {
@@ -182,11 +205,7 @@ def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | Non
         own = [row for row in rows if row["task"] == task]
         record = next(record for record in records if record["task"] == task)
         config = next((r["config"] for r in records if r["task"] == task and r.get("config")), None)
-        settings = [f"{record.get('model')}", f"{record.get('data')}", f"{record.get('epochs'):g} epochs",
-                    f"batch {record.get('batch_size')}", f"learning rate {record.get('learning_rate'):g}",
-                    f"{record.get('dtype')}"]  # fmt: skip
-        if record.get("image_size"):
-            settings.insert(2, f"{record['image_size']} pixels")
+        settings = settings_of(record)
         if config:
             settings.append(f"first {config['first']}, last {config['last']}, placement {config['placement']}")
         parts += [f"### {task}", f"{own[0]['metric']}; {', '.join(settings)}.", markdown_table(own)]
@@ -203,59 +222,37 @@ def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | Non
     return "\n\n".join([*parts, legend, *(f"Environment: {machine}." for machine in sorted(machines))])
 
 
+def settings_of(record: Record) -> list[str]:
+    """What a run was, in words, without codec, cuts and seed."""
+    settings = [f"{record.get('model')}", f"{record.get('data')}", f"{record.get('epochs') or 0:g} epochs",
+                f"batch {record.get('batch_size')}", f"learning rate {record.get('learning_rate') or 0:g}",
+                f"{record.get('dtype')}"]  # fmt: skip
+    if record.get("image_size"):
+        settings.insert(2, f"{record['image_size']} pixels")
+    return settings
+
+
 def write_results_page(
     page: str | os.PathLike[str],
-    records: Sequence[Record],
+    records: Sequence[Record] = (),
     figures: Mapping[str, str | os.PathLike[str]] | None = None,
+    *,
+    text: str | None = None,
+    markers: tuple[str, str] = (BEGIN, END),
 ) -> None:
-    """Replace what stands between the markers in the Markdown file `page`; `figures` maps titles to image files.
+    """Replace what stands between the markers in the Markdown file `page`: by `text`, or the section of the records.
 
+    figures: titles and image files.
     Raises ValueError if there is no such file, or not exactly one pair of markers in it.
     """
-    path = Path(page)
-    lines = f"\n{BEGIN}\n{END}\n"
+    path, (begin, end) = Path(page), markers
+    lines = f"\n{begin}\n{end}\n"
     if not path.is_file():
         raise ValueError(f"There is no page {path}. Make one that holds these two lines:{lines}")
-    text = path.read_text(encoding="utf-8")
-    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
+    old = path.read_text(encoding="utf-8")
+    if (old.count(begin), old.count(end)) != (1, 1) or old.index(begin) > old.index(end):
         raise ValueError(f"{path} does not hold these two lines once each, in this order:{lines}")
     links = {title: Path(os.path.relpath(file, path.parent)).as_posix() for title, file in (figures or {}).items()}
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{before}{BEGIN}\n\n{accuracy_section(records, links)}\n\n{after}", encoding="utf-8")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hf_actcompress.report", description="Tables of result records.")
-    parser.add_argument("--results", type=Path, required=True, help="folder with the JSON records")
-    parser.add_argument("--page", type=Path, help=f"Markdown file to update between its markers {BEGIN} and {END}")
-    parser.add_argument("--figures", type=Path, help="folder for accuracy_vs_ratio.png and loss_curves.png")
-    args = parser.parse_args(argv)
-    try:
-        records = load_records(args.results)
-        section = accuracy_section(records)
-        figures = _draw(records, args.figures) if args.figures else {}
-        if args.page:
-            write_results_page(args.page, records, figures)
-            print(f"{len(records)} records -> {args.page}")
-        else:
-            print(section)
-    except ValueError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _draw(records: Sequence[Record], folder: Path) -> dict[str, Path]:
-    from .plots import accuracy_vs_ratio, loss_curves
-
-    by_task: dict[str, list[Record]] = {}
-    for record in records:
-        by_task.setdefault(record["task"], []).append(record)
-    return {
-        "Metric against forward compression ratio": accuracy_vs_ratio(by_task, folder / "accuracy_vs_ratio.png"),
-        "Training loss": loss_curves(records, folder / "loss_curves.png"),
-    }
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    new = accuracy_section(records, links) if text is None else text
+    before, after = old[: old.index(begin)], old[old.index(end) :]
+    path.write_text(f"{before}{begin}\n\n{new}\n\n{after}", encoding="utf-8")

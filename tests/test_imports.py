@@ -18,8 +18,10 @@ MAY = {
     "tracing": set(),
     "metering": set(),
     "trials": set(),
-    "report": {"plots"},
+    "report": set(),
+    "comparison": {"report"},
     "plots": {"report"},
+    "webpage": {"report", "comparison", "plots"},
     "config": {"codecs", "budget", "analysis"},
     "packed": {"codecs"},
     "consumers": set(),
@@ -36,11 +38,11 @@ MAY = {
     "study": {"codecs", "layers", "config", "attach", "analysis", "trials", "recipes", "inspection"},
     "inspection": {"codecs", "layers", "config", "sites", "attach", "recipes"},
     "commands": {"codecs", "layers", "metering", "config", "sites", "attach", "report", "plots", "bench", "inspection",
-                 "pipeline", "weights", "recipes", "analysis", "study"},
+                 "pipeline", "weights", "recipes", "analysis", "study", "comparison", "webpage"},
     "cli": {"commands"},
     "__init__": {"codecs", "layers", "config", "attach", "callback", "sites", "metering"},
 }
-WITHOUT_TORCH = ("report", "plots")
+WITHOUT_TORCH = ("report", "plots", "comparison", "webpage")
 TRANSFORMERS = ("callback", "recipes", "weights")
 # The command line loads a model by its name; only inside of functions.
 TRANSFORMERS_LATE = ("commands", "inspection", "study")

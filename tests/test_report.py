@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.records import RECORDS, record
 
-from hf_actcompress import report
 from hf_actcompress.plots import accuracy_vs_ratio, loss_curves
 from hf_actcompress.recipes.results import write_results
 from hf_actcompress.report import (
@@ -17,32 +17,6 @@ from hf_actcompress.report import (
     markdown_table,
     write_results_page,
 )
-
-
-def record(codec="none", seed=0, plain=0.9, compressed=None, task="sst2", grad_codec=None, payload=(250, 500), **more):
-    metric = "matthews_correlation" if task == "cola" else "accuracy"
-    values = {"plain": plain} | ({} if compressed is None else {"compressed": compressed})
-    channels = [
-        {"boundary": f"layer.{i}", "direction": direction, "raw_bytes": 1000, "rel_error": 0.1 * (i + 1),
-         "payload_bytes": payload[i] * (1 if direction == "forward" else 2)}
-        for i in range(2) for direction in ("forward", "backward")
-    ]  # fmt: skip
-    none = codec == "none"
-    config = None if none else {"grad_codec": grad_codec, "first": 1, "last": 2, "placement": "cuts"}
-    base = {"task": task, "codec": codec, "seed": seed, "model": "minilm", "data": "local", "epochs": 2.0,
-            "batch_size": 32, "learning_rate": 5e-5, "dtype": "fp32"}  # fmt: skip
-    history = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)] + [{"step": 3, "train_runtime": 1.0}]
-    return {**base, "metrics": {metric: values, "loss": {"plain": 0.3}}, "config": config, "history": history,
-            "compression": [] if none else channels, **more}  # fmt: skip
-
-
-RECORDS = [
-    record(seed=0, plain=0.90), record(seed=1, plain=0.92), record(seed=2, plain=0.94),
-    record("block:bits=4", 0, 0.91, 0.88, grad_codec="block:bits=8"),
-    record("block:bits=4", 1, 0.93, 0.90, grad_codec="block:bits=8"),
-    record("block:bits=4", 0, 0.91, 0.70),
-    record("sort:bits=8", 0, 0.8, 0.7, payload=(500, 500)),
-]  # fmt: skip
 
 
 def test_table_by_hand():
@@ -112,10 +86,22 @@ def test_load_what_the_recipes_write(tmp_path):
     assert [r["task"] for r in load_records(tmp_path)] == ["cola", "rte", "sst2"]
 
 
+def test_what_lies_beside_a_result_is_left_alone(tmp_path):
+    """A recipe's folder holds its model and checkpoints as well."""
+    write_results(tmp_path / "glue", record())
+    for name in ("config.json", "checkpoint-2/trainer_state.json"):
+        (tmp_path / "glue" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "glue" / name).write_text("{}")
+    assert len(load_records(tmp_path)) == len(load_records(tmp_path / "glue")) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "empty"), ('{"task": "sst2", "co', "no whole JSON"), ("[1]", "no result record"),
-     ('{"a": 1}', "task, codec"), ('{"runs": [3]}', "no result record")],
+     ('{"a": 1}', "task, codec"), ('{"runs": [3]}', "no result record"),
+     ('{"task": "cola", "codec": "none", "metrics": {"accuracy": {}}}', "no matthews_correlation"),
+     ('{"task": "rte", "codec": "sort", "metrics": {"accuracy": {}}, "compression": [{"direction": "forward"}]}',
+      "no column raw_bytes, payload_bytes")],
 )  # fmt: skip
 def test_bad_files_are_named(tmp_path, text, message):
     write_results(tmp_path / "good", record())
@@ -154,19 +140,6 @@ def test_page_without_markers(tmp_path, text):
         write_results_page(page, RECORDS)
     assert BEGIN in str(error.value) and END in str(error.value)
     assert text is None or page.read_text() == text
-
-
-def test_command(tmp_path, capsys):
-    for number, item in enumerate(RECORDS):
-        write_results(tmp_path / "results" / str(number), item)
-    page = tmp_path / "results.md"
-    page.write_text(f"{BEGIN}{END}")
-    options = ["--results", str(tmp_path / "results")]
-    assert report.main(options) == 0 and "### sst2" in capsys.readouterr().out
-    assert report.main([*options, "--page", str(page), "--figures", str(tmp_path / "figures")]) == 0
-    assert "(figures/accuracy_vs_ratio.png)" in page.read_text()
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"accuracy_vs_ratio.png", "loss_curves.png"}
-    assert report.main(["--results", str(tmp_path / "nowhere")]) == 2 and "no folder" in capsys.readouterr().err
 
 
 def test_figures(tmp_path):
