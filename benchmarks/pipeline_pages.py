@@ -34,8 +34,8 @@ def table(records: list[dict[str, Any]]) -> str:
         f"\n\nSST-2, 5,000 rows, {one['epochs']:g} epochs, {one['max_length']} tokens, batches of {one['batch_size']} "
         f"in {one['micro_batches']} micro-batches, learning rate {one['learning_rate']:g}, {one['dtype']}; two "
         f"processes, {one['topology']}, cuts after layers {', '.join(map(str, one['cuts']))}; mean ± standard "
-        f"deviation over the seeds; evaluation over the same links; bytes of training on all links. Target: within one standard "
-        f"deviation of none. `{one['command']}`."
+        f"deviation over the seeds; evaluation over the same links; bytes of training on all links. Target: within "
+        f"one standard deviation of none. `{one['command']}`."
     )
 
 
