@@ -29,13 +29,13 @@ def table(records: list[dict[str, Any]]) -> str:
             f"{'' if codec == 'none' or mean is None else _verdict(statistics.mean(own) - mean, spread)} | "
             f"{statistics.mean(r['metrics']['loss'] for r in group):.3f} | {sent[0]:.0f} | {sent[1]:.0f} |"
         )
-    one = records[0]
+    one, cuts = records[0], ", ".join(map(str, records[0]["cuts"]))
     return "\n".join(lines) + (
         f"\n\nSST-2, 5,000 rows, {one['epochs']:g} epochs, {one['max_length']} tokens, batches of {one['batch_size']} "
         f"in {one['micro_batches']} micro-batches, learning rate {one['learning_rate']:g}, {one['dtype']}; two "
-        f"processes, {one['topology']}, cuts after layers {', '.join(map(str, one['cuts']))}; mean ± standard "
-        f"deviation over the seeds; evaluation over the same links; bytes of training on all links. Target: within "
-        f"one standard deviation of none. `{one['command']}`."
+        f"processes, {one['topology']}, cut after layers {cuts}; mean ± standard deviation "
+        f"over the seeds; evaluation over the same links; bytes of training on all links. Target: within one standard "
+        f"deviation of none. `{one['command']}`."
     )
 
 
