@@ -75,6 +75,7 @@ class LinkedStage(PipelineStage):
         outputs, _ = self.fwd_cache[fwd_chunk_id]
         for place, x in enumerate(outputs):
             for other in self.act_send_info[place]:
+                self._check_shape(FORWARD, fwd_chunk_id, x, self._stage_meta.outputs[place])
                 self.send(FORWARD, fwd_chunk_id, place, x.detach(), other, self._resolve_peer_global_rank(other))
         return []
 
@@ -87,8 +88,17 @@ class LinkedStage(PipelineStage):
                 if stage is not None and self._get_grad_send_meta(place) is not None
             ]  # fmt: skip
             for place, op in zip(places, ops, strict=True):
+                self._check_shape(BACKWARD, bwd_chunk_id, op.tensor, self._get_grad_send_meta(place))
                 self.send(BACKWARD, bwd_chunk_id, place, op.tensor, self.grad_send_info[place], op.peer)
         return []
+
+    def _check_shape(self, direction: str, chunk: int, x: Tensor, meta: Any) -> None:
+        if x.shape != meta.shape or x.dtype != meta.dtype:
+            raise ValueError(
+                f"Stage {self.stage_index}, micro-batch {chunk}, {direction}: a tensor of shape {tuple(x.shape)} and "
+                f"dtype {x.dtype} is to go over a link set up for {tuple(meta.shape)} and {meta.dtype}. Shapes "
+                "may change between steps with hf_actcompress.pipeline.Shapes; else pad the last batch, or drop it."
+            )
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Tensor, ...]:
         return self._pick_up(FORWARD, fwd_chunk_id, super()._retrieve_recv_activations)

@@ -27,6 +27,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleZBVZeroBubble
 from torch.nn import functional as F
 
 from ..codecs import Identity, parse_codec
+from ..sites.wire import WireError
 from .arguments import PipelineArguments
 from .engine import EarlySchedule1F1B, Shapes, forward_only
 from .feed import Batch, Feed
@@ -88,10 +89,11 @@ def guarded(main: Callable[[], Any]) -> Any:
         if os.environ.get("HF_ACTCOMPRESS_TRACEBACK"):
             logger.exception("The program has failed.")
         rank = os.environ.get("RANK", "0")
-        text = str(error) if isinstance(error, (LinkError, ValueError)) else f"{type(error).__name__}: {_short(error)}"
+        told = isinstance(error, (LinkError, WireError, ValueError))
+        text = str(error) if told else f"{type(error).__name__}: {_short(error)}"
         if dist.is_initialized():
             report(text)
-        print(f"\nerror: rank {rank}: {text}", file=sys.stderr, flush=True)
+        print(f"\nerror: {'' if text.startswith('Rank ') else f'rank {rank}: '}{text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
 
@@ -199,7 +201,8 @@ class PipelineTrainer:
                 # Augmentation has a seed for each batch, so that a run goes on in the middle of an epoch.
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed((self.args.seed * 1009 + (epoch or 0)) * 1000003 + number)
-                    yield self._batch(rows, order[number * size : (number + 1) * size])
+                    batch = self._batch(rows, order[number * size : (number + 1) * size])
+                yield batch  # outside: dropout draws from the rank's own stream
 
         return batches()
 

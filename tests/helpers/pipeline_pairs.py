@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
+from torch.distributed import TCPStore  # noqa: E402
 from torch.distributed.pipelining import Schedule1F1B  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 import hf_actcompress.pipeline.training as training  # noqa: E402
 from helpers import build, text_batch  # noqa: E402
-from helpers.processes import ROOT, free_port  # noqa: E402
+from helpers.processes import ROOT  # noqa: E402
 from hf_actcompress import parse_codec  # noqa: E402
 from hf_actcompress.pipeline import CompressedPipelineStage, split  # noqa: E402
 from hf_actcompress.pipeline.arguments import PipelineArguments  # noqa: E402
@@ -177,8 +178,13 @@ def example(kind: str, rank: int, folder: Path) -> None:
     if kind == "glue":
         from hf_actcompress.recipes import load_text, load_text_model
 
+        own += f" --dataset {folder}/data"
         if rank == 0:
-            data = load_text()
+            (folder / "data").mkdir()
+            for split in ("train", "validation"):
+                lines = [{"sentence": f"this is {('good', 'bad')[k % 2]} number {k}", "label": k % 2} for k in range(12)]
+                (folder / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            data = load_text(str(folder / "data"))
             names = data.label_names
             for part in load_text_model("tiny-bert", data.num_labels, label_names=names, texts=data.texts()):
                 part.save_pretrained(folder / "model.part")
@@ -191,7 +197,10 @@ def example(kind: str, rank: int, folder: Path) -> None:
 
 
 def child(name: str, case: Case, rank: int, folder: Path, port: int) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+    )  # fmt: skip
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     faulthandler.dump_traceback_later(DEADLINE - 5)  # where it hangs, if it does
@@ -220,7 +229,9 @@ def start(name: str, case: Case, rank: int, folder: Path, port: int) -> int:
 def run(names: list[str], folder: Path) -> dict[str, list]:
     """The cases side by side; a process that does not end is killed and has the exit code None."""
     now, running, found = 0.0, {}, {name: [None, None] for name in names}
-    ports = {name: free_port() for name in names}
+    # As under torchrun, the store outlives the ranks.
+    stores = {name: TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for name in names}
+    ports = {name: store.port for name, store in stores.items()}
     waiting = {(name, rank): CASES[name].pause if rank else 0.0 for name in names for rank in range(2)}
     last = time.monotonic()
     while waiting or running:
