@@ -182,7 +182,8 @@ def example(kind: str, rank: int, folder: Path) -> None:
         if rank == 0:
             (folder / "data").mkdir()
             for split in ("train", "validation"):
-                lines = [{"sentence": f"this is {('good', 'bad')[k % 2]} number {k}", "label": k % 2} for k in range(12)]
+                words = ("good", "bad")
+                lines = [{"sentence": f"this is {words[k % 2]} number {k}", "label": k % 2} for k in range(12)]
                 (folder / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
             data = load_text(str(folder / "data"))
             names = data.label_names
