@@ -223,3 +223,12 @@ def test_without_a_state_everything_goes_in_full():
     codec, x = parse_codec("delta+block:bits=2"), activations([1, 2], 0)
     assert torch.equal(codec.decode(codec.encode(x)), codec.first.roundtrip(x))
     assert torch.equal(codec.roundtrip(x), codec.first.roundtrip(x))
+
+
+def test_a_cache_smaller_than_a_batch_gives_no_place_twice():
+    codec, shape = parse_codec("delta:cache=1,evict=lru+block:bits=4"), (400_000,)
+    states = both(codec)
+    for ids in ([1, 2, 3, 4], [3, 4, 1, 2]):
+        plans = [state.plan(ids, (4, *shape)) for state in states]
+        assert plans[0] == plans[1] and states[0].capacity == 2
+        assert len(set(plans[0].slots + plans[0].places)) == len(plans[0].slots + plans[0].places)
