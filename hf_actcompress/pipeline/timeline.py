@@ -84,7 +84,7 @@ def chart(steps: Sequence[tuple[str, Timeline]], devices: Sequence[str], path: s
                 spans.setdefault((places[event.resource], kind), []).append((event.start, event.end - event.start))
         for (place, kind), bars in spans.items():
             seen.setdefault(kind, COLORS[kind])
-            ax.broken_barh(bars, (place - 0.4, 0.8), facecolor=COLORS[kind], edgecolor="white", linewidth=0.4)
+            ax.broken_barh(bars, (place - 0.4, 0.8), facecolor=COLORS[kind], edgecolor="white", linewidth=0.2)
         ax.set_yticks(range(len(found)), [label for label, _ in found], fontsize=7)
         ax.set_ylim(len(found) - 0.5, -0.5)
         ax.set_title(f"{title}: {timeline.seconds:.3g} s", loc="left", fontsize=9, fontweight="bold")
