@@ -112,10 +112,12 @@ def compress(
     assert lc is not None
     path = lc.save(folder)
     load_compressed(folder, student)
+    logged = [e["lc/distance"] for e in trainer.state.log_history if "lc/distance" in e]
     kept = {name: {"of": p.numel(), "nonzero": int((p != 0).sum())} for name, p in lc.parameters.items()}
     return {
         "scheme": scheme, "error": trainer.evaluate()["eval_error"], "ratio": lc.ratio, "bits": lc.bits,
-        "file_bytes": path.stat().st_size, "direct_error": before, "distance": lc.distance(), "layers": kept,
+        "file_bytes": path.stat().st_size, "direct_error": before, "layers": kept,
+        "distance": logged[-1] if logged else None,
         "epochs": epochs, "learning_rate": learning_rate, "mu": mu, "mu_end": end, "every": every, "seed": seed,
         "temperature": temperature, "seconds": time.perf_counter() - began,
         "errors": [round(e["eval_error"], 3) for e in trainer.state.log_history if "eval_error" in e],

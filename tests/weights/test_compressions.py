@@ -147,6 +147,13 @@ def test_penalties_are_minimised(x, weight, mu):
         assert (own <= best + 1e-4).all()
 
 
+def test_penalties_with_known_answers():
+    x = torch.tensor([0.9, -1.1, 2.0])
+    for spec, expected in (("prune:l0=2", [0, -1.1, 2]), ("prune:l1=4", [0, -0.1, 1]), ("prune:l0=2,k=1", [0, 0, 2])):
+        (y,) = compress(spec, x, mu=4.0).values()  # l0: above 1; l1: by 1; k=1: -1.1 is no 2
+        torch.testing.assert_close(y, torch.tensor(expected).float(), msg=spec)
+
+
 def test_pruning_is_joint_unless_told_otherwise():
     small, large = torch.full((3,), 0.1), torch.full((3,), 1.0)
     assert [int((v != 0).sum()) for v in compress("prune:keep=3", small, large).values()] == [0, 3]
