@@ -25,7 +25,7 @@ from transformers import set_seed
 
 from hf_actcompress.recipes.lenet import Digits, LeNet5, load_digits, make_trainer
 from hf_actcompress.recipes.results import environment, print_results, write_results
-from hf_actcompress.weights import LCCallback, LearningCompression, load_compressed
+from hf_actcompress.weights import LCCallback, LearningCompression, distillation_loss, load_compressed
 
 CODEBOOK, PRUNE, LOWRANK = "codebook:k=2", "prune:keep={}", "lowrank:rank=auto,alpha={}"
 # Convolutions and linear layers, as in the reference report.
@@ -76,9 +76,8 @@ class Distill:
         if not self.weight:
             return F.cross_entropy(outputs["logits"], labels)
         with torch.no_grad():
-            target = F.softmax(self.teacher(self.pixels)["logits"] / self.temperature, -1)
-        student = F.log_softmax(outputs["logits"] / self.temperature, -1)
-        soft = F.kl_div(student, target, reduction="batchmean") * self.temperature**2
+            target = self.teacher(self.pixels)["logits"]
+        soft = distillation_loss(outputs["logits"], target, self.temperature)
         return (1 - self.weight) * F.cross_entropy(outputs["logits"], labels) + self.weight * soft
 
 
