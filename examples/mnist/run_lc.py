@@ -83,7 +83,7 @@ class Distill:
 
 def compress(
     model: LeNet5, scheme: dict[str, str], train: Digits, evaluation: Digits, folder: Path, *, epochs: float = 15,
-    learning_rate: float = 0.03, mu: float = 1e-3, end: float = 1.0, every: int = 118, seed: int = 0,
+    learning_rate: float = 0.03, mu: float = 1e-3, end: float = 10.0, every: int = 118, seed: int = 0,
     temperature: float | None = None, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One run: train a copy of `model`, save it to `folder`, load the file again and evaluate that.
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--learning_rate", type=float, default=0.03)
     parser.add_argument("--mu", type=float, default=1e-3, help="weight of the penalty at first")
-    parser.add_argument("--end", type=float, default=1.0, help="weight of the penalty at the end")
+    parser.add_argument("--end", type=float, default=10.0, help="weight of the penalty at the end")
     parser.add_argument("--every", type=int, default=118, help="optimizer steps from one C step to the next")
     parser.add_argument("--temperature", type=float, help="distil from the dense reference at this temperature")
     parser.add_argument("--reference_epochs", type=float, default=25)

@@ -196,6 +196,12 @@ def test_the_chosen_rank_costs_least_and_never_more_than_dense(alpha):
     assert theta.bits <= 32 * 280
 
 
+def test_a_flat_spectrum_is_left_dense_where_factors_cost_more():
+    theta = compress("lowrank:rank=auto,alpha=0.05", torch.eye(8), mu=1.0)
+    assert theta.bits == 32 * 64 and error(theta, torch.eye(8)) < 1e-9
+    assert compress("lowrank:rank=auto,alpha=0.07", torch.eye(8), mu=1.0).bits == 0  # 64 alpha against 8 / 2
+
+
 def test_values_do_not_depend_on_the_number_of_threads():
     theta = compress("lowrank:rank=30", randn(300, 200))
     before = torch.get_num_threads()
