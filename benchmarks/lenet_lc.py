@@ -36,11 +36,11 @@ def shared(conv1: int, conv2: int, linear: int, k: int) -> dict[str, str]:
 
 # Name -> scheme.  In the order in which they are run.
 RUNS: dict[str, dict[str, str]] = {
-    "front-100": shared(250, 2500, 10700, 4),
+    "front-100": shared(250, 2400, 9900, 4),
     "target-26": MIXES["prune-codebook"],
-    "target-37": {"conv1": PRUNE.format(104), "conv2": PRUNE.format(2505), "fc*": LOWRANK.format("3e-8")},
-    "target-47": {"conv*": PRUNE.format(2505), "fc*": PRUNE.format(4400)},
-    "front-200": shared(180, 1000, 3800, 4),
+    "target-37": {"conv1": PRUNE.format(104), "conv2": PRUNE.format(2505), "fc1": "lowrank:rank=5", "fc2": CODEBOOK},
+    "target-47": {"conv*": PRUNE.format(2505), "fc*": PRUNE.format(4200)},
+    "front-200": shared(180, 950, 3300, 4),
     "front-50": shared(300, 4000, 24500, 8),
     "front-30": shared(400, 8000, 43000, 8),
     "front-150": shared(220, 1500, 5900, 4),

@@ -25,7 +25,7 @@ from transformers import set_seed
 
 from hf_actcompress.recipes.lenet import Digits, LeNet5, load_digits, make_trainer
 from hf_actcompress.recipes.results import environment, print_results, write_results
-from hf_actcompress.weights import LCCallback, LearningCompression, load_compressed
+from hf_actcompress.weights import LCCallback, LearningCompression, distillation_loss, load_compressed
 
 CODEBOOK, PRUNE, LOWRANK = "codebook:k=2", "prune:keep={}", "lowrank:rank=auto,alpha={}"
 # Convolutions and linear layers, as in the reference report.
@@ -76,15 +76,14 @@ class Distill:
         if not self.weight:
             return F.cross_entropy(outputs["logits"], labels)
         with torch.no_grad():
-            target = F.softmax(self.teacher(self.pixels)["logits"] / self.temperature, -1)
-        student = F.log_softmax(outputs["logits"] / self.temperature, -1)
-        soft = F.kl_div(student, target, reduction="batchmean") * self.temperature**2
+            target = self.teacher(self.pixels)["logits"]
+        soft = distillation_loss(outputs["logits"], target, self.temperature)
         return (1 - self.weight) * F.cross_entropy(outputs["logits"], labels) + self.weight * soft
 
 
 def compress(
     model: LeNet5, scheme: dict[str, str], train: Digits, evaluation: Digits, folder: Path, *, epochs: float = 15,
-    learning_rate: float = 0.03, mu: float = 1e-3, end: float = 1.0, every: int = 118, seed: int = 0,
+    learning_rate: float = 0.03, mu: float = 1e-3, end: float = 10.0, every: int = 118, seed: int = 0,
     temperature: float | None = None, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One run: train a copy of `model`, save it to `folder`, load the file again and evaluate that.
@@ -112,10 +111,12 @@ def compress(
     assert lc is not None
     path = lc.save(folder)
     load_compressed(folder, student)
+    logged = [e["lc/distance"] for e in trainer.state.log_history if "lc/distance" in e]
     kept = {name: {"of": p.numel(), "nonzero": int((p != 0).sum())} for name, p in lc.parameters.items()}
     return {
         "scheme": scheme, "error": trainer.evaluate()["eval_error"], "ratio": lc.ratio, "bits": lc.bits,
-        "file_bytes": path.stat().st_size, "direct_error": before, "distance": lc.distance(), "layers": kept,
+        "file_bytes": path.stat().st_size, "direct_error": before, "layers": kept,
+        "distance": logged[-1] if logged else None,
         "epochs": epochs, "learning_rate": learning_rate, "mu": mu, "mu_end": end, "every": every, "seed": seed,
         "temperature": temperature, "seconds": time.perf_counter() - began,
         "errors": [round(e["eval_error"], 3) for e in trainer.state.log_history if "eval_error" in e],
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--learning_rate", type=float, default=0.03)
     parser.add_argument("--mu", type=float, default=1e-3, help="weight of the penalty at first")
-    parser.add_argument("--end", type=float, default=1.0, help="weight of the penalty at the end")
+    parser.add_argument("--end", type=float, default=10.0, help="weight of the penalty at the end")
     parser.add_argument("--every", type=int, default=118, help="optimizer steps from one C step to the next")
     parser.add_argument("--temperature", type=float, help="distil from the dense reference at this temperature")
     parser.add_argument("--reference_epochs", type=float, default=25)

@@ -48,7 +48,7 @@ class Search:
         self.distill = Distill(dense)
         steps = -(-len(train) // 256) * epochs
         self.every = max(1, round(steps / (2 * epochs)))
-        growth = 1000 ** (1 / max(steps / self.every - 1, 1))  # mu from 1e-3 to 1
+        growth = 1e4 ** (1 / max(steps / self.every - 1, 1))  # mu from 1e-3 to 10
         self.callback.mu, self.callback.growth, self.callback.every = 1e-3, growth, self.every
         self.trainer = make_trainer(
             None, train, evaluation, str(folder), epochs=epochs, learning_rate=0.03, weight_decay=0.0,

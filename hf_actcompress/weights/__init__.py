@@ -11,7 +11,7 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "Compression": "compressions", "parse_compression": "compressions",
+    "Compression": "base", "parse_compression": "compressions",
     "find_tasks": "scheme", "parse_scheme": "scheme",
     "LearningCompression": "learning",
     "LCCallback": "lc",

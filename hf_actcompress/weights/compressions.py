@@ -1,15 +1,10 @@
-"""Compressions of weights: the nearest tensor of a kind (a projection), as a Theta with its counted bits.
-
-A compression is a frozen dataclass whose fields are its options.  It takes one or several tensors; `joint` ones see
-them as one long vector.  Models, training and files are not known here.
-"""
+"""Codebooks, binary and ternary values, low rank, codecs, sums; and compressions by their specs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,56 +13,10 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, codec_names, parse_codec
+from .base import GAIN, SWEEPS, Compression, check, flatten, shapes_of
 from .partition import assign, codebook
-from .theta import Coded, Codes, Dense, Factors, Several, Sparse, Sum, Theta
-
-SWEEPS = 30  # of an alternating minimisation, at most
-GAIN = 1e-3  # relative gain below which it ends
-
-
-class Compression:
-    """Subclasses set `name` and implement `_compress` for tensors that belong together."""
-
-    name: ClassVar[str] = ""
-    joint: bool = False
-    needs_mu: bool = False  # whether it weighs a penalty against mu / 2 times the squared error
-
-    def compress(self, tensors: Sequence[Tensor], mu: float | None = None, start: Theta | None = None) -> Theta:
-        """The Theta nearest to the tensors (any floating dtype).
-
-        mu: with a penalty C(Theta), the minimum of C + mu / 2 * squared error is found.
-        start: an earlier result, from which alternating minimisations go on if it is the better start.
-        """
-        if self.needs_mu and not mu:
-            raise ValueError(f"{self} weighs a penalty against mu/2 times the squared error: give mu > 0.")
-        tensors = [t.detach().float() for t in tensors]
-        if not all(torch.isfinite(t).all() for t in tensors):
-            raise ValueError(f"{self}: the weights hold NaN or Inf. Lower the learning rate or mu.")
-        if self.joint or len(tensors) == 1:
-            return self._compress(tensors, mu, start)
-        return Several(tuple(self._compress([t], mu, None) for t in tensors))
-
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        always = {"codebook": "k", "lowrank": "rank"}.get(self.name)
-        options = [f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self)  # type: ignore
-                   if getattr(self, f.name) != f.default or f.name == always]  # fmt: skip
-        return f"{self.name}:{','.join(options)}" if options else self.name
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _flat(tensors: Sequence[Tensor]) -> Any:
-    """fp64 numpy [N]"""
-    return torch.cat([t.reshape(-1) for t in tensors]).double().cpu().numpy()
-
-
-def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in tensors]
+from .pruning import Prune
+from .theta import Coded, Codes, Dense, Factors, Sum, Theta
 
 
 @dataclass(frozen=True)
@@ -83,12 +32,12 @@ class Codebook(Compression):
     name: ClassVar[str] = "codebook"
 
     def __post_init__(self) -> None:
-        _check(self.name, "k", self.k, isinstance(self.k, int) and 1 <= self.k <= 2**16, "an integer from 1 to 65536")
+        check(self.name, "k", self.k, isinstance(self.k, int) and 1 <= self.k <= 2**16, "an integer from 1 to 65536")
 
     def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
-        x = _flat(tensors)
+        x = flatten(tensors)
         table = codebook(x, self.k).astype(np.float32)
-        return Codes(_shapes(tensors), assign(x, table.astype(np.float64)), torch.from_numpy(table))
+        return Codes(shapes_of(tensors), assign(x, table.astype(np.float64)), torch.from_numpy(table))
 
 
 @dataclass(frozen=True)
@@ -99,9 +48,9 @@ class Binary(Compression):
     name: ClassVar[str] = "binary"
 
     def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
-        x = _flat(tensors)
+        x = flatten(tensors)
         scale = np.abs(x).mean() if x.size else 0.0
-        return Codes(_shapes(tensors), (x >= 0).astype(np.int64), torch.tensor([scale]).float(), "binary")
+        return Codes(shapes_of(tensors), (x >= 0).astype(np.int64), torch.tensor([scale]).float(), "binary")
 
 
 @dataclass(frozen=True)
@@ -113,127 +62,13 @@ class Ternary(Compression):
     name: ClassVar[str] = "ternary"
 
     def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
-        x = _flat(tensors)
+        x = flatten(tensors)
         size = np.sort(np.abs(x))[::-1]
         sums, count = np.cumsum(size), np.arange(1, x.size + 1)
         best = int(np.argmax(sums**2 / count)) if x.size else 0
         scale, least = (sums[best] / (best + 1), size[best]) if x.size else (0.0, 0.0)
         codes = np.where(np.abs(x) >= least, np.where(x < 0, 0, 2), 1)
-        return Codes(_shapes(tensors), codes, torch.tensor([scale]).float(), "ternary")
-
-
-@dataclass(frozen=True)
-class Prune(Compression):
-    """Few values stay, the rest becomes zero.  Exactly one of:
-
-    keep: how many (`keep=104`, of all tensors together) or which share (`keep=1%`); the largest magnitudes.
-    l0: a penalty of l0 for each value that stays: those above sqrt(2 l0 / mu).
-    l1: a penalty of l1 times the magnitude: all shrink by l1 / mu.
-    l1_norm: the magnitudes may sum up to that: the nearest point of the l1 ball.
-
-    k: what stays takes one of k shared values (with keep or l0).
-    joint=false: each tensor by itself.
-    Bits: 32 a value that stays (with k: ceil(log2 k), and 32 k), and the gaps between positions in fields of the
-    best width.
-    """
-
-    keep: int | str | None = None
-    l0: float | None = None
-    l1: float | None = None
-    l1_norm: float | None = None
-    k: int | None = None
-    joint: bool = True
-    name: ClassVar[str] = "prune"
-
-    def __post_init__(self) -> None:
-        given = [o for o in ("keep", "l0", "l1", "l1_norm") if getattr(self, o) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"prune: give exactly one of keep=, l0=, l1= and l1_norm=; got {given or 'none'}. "
-                "Examples: prune:keep=104, prune:keep=1%, prune:l0=1e-6."
-            )
-        if isinstance(self.keep, str):
-            share = re.fullmatch(r"(\d+(\.\d*)?|\.\d+)%", self.keep)
-            _check(self.name, "keep", self.keep, share and float(self.keep[:-1]) <= 100, _KEEP)
-        elif self.keep is not None:
-            _check(self.name, "keep", self.keep, isinstance(self.keep, int) and self.keep >= 0, _KEEP)
-        for option in ("l0", "l1", "l1_norm"):
-            value = getattr(self, option)
-            _check(self.name, option, value, value is None or value >= 0, "a number of 0 or more")
-        _check(self.name, "k", self.k, self.k is None or (isinstance(self.k, int) and 1 <= self.k <= 2**16),
-               "an integer from 1 to 65536")  # fmt: skip
-        if self.k is not None and given[0] in ("l1", "l1_norm"):
-            raise ValueError(f"prune: k={self.k} (a codebook for what stays) goes with keep= or l0=, not {given[0]}=.")
-
-    @property
-    def needs_mu(self) -> bool:  # type: ignore[override]
-        return self.l0 is not None or self.l1 is not None
-
-    def kept(self, n: int) -> int:
-        if isinstance(self.keep, str):
-            return round(float(self.keep[:-1]) / 100 * n)
-        assert self.keep is not None
-        return min(self.keep, n)
-
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
-        x, shapes = _flat(tensors), _shapes(tensors)
-        if self.k is not None:
-            return self._shared(x, shapes, mu)
-        if self.l1 is not None or self.l1_norm is not None:
-            by = self.l1 / mu if self.l1 is not None else _ball_threshold(np.abs(x), self.l1_norm)  # type: ignore
-            where = np.flatnonzero(np.abs(x) > by)
-            values = x[where] - by * np.sign(x[where])
-        else:
-            where = self._select(x**2, mu)
-            values = x[where]
-        return Sparse(shapes, where, torch.from_numpy(values.astype(np.float32)))
-
-    def _select(self, gain: Any, mu: float | None) -> Any:
-        """Ascending positions of what is worth keeping, by how much the squared error falls."""
-        if self.l0 is not None:
-            return np.flatnonzero(gain > 2 * self.l0 / mu)  # type: ignore[operator]
-        keep = self.kept(gain.size)
-        if keep == 0:
-            return np.zeros(0, np.int64)
-        where = np.arange(gain.size) if keep == gain.size else np.argpartition(gain, gain.size - keep)[-keep:]
-        return np.sort(where[gain[where] > 0])
-
-    def _shared(self, x: Any, shapes: Any, mu: float | None) -> Sparse:
-        """In turn: the best codebook for what stays, and what to keep with that codebook."""
-        assert self.k is not None
-        best, least, where = None, math.inf, self._select(x**2, mu)
-        for _ in range(SWEEPS):
-            if not where.size:
-                break
-            table = codebook(x[where], self.k).astype(np.float32).astype(np.float64)
-            # A value belongs to the nearest centroid; keeping it pays by x^2 - (x - centroid)^2.
-            near = table[assign(x, table)]
-            where = self._select(x**2 - (x - near) ** 2, mu)
-            error = float(((x[where] - near[where]) ** 2).sum() + (x**2).sum() - (x[where] ** 2).sum())
-            error += 0.0 if self.l0 is None else 2 * self.l0 / mu * where.size  # type: ignore[operator]
-            if best is not None and error >= (1 - GAIN) * least:
-                break
-            best, least = (table, where, assign(x[where], table)), error
-        if best is None:
-            return Sparse(shapes, np.zeros(0, np.int64), torch.zeros(1), np.zeros(0, np.int64))
-        table, where, codes = best
-        return Sparse(shapes, where, torch.from_numpy(table.astype(np.float32)), codes)
-
-
-_KEEP = "a count such as 104 or a share such as 1% (from 0% to 100%)"
-
-
-def _ball_threshold(size: Any, radius: float) -> float:
-    """By how much magnitudes must shrink for their sum to be `radius` (0: they are within).
-
-    Source: Duchi et al., Efficient projections onto the l1-ball, 2008.
-    """
-    if size.sum() <= radius:
-        return 0.0
-    order = np.sort(size)[::-1]
-    excess = (np.cumsum(order) - radius) / np.arange(1, size.size + 1)
-    stay = np.flatnonzero(order > excess)  # the largest count of values above the threshold that they imply
-    return float(excess[stay[-1]]) if stay.size else float(order[0])
+        return Codes(shapes_of(tensors), codes, torch.tensor([scale]).float(), "ternary")
 
 
 @dataclass(frozen=True)
@@ -252,7 +87,7 @@ class LowRank(Compression):
 
     def __post_init__(self) -> None:
         if self.rank != "auto":
-            _check(self.name, "rank", self.rank, isinstance(self.rank, int) and self.rank >= 0,
+            check(self.name, "rank", self.rank, isinstance(self.rank, int) and self.rank >= 0,
                    "an integer of 0 or more, or auto")  # fmt: skip
         if (self.rank == "auto") != (self.alpha is not None):
             raise ValueError(
@@ -260,7 +95,7 @@ class LowRank(Compression):
                 "number, such as 1e-8) and a fixed rank takes none."
             )
         if self.alpha is not None:
-            _check(self.name, "alpha", self.alpha, self.alpha >= 0, "a number of 0 or more")
+            check(self.name, "alpha", self.alpha, self.alpha >= 0, "a number of 0 or more")
 
     @property
     def needs_mu(self) -> bool:  # type: ignore[override]
@@ -287,7 +122,7 @@ class LowRank(Compression):
         else:
             rank = int(self.rank)
         root = s[:rank].sqrt()
-        theta = Factors(_shapes(tensors), (u[:, :rank] * root).cpu().contiguous(),
+        theta = Factors(shapes_of(tensors), (u[:, :rank] * root).cpu().contiguous(),
                         (vh[:rank].T * root).cpu().contiguous())  # fmt: skip
         return theta if rank * (m + n) < m * n else Dense(theta.shapes, theta.values()[0].reshape(-1))
 
@@ -300,7 +135,7 @@ class Encode(Compression):
     name: ClassVar[str] = "codec"
 
     def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
-        return Coded(_shapes(tensors), self.codec.encode(tensors[0].cpu().contiguous()))
+        return Coded(shapes_of(tensors), self.codec.encode(tensors[0].cpu().contiguous()))
 
     def __str__(self) -> str:
         text = str(self.codec)
@@ -410,8 +245,3 @@ def _value(text: str) -> Any:
         except ValueError:
             pass
     return text
-
-
-def _check(name: str, option: str, value: Any, good: Any, allowed: str) -> None:
-    if not good or isinstance(value, bool):
-        raise ValueError(f"{name}: {option}={value!r} is not {allowed}.")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .compressions import Compression, LowRank, parse_compression
+from .base import Compression
+from .compressions import LowRank, parse_compression
 
 Scheme = Mapping[str, "str | Compression"]
 

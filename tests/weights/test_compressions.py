@@ -147,6 +147,13 @@ def test_penalties_are_minimised(x, weight, mu):
         assert (own <= best + 1e-4).all()
 
 
+def test_penalties_with_known_answers():
+    x = torch.tensor([0.9, -1.1, 2.0])
+    for spec, expected in (("prune:l0=2", [0, -1.1, 2]), ("prune:l1=4", [0, -0.1, 1]), ("prune:l0=2,k=1", [0, 0, 2])):
+        (y,) = compress(spec, x, mu=4.0).values()  # l0: above 1; l1: by 1; k=1: -1.1 is no 2
+        torch.testing.assert_close(y, torch.tensor(expected).float(), msg=spec)
+
+
 def test_pruning_is_joint_unless_told_otherwise():
     small, large = torch.full((3,), 0.1), torch.full((3,), 1.0)
     assert [int((v != 0).sum()) for v in compress("prune:keep=3", small, large).values()] == [0, 3]
@@ -187,6 +194,12 @@ def test_the_chosen_rank_costs_least_and_never_more_than_dense(alpha):
     costs = [alpha * min(r * 34, 280) + mu / 2 * float((s[r:] ** 2).sum()) for r in range(len(s) + 1)]
     assert own == pytest.approx(min(costs), rel=1e-5, abs=1e-6)
     assert theta.bits <= 32 * 280
+
+
+def test_a_flat_spectrum_is_left_dense_where_factors_cost_more():
+    theta = compress("lowrank:rank=auto,alpha=0.05", torch.eye(8), mu=1.0)
+    assert theta.bits == 32 * 64 and error(theta, torch.eye(8)) < 1e-9
+    assert compress("lowrank:rank=auto,alpha=0.07", torch.eye(8), mu=1.0).bits == 0  # 64 alpha against 8 / 2
 
 
 def test_values_do_not_depend_on_the_number_of_threads():

@@ -6,7 +6,8 @@ from torch import nn
 
 from hf_actcompress.recipes.lenet import LeNet5
 from hf_actcompress.weights import find_tasks, parse_scheme
-from hf_actcompress.weights.compressions import Codebook, Prune
+from hf_actcompress.weights.compressions import Codebook
+from hf_actcompress.weights.pruning import Prune
 
 
 class Block(nn.Module):

@@ -1,0 +1,69 @@
+"""What all compressions of weights have in common: the nearest tensor of a kind (a projection), as a Theta.
+
+A compression is a frozen dataclass whose fields are its options.  It takes one or several tensors; `joint` ones see
+them as one long vector.  Models, training and files are not known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .theta import Several, Theta
+
+SWEEPS = 30  # of an alternating minimisation, at most
+GAIN = 1e-3  # relative gain below which it ends
+
+
+class Compression:
+    """Subclasses set `name` and implement `_compress` for tensors that belong together."""
+
+    name: ClassVar[str] = ""
+    joint: bool = False
+    needs_mu: bool = False  # whether it weighs a penalty against mu / 2 times the squared error
+
+    def compress(self, tensors: Sequence[Tensor], mu: float | None = None, start: Theta | None = None) -> Theta:
+        """The Theta nearest to the tensors (any floating dtype).
+
+        mu: with a penalty C(Theta), the minimum of C + mu / 2 * squared error is found.
+        start: an earlier result, from which alternating minimisations go on.
+        """
+        if self.needs_mu and not mu:
+            raise ValueError(f"{self} weighs a penalty against mu/2 times the squared error: give mu > 0.")
+        tensors = [t.detach().float() for t in tensors]
+        if not all(torch.isfinite(t).all() for t in tensors):
+            raise ValueError(f"{self}: the weights hold NaN or Inf. Lower the learning rate or mu.")
+        if self.joint or len(tensors) == 1:
+            return self._compress(tensors, mu, start)
+        return Several(tuple(self._compress([t], mu, None) for t in tensors))
+
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        always = {"codebook": "k", "lowrank": "rank"}.get(self.name)
+        options = [f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self)  # type: ignore
+                   if getattr(self, f.name) != f.default or f.name == always]  # fmt: skip
+        return f"{self.name}:{','.join(options)}" if options else self.name
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Any:
+    """fp64 numpy [N]"""
+    return torch.cat([t.reshape(-1) for t in tensors]).double().cpu().numpy()
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tensors]
+
+
+def check(name: str, option: str, value: Any, good: Any, allowed: str) -> None:
+    if not good or isinstance(value, bool):
+        raise ValueError(f"{name}: {option}={value!r} is not {allowed}.")
