@@ -181,7 +181,7 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Any]],
 
 
 def _logits(output: Any) -> Tensor:
-    return output.logits if hasattr(output, "logits") else output
+    return output["logits"] if type(output) is dict else getattr(output, "logits", output)
 
 
 # Cost

@@ -212,7 +212,7 @@ class _Logits(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         output = self.model(**dict(zip(self.names, values, strict=True))) if self.by_name else self.model(*values)
-        return output.logits if hasattr(output, "logits") else output
+        return output["logits"] if type(output) is dict else getattr(output, "logits", output)
 
 
 def _export(model: nn.Module, names: list[str], values: tuple[Tensor, ...]) -> nn.Module:

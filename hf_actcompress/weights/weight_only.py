@@ -65,9 +65,21 @@ class Binarize(nn.Module):
     """
 
     def forward(self, w: Tensor) -> Tensor:
-        scale = w.detach().abs().flatten(1).mean(1).view(-1, *[1] * (w.dim() - 1))
-        clipped = w.clamp(-1, 1)
-        return clipped + (torch.where(w < 0, -scale, scale) - clipped).detach()
+        return _Signs.apply(w)
+
+
+class _Signs(torch.autograd.Function):
+    # Not w + (sign - w).detach(): rounding would leave more than two values.
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        scale = w.abs().flatten(1).mean(1).view(-1, *[1] * (w.dim() - 1))
+        return torch.where(w < 0, -scale, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        return gradient * (w.abs() <= 1)
 
 
 def binarize(model: nn.Module, layers: str | Callable[[str, nn.Module], bool] = "*") -> list[str]:

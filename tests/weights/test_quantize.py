@@ -27,7 +27,7 @@ def quantized():
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return ((a - b).norm() / b.norm()).item()
 
 
 def test_it_is_int8_and_close(quantized):
@@ -96,7 +96,7 @@ def test_training_with_rounding_lowers_the_loss_and_converts(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     with pytest.raises(ValueError, match="still in training"):
         model.lower(inputs(batch))
     model.eval()

@@ -97,6 +97,17 @@ def test_torchvision_googlenet_by_way_of_a_file(tmp_path):
     assert torch.equal(load_pruned(save_pruned(model, tmp_path))(**x).logits, model(**x).logits)
 
 
+def test_ranked_everywhere_the_useless_layer_loses_all():
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():  # 12 of 24 inner channels hardly matter; 10 of all 40 are to go
+        net.block[0].weight[:12] *= 1e-3
+        net.block[1].weight[:12] *= 1e-3
+        net.block[3].weight[:, :12] *= 1e-3
+    prune(net, inputs(images()), channels=0.25, everywhere=True)
+    assert (net.stem[0].out_channels, net.block[0].out_channels) == (16, 14)
+
+
 def test_steps_reach_the_share_and_no_further():
     net = Net()
     pruner = StructuredPruner(net, inputs(images()), channels=0.5, steps=2)

@@ -26,7 +26,7 @@ def test_int8_and_int4(tmp_path, bits, most, share):
     chosen = quantize_weights(model, bits, layers="bert.encoder.*")
     assert len(chosen) == 12
     error = (model(**batch, output_hidden_states=True).hidden_states[-1] - expected).norm() / expected.norm()
-    assert 0 < float(error) < most
+    assert 0 < error.item() < most
     weight = model.bert.encoder.layer[0].output.dense.weight
     assert int(weight.qdata.min()) >= -(2 ** (bits - 1)) and int(weight.qdata.max()) < 2 ** (bits - 1)
     logits = model(**batch).logits
