@@ -23,9 +23,9 @@ def warning_of(metrics: Mapping[str, float], limit: float, codecs: Mapping[tuple
         return None
     what = "activations" if place[1] == "forward" else "gradients"
     return (
-        f"The {what} after {place[0]} have a relative error of {errors[place]:.2f} with {codecs[place]}. Above {limit:g} "
-        f"a run may lose accuracy. {_remedy(codecs[place], place[1])} analysis=True records what the parameters' "
-        "gradient suffers; warn_error=0 turns this warning off."
+        f"The {what} after {place[0]} have a relative error of {errors[place]:.2f} with {codecs[place]}. "
+        f"Above {limit:g} a run may lose accuracy. {_remedy(codecs[place], place[1])} analysis=True records what the "
+        "parameters' gradient suffers; warn_error=0 turns this warning off."
     )
 
 
