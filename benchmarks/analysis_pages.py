@@ -84,11 +84,12 @@ def cost(rows: list[dict[str, Any]]) -> str:
 
 def hits(record: dict[str, Any]) -> str:
     lines = ["| task | runs | harmed | warned of | of which harmed |", "| --- |" + " ---: |" * 4]
-    lines += [f"| {r['task']} | {r['runs']} | {r['harmed']} | {r['warned']} | {r['caught']} |" for r in record["tasks"]]
+    keys = ("task", "runs", "harmed", "warned", "caught")
+    lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in record["tasks"]]
     return "\n".join(lines) + (
-        f"\n\n`python benchmarks/warning_hits.py`: the limit of {record['limit']:g} over the runs of docs/results.md. A "
-        "run is harmed if it lost more than a tenth of what training without compression gains over a constant answer. "
-        "The limit was chosen on the same runs."
+        f"\n\n`python benchmarks/warning_hits.py`: the limit of {record['limit']:g} over the runs of docs/results.md. "
+        "A run is harmed if it lost more than a tenth of what training without compression gains over a constant "
+        "answer. The limit was chosen on the same runs."
     )
 
 
