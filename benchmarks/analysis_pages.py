@@ -28,6 +28,8 @@ def fill_all(fill: Callable[[Path, str, str], None]) -> None:
         path = RESULTS / f"{name.replace(' ', '_')}.json"
         if path.exists():
             fill(page, name, make(json.loads(path.read_text())))
+    if (RESULTS / "auto_error.json").exists():
+        fill(page, "auto error", errors(json.loads((RESULTS / "auto_error.json").read_text())))
     if any((RESULTS / "auto_ratio").glob("*/*.json")):
         fill(page, "auto ratio", auto())
 
@@ -90,6 +92,24 @@ def hits(record: dict[str, Any]) -> str:
         f"\n\n`python benchmarks/warning_hits.py`: the limit of {record['limit']:g} over the runs of docs/results.md. "
         "A run is harmed if it lost more than a tenth of what training without compression gains over a constant "
         "answer. The limit was chosen on the same runs."
+    )
+
+
+def errors(rows: list[dict[str, Any]]) -> str:
+    lines = ["| task | codec in both directions | ratio | error, mean of layers | error, whole gradient | cosine |",
+             "| --- | --- |" + " ---: |" * 4]  # fmt: skip
+    for row in rows:
+        spreads = (row[key] for key in ("layer_error", "grad_error", "grad_cosine"))
+        cells = " | ".join(f"{spread['mean']:.3f} ± {spread['std']:.3f}" for spread in spreads)
+        lines.append(f"| {row['task']} | `{row['codec']}` | {row['ratio']:.2f} | {cells} |")
+    chosen = "; ".join(
+        f"{row['task']}: " + ", ".join(f"{name} {label(c['forward'])} forward and {label(c['backward'])} backward"
+                                       for name, c in row["chosen"].items())
+        for row in rows if "chosen" in row
+    )  # fmt: skip
+    return "\n".join(lines) + (
+        "\n\n`python benchmarks/auto_error.py`: both cuts compressed at once, before training, on four batches other "
+        f"than the one that was chosen by. Chosen: {chosen}."
     )
 
 
