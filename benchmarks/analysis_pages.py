@@ -49,7 +49,7 @@ def sensitivity(record: dict[str, Any]) -> str:
             for b in bits:
                 own = {codec for codec in plain if family(codec) == each and f"bits={b}," in f"{codec},"}
                 errors = [r["layer_error"] for r in rows if r["direction"] == direction and r["codec"] in own]
-                cells.append(f"{100 * math.exp(sum(map(math.log, errors)) / len(errors)):.2g} %" if errors else "")
+                cells.append(f"{_percent(math.exp(sum(map(math.log, errors)) / len(errors)))} %" if errors else "")
         lines.append(f"| {each} | " + " | ".join(cells) + " |")
     title = TITLES.get(record["model"], record["model"])
     figures = {"sensitivity_map": "error of the gradient for each cut and codec",
@@ -65,6 +65,10 @@ def sensitivity(record: dict[str, Any]) -> str:
         f"{worst[0]['layer_error']:.2g}; backward {label(worst[1]['codec'])} after layer {worst[1]['layer']}, "
         f"{worst[1]['layer_error']:.2g}."
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}"
 
 
 def cost(rows: list[dict[str, Any]]) -> str:
