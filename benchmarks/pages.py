@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+import analysis_pages
 import card_pages
 import link_pages
 import memory_pages
@@ -166,6 +167,7 @@ def main() -> None:
     link_pages.fill(sys.modules[__name__])
     weights_pages.fill_all(fill, ROOT)
     card_pages.fill_all(fill, ROOT / "docs" / "weights.md")
+    analysis_pages.fill_all(fill)
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")

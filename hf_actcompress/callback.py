@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .analysis.records import FILE_NAME as ANALYSIS_NAME
 from .analysis.records import Writer
+from .analysis.warning import warning_of
 from .attach import Handle, compress_model, flatten_state, unflatten_state
 from .config import ActCompressConfig
 from .metering import Meter
@@ -67,6 +68,7 @@ class ActCompressCallback(TrainerCallback):
         self._logged_saved = Record()
         self._epoch: int | None = None  # the last one trained in
         self._epoch_begun = False
+        self._warned = False
         self._analysed: dict[str, Any] | None = None  # the last row that the probe has written
         self._trainer: Any = None
 
@@ -95,7 +97,7 @@ class ActCompressCallback(TrainerCallback):
         self._epoch = _epoch(state)
         self._epoch_begun = False
         self.handle.set_epoch(self._epoch)
-        self._logged, self._logged_saved = {}, Record()
+        self._logged, self._logged_saved, self._warned = {}, Record(), False
         if self.handle.probe is not None:
             self._record_analysis(args, state)
         if state.global_step > 0:
@@ -136,6 +138,9 @@ class ActCompressCallback(TrainerCallback):
         if self.handle is None or logs is None or "loss" not in logs:
             return
         extra = self._interval_metrics()
+        if not self._warned and (message := warning_of(extra, self.config.warn_error, self._codecs_in_use())):
+            logger.warning(message)
+            self._warned = True
         logs.update(extra)
         # The Trainer has copied `logs` into the history before it calls.
         if state.log_history:
@@ -226,6 +231,11 @@ class ActCompressCallback(TrainerCallback):
             if self.handle.saved.auto is not None:
                 result["compress/saved/mean_bits"] = round(self.handle.saved.auto.mean_bits(), 3)
         return result
+
+    def _codecs_in_use(self) -> dict[tuple[str, str], str]:
+        assert self.handle is not None
+        return {(name, direction): str(channel.codec) for name in self.handle.boundaries
+                for direction, channel in self.handle.channels(name)}  # fmt: skip
 
     def _memory_metrics(self, record: Record) -> dict[str, float]:
         """What autograd would have held of a forward pass and what was held, in MB; the peak where a device counts."""

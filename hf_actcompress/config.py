@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis.target import START, Target, is_auto
+from .analysis.warning import WARN_ERROR
 from .budget import Auto
 from .codecs import Codec, parse_codec
 
@@ -45,6 +46,8 @@ class ActCompressConfig:
     meter_every: the error is measured at every n-th call of a boundary; 0 never.
     analysis: at every `analysis_every`-th step the batch is run twice on the side, with and without compression, and
         what that does to every tensor and to the parameters' gradient is recorded (docs/analysis.md).
+    warn_error: a run is warned of once (by the callback) where the relative error at a boundary, of activations or of
+        gradients, is above this; 0 never (docs/analysis.md: how often that is right).
     resolved: what auto has chosen, by layer: {"encoder.layer.0": {"forward": ..., "backward": ...}}.  Written by a
         run; a model that is compressed with it starts from there.
     """
@@ -65,6 +68,7 @@ class ActCompressConfig:
     meter_every: int = 10
     analysis: bool = False
     analysis_every: int = 100
+    warn_error: float = WARN_ERROR
     resolved: dict[str, dict[str, str]] | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +103,9 @@ class ActCompressConfig:
         every = self.analysis_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"analysis_every={every!r} is not a whole number of 1 or more.")
+        limit = self.warn_error
+        if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 <= limit < float("inf"):
+            raise ValueError(f"warn_error={limit!r} is not a number of 0 or more (0 never warns).")
         for name, allowed in (("placement", PLACEMENTS), ("evaluate", EVALUATE), ("nonfinite", NONFINITE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(allowed)}.")
@@ -233,6 +240,9 @@ class CompressionArguments:
         default=False, metadata={"help": "Record what compression does to tensors and gradients (docs/analysis.md)."}
     )
     analysis_every: int = field(default=100, metadata={"help": "Steps between records of the analysis."})
+    warn_error: float = field(
+        default=WARN_ERROR, metadata={"help": "Warn once where boundaries' relative error is above this; 0 never."}
+    )
 
     def to_config(self) -> ActCompressConfig | None:
         """The configuration, or None for `--codec none`."""

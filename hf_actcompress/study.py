@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .analysis.records import rounded
 from .analysis.sensitivity import DIRECTIONS, batches_mean, sensitivity
 from .attach import Handle, compress_model
 from .codecs import Codec, parse_codec
@@ -141,11 +142,11 @@ def study(
                 look=look if number == 0 else None,
             ))  # fmt: skip
         grown = list(growth(handle, model, batches[0], fits, advance))
-    return {
+    return rounded({
         "layers": [{"index": layer.index, "name": layer.name, "shape": layer.shape} for layer in layers],
         "codecs": [str(codec) for codec in fits], "left_out": left_out, "map": batches_mean(tables), "growth": grown,
         "histograms": histograms,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def growth(

@@ -33,9 +33,10 @@ def test_the_trainer_compresses_on_every_rank_and_keeps_them_in_step(ranks):
     assert one["hooks"] == {}
 
 
-def test_a_resumed_run_is_the_unbroken_run(ranks):
+def test_a_resumed_and_analysed_run_is_the_unbroken_run(ranks):
     folder, (one, other) = ranks
     assert one["resumed"] == other["resumed"] == one["whole"]
+    assert one["analysed"] == other["analysed"] == [4, 6]
     states = sorted(path.name for path in (folder / "run" / "checkpoint-3").glob("actcompress_state*"))
     assert states == ["actcompress_state_rank0.safetensors", "actcompress_state_rank1.safetensors"]
     first, second = ((folder / "run" / "checkpoint-3" / name).read_bytes() for name in states)

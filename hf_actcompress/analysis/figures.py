@@ -16,8 +16,7 @@ WIDTH, DPI = 9.0, 180
 COLORS = {"uniform": "#0072B2", "block": "#D55E00", "sort": "#009E73", "kmeans": "#CC79A7", "topk": "#E69F00",
           "lowrank": "#56B4E9", "rotated": "#7F6000", "float8": "#444444"}  # fmt: skip
 MARKERS = {"uniform": "o", "block": "s", "sort": "^", "kmeans": "D", "topk": "v", "lowrank": "P", "rotated": "X"}
-ARROWS = {"forward": "activations on the way forward", "backward": "gradients on the way back"}
-SAFE, LOST = 0.1, 1.0  # of the error scale: below, training hardly notices; from there on the gradient is mostly noise
+ARROWS = {"forward": "Activations, on the way forward", "backward": "Gradients, on the way back"}
 
 
 def family(codec: str) -> str:
@@ -55,7 +54,7 @@ def sensitivity_map(record: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         grid = [[_at_least(found.get((codec, layer)), 1e-3) for layer, _ in layers] for codec in codecs]
         image = ax.imshow(grid, aspect="auto", cmap="RdYlGn_r", norm=norm)
         ax.grid(False)
-        ax.set_title(f"Compressing {ARROWS[direction]}", loc="left", fontsize=9, fontweight="bold")
+        ax.set_title(ARROWS[direction], loc="left", fontsize=9, fontweight="bold")
         ax.set_xticks(range(len(layers)), [str(index) for index, _ in layers])
         ax.set_xlabel("cut after layer")
         ax.set_yticks(range(len(codecs)), [label(c) for c in codecs] if direction == "forward" else [""] * len(codecs))
@@ -84,8 +83,8 @@ def sensitivity_map(record: Mapping[str, Any], path: str | os.PathLike[str]) -> 
 
 
 def error_against_bits(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """One panel a direction: the gradient's error over the bits that are left of each value, a line a family; the
-    line is the geometric mean over layers, the band goes from the least to the most sensitive one."""
+    """One panel a direction: the gradient's error over the bits that are left of each value, a line a family, as the
+    geometric mean over layers."""
     figure, axes = _figure(1, 2, WIDTH, 3.6)
     for ax, direction in zip(axes, ARROWS, strict=True):
         groups: dict[str, dict[float, list[float]]] = {}
@@ -95,20 +94,21 @@ def error_against_bits(record: Mapping[str, Any], path: str | os.PathLike[str]) 
                 points = groups.setdefault(family(row["codec"]), {})
                 key = next((b for b in points if abs(b - bits) < 0.35), bits)
                 points.setdefault(key, []).append(row["layer_error"])
-        for name, points in groups.items():
+        for name, points in sorted(groups.items(), key=lambda item: _rank(item[0])):
             bits = sorted(points)
             means = [math.exp(sum(map(math.log, points[b])) / len(points[b])) for b in bits]
-            style = {"color": COLORS.get(name, "#888888"), "marker": MARKERS.get(name, "h")}
+            style: dict[str, Any] = {"color": COLORS.get(name, "#888888"), "marker": MARKERS.get(name, "h")}
             ax.plot(bits, means, label=name, markersize=5, linewidth=1.6, **style)
-            ax.fill_between(bits, [min(points[b]) for b in bits], [max(points[b]) for b in bits], alpha=0.10,
-                            color=style["color"], linewidth=0)  # fmt: skip
         ax.set_yscale("log")
-        ax.axhspan(LOST, max(LOST * 3, ax.get_ylim()[1]), color="#D55E00", alpha=0.08, linewidth=0)
-        ax.set_title(f"Compressing {ARROWS[direction]}", loc="left", fontsize=9, fontweight="bold")
+        ax.axhline(1.0, color="#333333", linewidth=1, linestyle=(0, (5, 2)))
+        ax.annotate("noise as large as the gradient", (0.99, 1.0), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                    textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color="#333333")  # fmt: skip
+        ax.set_title(ARROWS[direction], loc="left", fontsize=9, fontweight="bold")
         ax.set_xlabel("bits left of each 32-bit value, scales included")
         ax.set_ylabel("error of the parameters' gradient" if direction == "forward" else "")
-        ax.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{record['model']}: gradient error against bits (line: mean of layers, band: all layers)",
+        if direction == "backward":
+            ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{record['model']}: error of the gradient against bits, mean of all cuts (one at a time)",
                     fontsize=10.5, fontweight="bold", x=0.01, ha="left")  # fmt: skip
     return _save(figure, path)
 
@@ -129,7 +129,7 @@ def error_growth(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
         ax.set_title(title, loc="left", fontsize=9, fontweight="bold")
         ax.set_xlabel("layer")
         ax.set_ylabel("relative error of what the next layer gets" if where == "first" else "")
-    axes[1].legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[1].legend(frameon=False, fontsize=7.5, handlelength=3.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{record['model']}: how the error grows along the depth", fontsize=10.5, fontweight="bold",
                     x=0.01, ha="left")  # fmt: skip
     return _save(figure, path)
@@ -178,12 +178,14 @@ def all_figures(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> li
 def _telling(record: Mapping[str, Any]) -> list[str]:
     """At most eight codecs, the coarsest first, then the middle of each family."""
     every = [codec for codec in record["codecs"] if codec != "identity"]
-    return ([codec for codec in every if re.search(r"bits=(2|4)\b", codec)] or every)[:8]
+    few = [codec for codec in every if re.search(r"bits=(2|4)\b", codec) and "|" not in codec]
+    return sorted(few or every, key=_rank)[:10]
 
 
 def _rank(codec: str) -> int:
     names = list(COLORS)
-    return names.index(family(codec)) if family(codec) in names else len(names)
+    name = codec if codec in names else family(codec)
+    return names.index(name) if name in names else len(names)
 
 
 def _bits(rows: Sequence[Mapping[str, Any]], codec: str) -> int:

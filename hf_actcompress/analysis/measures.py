@@ -16,6 +16,8 @@ from ..metering import pick
 
 SAMPLE = 1 << 17  # values that stand for a larger tensor, evenly spaced; the extremes are those of the whole tensor
 
+CHUNK = 1 << 16
+
 MEASURES = (
     "rel_error", "snr_db", "cosine", "bias", "zeroed", "saturated", "outlier", "kurtosis", "effective_bits",
 )  # fmt: skip
@@ -80,8 +82,9 @@ def sums_of(exact: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> l
             continue
         a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
         b = torch.zeros_like(a) if b is None else b
-        a, b = a.detach().float(), b.detach().float()
-        result.append(Sums(_sum((b - a).square_()), _sum(a.square()), _sum(b.square()), _sum(a * b)))
+        a, b = a.detach().float().reshape(-1), b.detach().float().reshape(-1)
+        error = b - a
+        result.append(Sums(_dot(error, error), _dot(a, a), _dot(b, b), _dot(a, b)))
     return result
 
 
@@ -94,8 +97,12 @@ def rms_error(parts: Iterable[Sums]) -> float | None:
     return math.sqrt(sum(part.noise / part.power for part in parts) / len(parts)) if parts else 0.0
 
 
-def _sum(x: Tensor) -> float:
-    return float(x.sum(dtype=torch.float64))
+def _dot(x: Tensor, y: Tensor) -> float:
+    """Products in fp32, which is fast, in chunks short enough for it; the chunks are summed in double precision."""
+    if x.numel() == 0:
+        return 0.0
+    chunks = [a @ b for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True)]
+    return float(torch.stack(chunks).double().sum())
 
 
 def _apart(noise: float, power: float, own: float, dot: float) -> dict[str, float | None]:

@@ -122,6 +122,13 @@ def row(**values: Any) -> dict[str, Any]:
     return {name: _short(values.get(name)) for name in COLUMNS}
 
 
+def rounded(value: Any) -> Any:
+    """The same with six digits of every number, in nested lists and dicts."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else _short(value)
+
+
 def _short(value: Any) -> Any:
     if not isinstance(value, float):
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa: E402
 from helpers.trainers import STEPS, make_trainer, weights  # noqa: E402
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model  # noqa: E402
+from hf_actcompress.analysis import read_records  # noqa: E402
 
 
 def fingerprint(values: dict[str, torch.Tensor]) -> list[float]:
@@ -49,8 +51,12 @@ def trainer_loop(found: dict, folder: Path) -> None:
     found["calls"] = sorted({row["calls"] for row in callback.stats if row["direction"] == "backward"})
     found["steps"] = trainer.state.global_step
     found["expected steps"] = 2 * STEPS
-    again = make_trainer(folder, ActCompressCallback(config), **options)
+    # The second run is analysed as well, which must not be seen in it.
+    analysed = dataclasses.replace(config, analysis=True, analysis_every=2)
+    again = make_trainer(folder, ActCompressCallback(analysed), **options)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    dist.barrier()
+    found["analysed"] = sorted({row["step"] for row in read_records(folder)})
     found["resumed"] = fingerprint(weights(again))
     found["metrics"] = sorted({key for entry in trainer.state.log_history for key in entry if "loss" in key})
     found["hooks"] = hooks_on(trainer.model)

@@ -1,0 +1,53 @@
+"""How often the callback's warning is right: its rule over the runs of benchmarks/results/accuracy.
+
+    python benchmarks/warning_hits.py
+
+A run is harmed if it lost more than a tenth of what training without compression gains over a constant answer (a
+Matthews correlation of 0, an accuracy of 0.5 or 0.1).  The errors are the means of the whole run, as its record has
+them.  Writes benchmarks/results/warning_hits.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from hf_actcompress.analysis.warning import WARN_ERROR, warning_of
+
+ROOT = Path(__file__).resolve().parents[1]
+ACCURACY = ROOT / "benchmarks" / "results" / "accuracy"
+TASKS = {"cola": ("matthews_correlation", 0.0), "sst2": ("accuracy", 0.5), "cifar10": ("accuracy", 0.1)}
+LOST = 0.1
+
+
+def main() -> None:
+    rows = []
+    for task, (metric, floor) in TASKS.items():
+        records = [json.loads(path.read_text()) for path in sorted((ACCURACY / task).glob("*.json"))]
+        none = statistics.mean(r["metrics"][metric]["plain"] for r in records if r["codec"] == "none")
+        counts = {"task": task, "runs": 0, "harmed": 0, "warned": 0, "caught": 0}
+        for record in records:
+            if record["codec"] == "none":
+                continue
+            lost = (none - record["metrics"][metric]["compressed"]) / (none - floor)
+            errors, codecs = {}, {}
+            for row in record["compression"]:
+                errors[f"compress/{row['boundary']}/{row['direction']}_error"] = row["rel_error"]
+                codecs[row["boundary"], row["direction"]] = row["codec"]
+            warned = warning_of(errors, WARN_ERROR, codecs) is not None
+            counts["runs"] += 1
+            counts["harmed"] += lost > LOST
+            counts["warned"] += warned
+            counts["caught"] += warned and lost > LOST
+        rows.append(counts)
+    rows.append({"task": "all", **{key: sum(row[key] for row in rows) for key in rows[0] if key != "task"}})
+    result = {"limit": WARN_ERROR, "lost": LOST, "tasks": rows}
+    (ROOT / "benchmarks" / "results" / "warning_hits.json").write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['task']:8s} {row['runs']} runs, {row['harmed']} harmed, {row['warned']} warned of, of which "
+              f"{row['caught']} harmed")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

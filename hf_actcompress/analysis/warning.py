@@ -1,0 +1,41 @@
+"""When a run is likely to lose accuracy, told by the errors that boundaries meter anyway.  Words and numbers only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# Of the relative error at the worst boundary and direction.  Of 98 runs on three tasks 29 are above it; among them are
+# 17 of the 22 runs that lost a tenth of what the model had learnt (benchmarks/warning_hits.py).
+WARN_ERROR = 0.25
+
+
+def warning_of(metrics: Mapping[str, float], limit: float, codecs: Mapping[tuple[str, str], str]) -> str | None:
+    """The words of the warning, or None where the errors are small or were not measured.
+
+    metrics: a log line's `compress/<boundary>/<direction>_error`.
+    limit: of the largest of them; 0 never warns.
+    codecs: the spec in use by (boundary, direction).
+    """
+    errors = {place: metrics[key] for place in codecs if (key := f"compress/{place[0]}/{place[1]}_error") in metrics}
+    place = max(errors, key=errors.__getitem__, default=None)
+    if not limit or place is None or errors[place] <= limit:
+        return None
+    what = "activations" if place[1] == "forward" else "gradients"
+    return (
+        f"The {what} after {place[0]} have a relative error of {errors[place]:.2f} with {codecs[place]}. "
+        f"Above {limit:g} a run may lose accuracy. {_remedy(codecs[place], place[1])} analysis=True records what the "
+        "parameters' gradient suffers; warn_error=0 turns this warning off."
+    )
+
+
+def _remedy(codec: str, direction: str) -> str:
+    found = re.search(r"bits=(\d+)", codec)
+    option = "codec" if direction == "forward" else "grad_codec"
+    if found is None:
+        more = f"Use {option}='rotated:bits=4'"
+    elif "rotate" in codec or direction == "backward":
+        more = f"Use more bits, {option}='block:bits={max(4, 2 * int(found[1]))}'"
+    else:
+        more = f"Use {option}='rotated:bits={found[1]}' at the same bytes, or more bits"
+    return f"{more}; or codec='auto:ratio=8', which gives each boundary what it needs."
