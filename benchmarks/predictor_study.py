@@ -85,6 +85,7 @@ def _early(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
             found[f"{name}, {direction}"] = worst(values) if values else None
         biases = [abs(row["bias"]) for row in own if row["bias"] is not None]
         found[f"|bias|, {direction}"] = max(biases, default=None)
+    found["rel_error, either direction"] = _larger(found, "rel_error, {}")
     whole = [row for row in rows if row["site"] == "parameters"]
     total = next((row for row in whole if row["layer"] is None), {})
     found["cosine, parameter gradient"] = total.get("cosine")
@@ -105,6 +106,7 @@ def _metered(record: dict[str, Any], plain: Sequence[dict[str, Any]]) -> dict[st
             values = [_number(row[name]) for row in own if row.get(name) is not None]
             values = [value for value in values if math.isfinite(value)]
             found[f"{name}, {direction}, whole run"] = worst(values) if values else None
+    found["rel_error, either direction, whole run"] = _larger(found, "rel_error, {}, whole run")
     same = [other for other in plain if other["seed"] == record["seed"]] or plain[:1]
     for key, name in (("loss", "early loss - none's"), ("grad_norm", "early gradient norm over none's")):
         ours, theirs = (_first_tenth(other["history"], key) for other in (record, same[0]))
@@ -113,6 +115,11 @@ def _metered(record: dict[str, Any], plain: Sequence[dict[str, Any]]) -> dict[st
         else:
             found[name] = ours - theirs if key == "loss" else ours / theirs
     return found
+
+
+def _larger(found: dict[str, float | None], name: str) -> float | None:
+    values = [found[name.format(direction)] for direction in ("forward", "backward")]
+    return max((value for value in values if value is not None), default=None)
 
 
 def _first_tenth(history: Sequence[dict[str, Any]], key: str) -> float | None:
