@@ -66,8 +66,8 @@ def load_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
     settings = dict.fromkeys(f"{record['task']}: {', '.join(settings_of(record))}" for record in everything)
     words = ""
     if rates:
-        words = (f"Speed: {speed['model']}, first {speed['first']}, last {speed['last']}, steps of all in turn; median "
-                 "and range.")  # fmt: skip
+        where = f"{speed['model']}, first {speed['first']}, last {speed['last']}"
+        words = f"Speed: {where}, steps of all in turn; median and range."
     return {**index, "rows": rows, "settings": list(settings), "records": everything, "speed": words}
 
 
