@@ -19,13 +19,13 @@ def best_early(result: dict[str, Any]) -> dict[str, Any]:
 def section(result: dict[str, Any], most: int = 30) -> str:
     """The ranking as a table, then the hits of the best quantity by task."""
     tasks = list(result["tasks"])
-    head = ["quantity", "rho (95 % interval)", *tasks, "threshold", "caught", "false alarms"]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(tasks) + 3)]
+    head = ["quantity", "runs", "rho (95 % interval)", *tasks, "threshold", "caught", "false alarms"]
+    lines = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(tasks) + 3)]
     for row in result["quantities"][:most]:
         low, high = row["interval"]
         by_task = (row["by_task"].get(task) for task in tasks)
         cut = "-" if row["threshold"] is None else f"{'>' if row['rising'] else '<'} {row['threshold']:.3g}"
-        cells = [row["quantity"], f"{row['rho']:+.2f} ({low:+.2f} to {high:+.2f})",
+        cells = [row["quantity"], str(row["known"]), f"{row['rho']:+.2f} ({low:+.2f} to {high:+.2f})",
                  *("-" if value is None else f"{value:+.2f}" for value in by_task), cut,
                  f"{row['caught']} of {row['harmed']}", f"{row['false_alarms']} of {row['harmless']}"]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

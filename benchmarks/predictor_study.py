@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 LOST = 0.1
 CHANCE = {"cola": 0.0, "sst2": 0.509, "cifar10": 0.1, "mnist": 0.1135}  # SST-2, MNIST: the largest class
 DRAWS = 2000
+KNOWN = 0.5  # quantities that fewer of the runs have are left out: a few runs may show anything
 Run = dict[str, Any]  # task, codec, lost, and one number (or None) per quantity
 
 
@@ -221,8 +222,8 @@ def study(runs: Sequence[Run], draws: int = DRAWS) -> dict[str, Any]:
     names = dict.fromkeys(name for run in runs for name in run if name not in fixed)
     rows = []
     for name in names:
-        rho = within_tasks(runs, name)
-        if rho is None:
+        rho, known = within_tasks(runs, name), sum(run[name] is not None for run in runs)
+        if rho is None or known < KNOWN * len(runs):
             continue
         rising, low_high = rho > 0, interval(runs, name, draws)
         hits = left_out(runs, name, rising)
@@ -230,7 +231,7 @@ def study(runs: Sequence[Run], draws: int = DRAWS) -> dict[str, Any]:
         bad = sum(row["harmed"] for row in counted)
         total = sum(row["runs"] for row in counted)
         rows.append({"quantity": name, "rho": rho, "interval": low_high, "rising": rising,
-                     "known": sum(run[name] is not None for run in runs), "threshold": threshold(runs, name, rising),
+                     "known": known, "threshold": threshold(runs, name, rising),
                      "left_out": hits, "caught": sum(row["caught"] for row in counted), "harmed": bad,
                      "false_alarms": sum(row["false_alarms"] for row in counted), "harmless": total - bad,
                      "by_task": {task: within_tasks([r for r in runs if r["task"] == task], name)
