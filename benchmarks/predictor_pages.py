@@ -10,10 +10,10 @@ from hf_actcompress.plots import _figure, _save
 COLOURS = {"cola": ("#0072B2", "o"), "sst2": ("#D55E00", "s"), "cifar10": ("#009E73", "^"), "mnist": ("#CC79A7", "D")}
 
 
-def best_early(result: dict[str, Any]) -> dict[str, Any]:
-    """The strongest quantity that is known before the end of the run, and tells harmed runs in all tasks."""
-    early = [row for row in result["quantities"] if not row["quantity"].endswith("whole run")]
-    return next((row for row in early if all(hit["threshold"] is not None for hit in row["left_out"])), early[0])
+def strongest(result: dict[str, Any]) -> dict[str, Any]:
+    """The first quantity that has a threshold whichever task is left out."""
+    rows = result["quantities"]
+    return next((row for row in rows if all(hit["threshold"] is not None for hit in row["left_out"])), rows[0])
 
 
 def section(result: dict[str, Any], most: int = 30) -> str:
@@ -29,7 +29,7 @@ def section(result: dict[str, Any], most: int = 30) -> str:
                  *("-" if value is None else f"{value:+.2f}" for value in by_task), cut,
                  f"{row['caught']} of {row['harmed']}", f"{row['false_alarms']} of {row['harmless']}"]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    best = best_early(result)
+    best = strongest(result)
     hits = "; ".join(f"{row['task']}: threshold {row['threshold']:.3g}, caught {row['caught']} of {row['harmed']}, "
                      f"false alarms {row['false_alarms']} of {row['runs'] - row['harmed']}"
                      for row in best["left_out"] if row["threshold"] is not None)  # fmt: skip
@@ -57,7 +57,7 @@ def draw(record: dict[str, Any], path: Path) -> Path:
         left.set_xlim(min(0.0, left.get_xlim()[0]), 1)
         left.set_xlabel("|rank correlation| with what is lost, 95 % interval")
         left.set_title(titles[name], loc="left", fontweight="bold", fontsize=10)
-        best = best_early(result)
+        best = strongest(result)
         for task in result["tasks"]:
             colour, marker = COLOURS.get(task, ("#888888", "h"))
             own = [run for run in result["points"] if run["task"] == task and run[best["quantity"]] is not None]
