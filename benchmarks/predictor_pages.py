@@ -69,6 +69,9 @@ def draw(record: dict[str, Any], path: Path) -> Path:
             right.annotate(f"threshold {best['threshold']:.2g}", (best["threshold"], 0.98), rotation=90, fontsize=8,
                            xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points", ha="right",
                            va="top")  # fmt: skip
+        values = sorted(run[best["quantity"]] for run in result["points"] if run[best["quantity"]] is not None)
+        if values[0] > 0 and values[-1] > 10 * values[len(values) // 2]:  # a few large ones would squeeze the rest
+            right.set_xscale("log")
         right.axhline(100 * record["lost"], color="#999999", linewidth=0.9)
         right.set_xlabel(best["quantity"])
         right.set_ylabel("share of the margin lost, %")
