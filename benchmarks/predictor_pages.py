@@ -10,26 +10,26 @@ from hf_actcompress.plots import _figure, _save
 COLOURS = {"cola": ("#0072B2", "o"), "sst2": ("#D55E00", "s"), "cifar10": ("#009E73", "^"), "mnist": ("#CC79A7", "D")}
 
 
-def best_early(result: dict[str, Any]) -> dict[str, Any]:
-    """The strongest quantity that is known before the end of the run, and tells harmed runs in all tasks."""
-    early = [row for row in result["quantities"] if not row["quantity"].endswith("whole run")]
-    return next((row for row in early if all(hit["threshold"] is not None for hit in row["left_out"])), early[0])
+def strongest(result: dict[str, Any]) -> dict[str, Any]:
+    """The first quantity that has a threshold whichever task is left out."""
+    rows = result["quantities"]
+    return next((row for row in rows if all(hit["threshold"] is not None for hit in row["left_out"])), rows[0])
 
 
 def section(result: dict[str, Any], most: int = 30) -> str:
     """The ranking as a table, then the hits of the best quantity by task."""
     tasks = list(result["tasks"])
-    head = ["quantity", "rho (95 % interval)", *tasks, "threshold", "caught", "false alarms"]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(tasks) + 3)]
+    head = ["quantity", "runs", "rho (95 % interval)", *tasks, "threshold", "caught", "false alarms"]
+    lines = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(tasks) + 3)]
     for row in result["quantities"][:most]:
         low, high = row["interval"]
         by_task = (row["by_task"].get(task) for task in tasks)
         cut = "-" if row["threshold"] is None else f"{'>' if row['rising'] else '<'} {row['threshold']:.3g}"
-        cells = [row["quantity"], f"{row['rho']:+.2f} ({low:+.2f} to {high:+.2f})",
+        cells = [row["quantity"], str(row["known"]), f"{row['rho']:+.2f} ({low:+.2f} to {high:+.2f})",
                  *("-" if value is None else f"{value:+.2f}" for value in by_task), cut,
                  f"{row['caught']} of {row['harmed']}", f"{row['false_alarms']} of {row['harmless']}"]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    best = best_early(result)
+    best = strongest(result)
     hits = "; ".join(f"{row['task']}: threshold {row['threshold']:.3g}, caught {row['caught']} of {row['harmed']}, "
                      f"false alarms {row['false_alarms']} of {row['runs'] - row['harmed']}"
                      for row in best["left_out"] if row["threshold"] is not None)  # fmt: skip
@@ -57,7 +57,7 @@ def draw(record: dict[str, Any], path: Path) -> Path:
         left.set_xlim(min(0.0, left.get_xlim()[0]), 1)
         left.set_xlabel("|rank correlation| with what is lost, 95 % interval")
         left.set_title(titles[name], loc="left", fontweight="bold", fontsize=10)
-        best = best_early(result)
+        best = strongest(result)
         for task in result["tasks"]:
             colour, marker = COLOURS.get(task, ("#888888", "h"))
             own = [run for run in result["points"] if run["task"] == task and run[best["quantity"]] is not None]
@@ -69,6 +69,9 @@ def draw(record: dict[str, Any], path: Path) -> Path:
             right.annotate(f"threshold {best['threshold']:.2g}", (best["threshold"], 0.98), rotation=90, fontsize=8,
                            xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points", ha="right",
                            va="top")  # fmt: skip
+        values = sorted(run[best["quantity"]] for run in result["points"] if run[best["quantity"]] is not None)
+        if values[0] > 0 and values[-1] > 10 * values[len(values) // 2]:  # a few large ones would squeeze the rest
+            right.set_xscale("log")
         right.axhline(100 * record["lost"], color="#999999", linewidth=0.9)
         right.set_xlabel(best["quantity"])
         right.set_ylabel("share of the margin lost, %")

@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 LOST = 0.1
 CHANCE = {"cola": 0.0, "sst2": 0.509, "cifar10": 0.1, "mnist": 0.1135}  # SST-2, MNIST: the largest class
 DRAWS = 2000
+KNOWN = 0.5  # quantities that fewer of the runs have are left out: a few runs may show anything
 Run = dict[str, Any]  # task, codec, lost, and one number (or None) per quantity
 
 
@@ -85,6 +86,7 @@ def _early(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
             found[f"{name}, {direction}"] = worst(values) if values else None
         biases = [abs(row["bias"]) for row in own if row["bias"] is not None]
         found[f"|bias|, {direction}"] = max(biases, default=None)
+    found["rel_error, either direction"] = _larger(found, "rel_error, {}")
     whole = [row for row in rows if row["site"] == "parameters"]
     total = next((row for row in whole if row["layer"] is None), {})
     found["cosine, parameter gradient"] = total.get("cosine")
@@ -105,6 +107,7 @@ def _metered(record: dict[str, Any], plain: Sequence[dict[str, Any]]) -> dict[st
             values = [_number(row[name]) for row in own if row.get(name) is not None]
             values = [value for value in values if math.isfinite(value)]
             found[f"{name}, {direction}, whole run"] = worst(values) if values else None
+    found["rel_error, either direction, whole run"] = _larger(found, "rel_error, {}, whole run")
     same = [other for other in plain if other["seed"] == record["seed"]] or plain[:1]
     for key, name in (("loss", "early loss - none's"), ("grad_norm", "early gradient norm over none's")):
         ours, theirs = (_first_tenth(other["history"], key) for other in (record, same[0]))
@@ -113,6 +116,11 @@ def _metered(record: dict[str, Any], plain: Sequence[dict[str, Any]]) -> dict[st
         else:
             found[name] = ours - theirs if key == "loss" else ours / theirs
     return found
+
+
+def _larger(found: dict[str, float | None], name: str) -> float | None:
+    values = [found[name.format(direction)] for direction in ("forward", "backward")]
+    return max((value for value in values if value is not None), default=None)
 
 
 def _first_tenth(history: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -214,8 +222,8 @@ def study(runs: Sequence[Run], draws: int = DRAWS) -> dict[str, Any]:
     names = dict.fromkeys(name for run in runs for name in run if name not in fixed)
     rows = []
     for name in names:
-        rho = within_tasks(runs, name)
-        if rho is None:
+        rho, known = within_tasks(runs, name), sum(run[name] is not None for run in runs)
+        if rho is None or known < KNOWN * len(runs):
             continue
         rising, low_high = rho > 0, interval(runs, name, draws)
         hits = left_out(runs, name, rising)
@@ -223,7 +231,7 @@ def study(runs: Sequence[Run], draws: int = DRAWS) -> dict[str, Any]:
         bad = sum(row["harmed"] for row in counted)
         total = sum(row["runs"] for row in counted)
         rows.append({"quantity": name, "rho": rho, "interval": low_high, "rising": rising,
-                     "known": sum(run[name] is not None for run in runs), "threshold": threshold(runs, name, rising),
+                     "known": known, "threshold": threshold(runs, name, rising),
                      "left_out": hits, "caught": sum(row["caught"] for row in counted), "harmed": bad,
                      "false_alarms": sum(row["false_alarms"] for row in counted), "harmless": total - bad,
                      "by_task": {task: within_tasks([r for r in runs if r["task"] == task], name)

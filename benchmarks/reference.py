@@ -165,7 +165,7 @@ TABLES = {
                   ("k-means, 4 bits, 8 iterations a step", "kmeans:bits=4", None, None),
                   ("blocks, 4 bits", "block:bits=4", None, None),
               )),
-        "Their k-means begins anew in each step; ours from the optimum of a histogram, then from the last centroids.",
+        "Our k-means starts from the centroids of the step before, and is fitted to a sample of the tensor.",
         throughput=(3, 2),
     ),
     "scratch": Table(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .report import PERCENT, Record, Row, markdown_table, read_records, settings_of, show, summarize
+from .report import PERCENT, Record, markdown_table, read_records, settings_of, show, summarize
 
 NEEDED = ("table", "title", "budget", "theirs", "rows")
 BUDGETS = ("full", "cpu", "smoke")  # the most telling first
@@ -41,7 +41,8 @@ def load_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     index = _index(path)
-    rates = _rates(path.parent / index["throughput"]) if index.get("throughput") else {}
+    speed = _throughput(path.parent / index["throughput"]) if index.get("throughput") else {"rows": []}
+    rates = {row["codec"]: row for row in speed["rows"]}
     rows, everything, base = [], [], {}
     for row in index["rows"]:
         records = [record for file in row["runs"] for record in read_records(_existing(path, file))]
@@ -63,7 +64,11 @@ def load_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: runs of several models are mixed ({', '.join(models)}); a table compares codecs on "
                          "one model a task. Run the rows again with one model and --force.")  # fmt: skip
     settings = dict.fromkeys(f"{record['task']}: {', '.join(settings_of(record))}" for record in everything)
-    return {**index, "rows": rows, "settings": list(settings), "records": everything}
+    words = ""
+    if rates:
+        where = f"{speed['model']}, first {speed['first']}, last {speed['last']}"
+        words = f"Speed: {where}, steps of all in turn; median and range."
+    return {**index, "rows": rows, "settings": list(settings), "records": everything, "speed": words}
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -89,7 +94,7 @@ def comparison_section(comparison: Mapping[str, Any]) -> str:
     metrics = dict.fromkeys(row["ours"]["metric"] for row in comparison["rows"] if row["ours"])
     ours = "; ".join(comparison["settings"]) or "no runs yet"
     notes = [f"Theirs: {comparison['theirs']}.", f"Ours ({', '.join(metrics).replace('_', ' ')}): {ours}."]
-    notes += [comparison["differs"]] * bool(comparison.get("differs"))
+    notes += [note for note in (comparison.get("differs"), comparison["speed"]) if note]
     notes += [f"{done} of {total} rows are run."] * (done < total)
     return "\n\n".join((f"### {comparison['title']}", comparison_table(comparison), " ".join(notes),
                         f"`{comparison['command']}`."))  # fmt: skip
@@ -142,10 +147,10 @@ def _existing(index: Path, file: str) -> Path:
     return path
 
 
-def _rates(path: Path) -> dict[str, Row]:
+def _throughput(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is not there: measure with benchmarks/tables.py --throughput.")
-    return {row["codec"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def records_of(comparisons: Iterable[Mapping[str, Any]]) -> list[Record]:

@@ -22,6 +22,7 @@ def test_rows_by_hand(tmp_path):
     assert "| sort, 4 bits | 87.1 | - | - | - | - | - |" in lines
     section = comparison_section(comparison)
     assert "### Sorting" in section and "2 of 3 rows are run." in section and "Theirs: a large model." in section
+    assert "Speed: mobilenet, first 1, last 2" in section
 
 
 def test_drops_are_against_none_of_the_same_settings(tmp_path):

@@ -83,6 +83,7 @@ def draw(records: Sequence[Record], comparisons: Sequence[dict[str, Any]], folde
     if any("loss" in entry for record in records for entry in record.get("history") or ()):
         figures["Training loss"] = loss_curves(records, folder / "loss_curves.png")
     panels = {table["title"]: [row for row in table["rows"] if row["speed"] and row["ours"]] for table in comparisons}
-    if any(panels.values()):
+    panels = {title: rows for title, rows in panels.items() if len(rows) > 1}
+    if panels:
         figures["Metric against throughput"] = accuracy_vs_throughput(panels, folder / "accuracy_vs_throughput.png")
     return figures

@@ -122,7 +122,7 @@ def _comparison(comparison: Mapping[str, Any]) -> str:
     if any(row["speed"] for row in rows):
         columns.append(("ours: speed over none", speed_text, lambda r: (r["speed"] or {}).get("of_none")))
     notes = [f"Theirs: {comparison['theirs']}.", f"Ours: {'; '.join(comparison['settings']) or 'no runs yet'}.",
-             comparison.get("differs") or ""]  # fmt: skip
+             comparison.get("differs") or "", comparison["speed"]]  # fmt: skip
     done = sum(row["ours"] is not None for row in rows)
     if done < len(rows):
         notes.append(f"{done} of {len(rows)} rows are run.")

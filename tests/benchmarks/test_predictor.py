@@ -49,6 +49,14 @@ def test_the_quantity_that_decides_comes_first(study):
     assert best["error"]["false_alarms"] <= 0.1 * best["error"]["harmless"]
 
 
+def test_what_few_runs_have_is_left_out(study):
+    made = runs(20)
+    for i, run in enumerate(made):
+        run["rare"], run["half"] = (run["lost"] if i % 4 == 0 else None), (run["lost"] if i % 2 == 0 else None)
+    names = [row["quantity"] for row in study.study(made, draws=10)["quantities"]]
+    assert "half" in names and "rare" not in names
+
+
 def test_levels_of_tasks_do_not_correlate(study):
     """A quantity that is larger in the task that loses more, and says nothing within a task, gets no credit."""
     made = runs(30)

@@ -150,3 +150,23 @@ def test_bad_input(bench, capsys):
     assert code == 1 and "give the folder that holds glue/rte with --data" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench("--table", "nonsense")
+
+
+@pytest.mark.parametrize("budget", ["smoke", "cpu", "full"])
+def test_recipes_know_the_options_of_every_budget(bench, budget, tmp_path):
+    """No run is started: the recipes' own parsers read what they would be given."""
+    from transformers import TrainingArguments
+
+    from hf_actcompress.recipes.run import parse_arguments
+
+    for table in ("vision", "text", "sort", "kmeans", "scratch"):
+        run = bench.tables.plan(table, budget)[-1]
+        script = bench.tables.TASKS[run.row.task].recipe
+        recipe = bench.accuracy.recipe(script)
+        argv = [*run.options, "--output_dir", str(tmp_path), "--save_strategy", "epoch", "--save_total_limit", "1"]
+        types = [recipe.ModelArguments, recipe.DataArguments, TrainingArguments]
+        *_, training, compression = parse_arguments(types, argv, recipe.DEFAULTS)
+        config = compression.to_config()
+        assert (config is None) == (run.row.codec == "none")
+        if budget == "full" and script == "cifar":
+            assert training.per_device_train_batch_size in (64, 256) and training.num_train_epochs in (10, 80)
