@@ -170,19 +170,6 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
                        + (["\n".join(said + choices)] if choices else []))  # fmt: skip
 
 
-def on_two_hosts(record: dict[str, Any], predicted: dict[str, Any]) -> str:
-    """What the simulator makes of stages that were measured alone."""
-    lines = ["| two hosts, simulated | none, torch's stage, s | none, s | block 4/8, s | of torch's stage | of none |",
-             "| --- |" + " ---: |" * 5]  # fmt: skip
-    for name, row in rows(record).items():
-        found = predicted["rows"].get(name, {}).get("alone")
-        if found is not None:
-            torch, none, block = (found["seconds"][label] for label in (TORCH, "none", "block 4/8"))
-            lines.append(f"| {row['model']}, {row['rate']} Mbit/s | {torch:.2f} | {none:.2f} | {block:.2f} | "
-                         f"{torch / block:.2f} | {none / block:.2f} |")  # fmt: skip
-    return "\n".join(lines)
-
-
 def plot(record: dict[str, Any], path: Path) -> Path:
     """Samples per second over the rate of the link, a panel per model, with the limit of block 4/8."""
     models = list(dict.fromkeys(row["model"] for row in rows(record).values()))
@@ -217,7 +204,6 @@ def fill(pages: Any) -> None:
     pages.fill(page, "slow link targets", targets(measured))
     if predicted is not None:
         pages.fill(page, "link prediction", prediction(measured, predicted))
-        pages.fill(page, "two hosts", on_two_hosts(measured, predicted))
     figures = pages.ROOT / "docs" / "figures"
     plot(measured, figures / "slow_link.png")
     row = measured["rows"].get("mobilenetv2@100")
