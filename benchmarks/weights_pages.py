@@ -106,15 +106,20 @@ def search(folder: Path, path: Path) -> str:
             f"{trials[0]['epochs']:g} epochs each.")  # fmt: skip
 
 
+FRONT = "![Test error against compression of LeNet5](figures/lenet_front.png)"
+TRIALS = "![Trials of the search](figures/lenet_search.png)"
+
+
 def fill_all(fill: Any, root: Path) -> None:
     """Fill the parts of docs/results.md whose JSON is there."""
     page, results, figures = root / "docs" / "results.md", root / "benchmarks" / "results", root / "docs" / "figures"
     runs = load(results / "lenet_lc")
     if runs:
-        fill(page, "lenet", lenet(runs))
+        fill(page, "lenet", f"{FRONT}\n\n{lenet(runs)}")
         lenet_plot(runs, figures / "lenet_front.png")
     runs = load(results / "bert_codebook")
     if runs:
         fill(page, "bert codebook", bert(runs))
     if (results / "lenet_search").is_dir():
-        fill(page, "lenet search", search(results / "lenet_search", figures / "lenet_search.png"))
+        trials = search(results / "lenet_search", figures / "lenet_search.png")
+        fill(page, "lenet search", f"{TRIALS}\n\n{trials}")
