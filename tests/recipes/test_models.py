@@ -109,7 +109,10 @@ def test_efficientnet_has_the_packaged_weights_and_survives_saving(tmp_path):
     again, wants_again = load_image_model(str(tmp_path), 3, label_names=names)
     assert wants_again == wants and again.config.id2label == {0: "a", 1: "b", 2: "c"}
     output = again.eval()(pixel_values=pixels, labels=torch.tensor([0, 1]))
-    assert torch.equal(output.logits, model.eval()(pixels).logits) and output.loss.ndim == 0
+    kept = again.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items()) and output.loss.ndim == 0
+    # Weights that are mapped from a file may lie at odd addresses, for which kernels sum in another order.
+    torch.testing.assert_close(output.logits, model.eval()(pixels).logits, rtol=0, atol=1e-6)
 
 
 def test_timm_initialisation_is_kept():
