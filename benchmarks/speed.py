@@ -129,9 +129,9 @@ def training(record: dict[str, Any]) -> str:
                 missed = " **missed**" if row["of_none"] < least else ""
                 cells.append(f"{row['of_none']:.3f} ({low:.3f}-{high:.3f}){missed}")
         lines.append(f"| {codec} | " + " | ".join(cells) + " |")
-    n = record["models"][models[0]][0]["n"]
+    n = ", ".join(str(record["models"][model][0]["n"]) for model in models)
     return "\n".join(lines) + (
-        f"\n\nSamples per second over those without compression in the same round, median of {n} rounds (range). "
+        f"\n\nSamples per second over those without compression in the same round, medians of {n} rounds (range). "
         "Asked: 0.97, low-rank 0.95. `" + record["command"] + "`."
     )
 
