@@ -12,7 +12,6 @@ rank 0 needs the data; with client-server, pictures and labels never leave it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,33 +25,11 @@ from hf_actcompress.recipes import (
     load_images,
     prepare_images,
 )
+from hf_actcompress.recipes.arguments import ImageDataArguments as DataArguments
+from hf_actcompress.recipes.arguments import ImageModelArguments as ModelArguments
 from hf_actcompress.recipes.pipelined import parse_pipeline_arguments, train_pipeline_and_report
 
 DEFAULTS = {"output_dir": "outputs/cifar_pipeline", "batch_size": 64, "eval_batch_size": 128, "learning_rate": 1e-3}
-
-
-@dataclass
-class ModelArguments:
-    model: str = field(
-        default="efficientnet-lite0",
-        metadata={"help": "'efficientnet-lite0' (packaged weights), a timm name, a local folder, or a hub id."},
-    )
-    pretrained: bool | None = field(
-        default=None, metadata={"help": "Load timm's weights from the hub; default: only packaged ones."}
-    )
-    image_size: int = field(default=96, metadata={"help": "Pixels squared."})
-    channels_last: bool = field(default=True, metadata={"help": "Channels-last weights: faster convolutions on CPUs."})
-
-
-@dataclass
-class DataArguments:
-    dataset: str = field(
-        default="embedded",
-        metadata={"help": "'embedded' (digits), a local folder such as data/cifar10, or a hub id: uoft-cs/cifar10."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many images only."})
-    data_seed_for_subset: int = field(default=0, metadata={"help": "Which images max_train_samples takes."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
