@@ -15,9 +15,11 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accuracy import claimed
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_actcompress.recipes import build_compute_metrics, environment, load_text, load_text_model, tokenize_splits
@@ -114,15 +116,16 @@ def main() -> None:
     for name in options.runs.split(","):
         for seed in map(int, options.seeds.split(",")):
             path = options.results / f"{name}-seed{seed}.json"
-            if path.is_file():
-                continue
-            record = run(name, dense, setting, options.work / "run", seed, options.epochs)
-            record |= {"name": name, "seed": seed, "dense_accuracy": accuracy, "rows": len(setting[2]),
-                       "epochs": options.epochs, "model": options.model, "environment": environment(),
-                       "command": f"python benchmarks/bert_codebook.py --runs {name} --seeds {seed}"}  # fmt: skip
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-            unfinished.replace(path)
+            with claimed(SimpleNamespace(path=path)) as ours:  # several calls may share the work
+                if not ours or path.is_file():
+                    continue
+                record = run(name, dense, setting, options.work / path.stem, seed, options.epochs)
+                record |= {"name": name, "seed": seed, "dense_accuracy": accuracy, "rows": len(setting[2]),
+                           "epochs": options.epochs, "model": options.model, "environment": environment(),
+                           "command": f"python benchmarks/bert_codebook.py --runs {name} --seeds {seed}"}  # fmt: skip
+                unfinished = path.with_suffix(".tmp")
+                unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+                unfinished.replace(path)
             print(f"{name} seed {seed}: {record['accuracy']:.4f} {record.get('layers_ratio', '')}", flush=True)
 
 

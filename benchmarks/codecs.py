@@ -5,8 +5,8 @@
     python benchmarks/codecs.py --parts baselines compilation
 
 Encode, decode, roundtrip and clone run in turn in one process (median of --repeats, with 10th and 90th percentile of
-the multiples of the clone in the same repeat).  Runs on the accelerator with --device cuda.  Writes
-benchmarks/results/codecs.json after every measurement: what is there is kept, --force measures again.
+the multiples of the clone in the same repeat).  Writes benchmarks/results/codecs.json after every
+measurement, with --device cuda codecs_cuda.json: what is there is kept, --force measures again.
 """
 
 from __future__ import annotations
@@ -158,12 +158,15 @@ def baselines(args: argparse.Namespace, results: Results) -> None:
             x, codec = tensor("64M", torch.float32, args.device), parse_codec(spec)
             state, times = codec.init_state("bench"), {"clone": [], "theirs": [], "ours": []}
             ours = theirs = x
+            wait = torch.accelerator.synchronize if x.device.type != "cpu" else lambda: None
             for repeat in range(-1, args.baseline_repeats):
                 found = {}
                 for label, call in (("clone", x.clone), ("theirs", lambda: function(x)),
                                     ("ours", lambda: codec.decode(codec.encode(x, state)))):  # fmt: skip
+                    wait()
                     began = time.perf_counter()
                     y = call()
+                    wait()
                     found[label] = time.perf_counter() - began
                     ours, theirs = (y if label == "ours" else ours), (y if label == "theirs" else theirs)
                 for label, value in found.items():
@@ -226,11 +229,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--baseline-repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--results", type=Path, default=PATH)
+    parser.add_argument("--results", type=Path, help="default: results/codecs.json, on a GPU codecs_cuda.json")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     args = parser.parse_args()
     os.environ.setdefault(VARIABLE, "1")
-    results = Results(args.results, args.force)
+    path = PATH if args.device == "cpu" else PATH.with_stem(f"codecs_{args.device.partition(':')[0]}")
+    results = Results(args.results or path, args.force)
     for part in args.parts:
         PARTS[part](args, results)
 

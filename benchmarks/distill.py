@@ -17,9 +17,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from hf_actcompress.recipes.results import FILE_NAME, write_results
+from accuracy import claimed, save
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "distill"
@@ -76,14 +77,12 @@ def main() -> None:
     for seed in SEEDS:
         for alone in (False, True):
             name = f"{'alone' if alone else 'taught'}__seed{seed}"
-            if (RESULTS / f"{name}.json").is_file():
-                continue
-            print(name, flush=True)
-            record = execute(args.data, args.scratch.resolve() / "teacher", alone, seed)
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
-                write_results(folder, record)
-                (Path(folder) / FILE_NAME).replace(RESULTS / f"{name}.json")
+            path = RESULTS / f"{name}.json"
+            with claimed(SimpleNamespace(path=path)) as ours:  # after the first run several calls may share the rest
+                if not ours or path.is_file():
+                    continue
+                print(name, flush=True)
+                save(SimpleNamespace(path=path), execute(args.data, args.scratch.resolve() / "teacher", alone, seed))
 
 
 if __name__ == "__main__":

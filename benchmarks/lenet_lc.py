@@ -14,8 +14,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from accuracy import claimed
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "mnist"))
@@ -79,15 +81,16 @@ def main() -> None:
     print(f"reference: {error:.2f} % error", flush=True)
     for name, scheme in wanted.items():
         path = options.results / f"{name}.json"
-        if path.is_file():
-            continue
-        record = compress(model, scheme, train, evaluation, options.work / name, epochs=options.epochs,
-                          disable_tqdm=not sys.stderr.isatty())  # fmt: skip
-        record |= {"name": name, "reference_error": error, "images": len(train), "environment": environment(),
-                   "command": f"python benchmarks/lenet_lc.py --only {name}"}  # fmt: skip
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        unfinished.replace(path)
+        with claimed(SimpleNamespace(path=path)) as ours:  # several calls may share the work
+            if not ours or path.is_file():
+                continue
+            record = compress(model, scheme, train, evaluation, options.work / name, epochs=options.epochs,
+                              disable_tqdm=not sys.stderr.isatty())  # fmt: skip
+            record |= {"name": name, "reference_error": error, "images": len(train), "environment": environment(),
+                       "command": f"python benchmarks/lenet_lc.py --only {name}"}  # fmt: skip
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            unfinished.replace(path)
         print(f"{name:22} {record['error']:.2f} % at {record['ratio']:.1f}x (direct {record['direct_error']:.2f} %, "
               f"{record['seconds']:.0f} s)", flush=True)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
     python benchmarks/pipeline_accuracy.py                       # everything that is not there yet
     python benchmarks/pipeline_accuracy.py --list
+    python benchmarks/pipeline_accuracy.py --device cuda:0       # what is not known here goes to the recipe
 
 Client and server on one machine: the client holds block 0 with the embeddings, and the last block with the head; the
 server the four blocks between.  One JSON per run under benchmarks/results/pipeline_accuracy/; a run whose file exists
@@ -21,7 +22,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import accuracy
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,12 +51,12 @@ def free_port() -> int:
         return it.getsockname()[1]
 
 
-def execute(codec: str, grad_codec: str, seed: int, data: Path) -> dict:
+def execute(codec: str, grad_codec: str, seed: int, data: Path, extra: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
             "--master_port", free_port(), ROOT / "examples/glue/run_glue_pipeline.py", "--dataset", data / "glue/sst2",
-            "--codec", codec, "--grad_codec", grad_codec, "--seed", seed, "--output_dir", out, *OPTIONS,
+            "--codec", codec, "--grad_codec", grad_codec, "--seed", seed, "--output_dir", out, *OPTIONS, *extra,
         ]  # fmt: skip
         began = time.time()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -69,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--list", action="store_true", help="show the plan and what is done")
-    args = parser.parse_args()
+    args, extra = parser.parse_known_args()
     runs = [(codec, grad, seed) for seed in SEEDS for codec, grad in CODECS]
     if args.list:
         for run in runs:
@@ -80,8 +83,11 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for run in tqdm(runs, desc="runs"):
         path = path_of(*run)
-        if not path.exists():
-            record = execute(*run, args.data)
+        # Several calls may share the work.
+        with accuracy.claimed(SimpleNamespace(path=path)) as ours:
+            if not ours or path.exists():
+                continue
+            record = execute(*run, args.data, extra)
             path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
             path.with_suffix(".tmp").replace(path)
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from helpers.specs import SPECS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -14,57 +15,6 @@ from hf_actcompress.codecs import CODECS, parse_codec, raw_nbytes
 from hf_actcompress.codecs.base import LARGEST
 from hf_actcompress.codecs.hadamard import rotation_matrix
 
-SPECS = [
-    "identity",
-    "uniform:bits=1",
-    "uniform:bits=3",
-    "uniform:bits=8",
-    "uniform:bits=16",
-    "uniform:bits=4,round=stochastic",
-    "block:bits=4",
-    "block:bits=3,group=8",
-    "block:bits=2,splits=5",
-    "block:bits=4,dim=channel",
-    "block:bits=4,round=stochastic",
-    "block:bits=4,dim=channel,round=stochastic",
-    "block:bits=4,rotate=hadamard",
-    "block:bits=8,rotate=hadamard,round=stochastic",
-    "block:bits=4,levels=gauss",
-    "block:bits=3,group=64,rotate=hadamard,levels=gauss",
-    "block:bits=2,group=32,rotate=hadamard,levels=gauss,allocate=energy",
-    "block:bits=3,group=32,rotate=hadamard,levels=gauss,allocate=energy,patch=dct",
-    "block:bits=3,levels=trellis",
-    "block:bits=2,group=32,rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3",
-    "block:bits=4,clip=0.9",
-    "block:bits=4,equalize=none",
-    "block:bits=4,equalize=feature,rotate=hadamard,round=stochastic",
-    "block:bits=12,scale=32",
-    "block:bits=16",
-    "sort:bits=2",
-    "sort:bits=8",
-    "sort:bits=12,splits=5",
-    "sort:bits=4,quantiles=exact",
-    "kmeans:bits=1",
-    "kmeans:bits=4",
-    "kmeans:bits=6,iters=1",
-    "topk:ratio=0.01",
-    "topk:ratio=0.3",
-    "topk:ratio=1",
-    "lowrank:rank=1",
-    "lowrank:rank=3",
-    "lowrank:rank=2,method=svd",
-    "float8",
-    "float8:format=e5m2",
-    "topk:ratio=0.1|uniform:bits=8",
-    "topk:ratio=0.3|block:bits=4,round=stochastic",
-    "lowrank:rank=1|block:bits=8",
-    "identity|kmeans:bits=3",
-    "ef+uniform:bits=2",
-    "ef+topk:ratio=0.1",
-    "ef+block:bits=4,round=stochastic",
-    "ef+topk:ratio=0.3|uniform:bits=4,round=stochastic",
-    "ef+lowrank:rank=1",
-]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [
     (), (1,), (7,), (8,), (127,), (128,), (129,), (1031,), (2500,), (1, 1), (3, 5), (17, 8), (2, 3, 5), (4, 33, 16),
