@@ -1,11 +1,12 @@
 """Codecs for every boundary and direction under one target: `codec="auto:ratio=8"` or `codec="auto:error=0.1"`.
 
-What each candidate does to the gradient of the parameters is measured on a few rows of a training batch, one boundary
-and direction at a time (`sensitivity.py`): the root mean square over layers of the relative error of each layer's own
-gradient, because Adam steps as far in layers with small gradients as in others.  Errors of different places are nearly
-independent, so their squares add up; of all combinations that keep the target the best one is taken.  It is measured
-anew now and then, and another one must be clearly better to replace what is in use, because a new codec starts with
-fresh state.
+What each candidate does to the gradient of the parameters is measured on a training batch, one boundary and direction
+at a time (`sensitivity.py`): the root mean square over layers of the relative error of each layer's own gradient,
+because Adam steps as far in layers with small gradients as in others.  The whole batch takes part: the gradients of a
+few rows have so low a rank that a rotation keeps all of them, and looks ten times as good as it is.  Errors of
+different places are nearly independent, so their squares add up; of all combinations that keep the target the best one
+is taken.  It is measured anew now and then, the candidates that were far from the best left out, and another choice
+must be clearly better to replace what is in use, because a new codec starts with fresh state.
 
 Deterministic: batches, weights and seeds decide, no clock does.  Processes of a distributed run each decide for their
 own boundaries by their own batches.
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from ..codecs import Codec, parse_codec
-from ..trials import few_rows, normed, on_the_side
+from ..trials import on_the_side
 from .sensitivity import DIRECTIONS, sensitivity
 from .target import Target
 
@@ -37,8 +38,8 @@ CANDIDATES = (
     "rotated:bits=6", "rotated:bits=4", "rotated:bits=3", "rotated:bits=2", "rotated:bits=1",
     "kmeans:bits=4", "kmeans:bits=3", "kmeans:bits=2", "topk:ratio=0.1|block:bits=8", "topk:ratio=0.05|block:bits=8",
 )  # fmt: skip
-ROWS = 8  # of a batch that a measurement takes; twice as many where there is batch normalisation
-SECOND, REFRESH = 100, 500  # training passes at which it is measured again: the second one, and then every so many
+SECOND, REFRESH = 100, 1000  # training passes at which it is measured again: the second one, and then every so many
+NEAR = 1.5  # candidates with more error than so many times the best one of their size or less are not measured again
 BETTER = 0.9  # another choice replaces the one in use if its error is below this share of it
 WIDEST = 4096  # combinations that are kept while places are added one by one; fewer than that are all compared
 
@@ -97,6 +98,7 @@ class AutoCodec:
         self.passes = 0
         self.chosen: dict[str, dict[str, str]] = {}  # name -> direction -> spec
         self.table: list[dict[str, Any]] = []  # of the last measurement
+        self._near: dict[tuple[str, str], set[str]] = {}  # (name, direction) -> specs worth measuring again
 
     def __getstate__(self) -> dict[str, Any]:
         return {"handle": None}  # a copy of the model keeps the codecs that it has
@@ -110,14 +112,16 @@ class AutoCodec:
             self.passes -= 1  # the next batch may do
 
     def _measure(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-        args, kwargs, _ = few_rows(args, kwargs, ROWS * (2 if normed(self.handle.model) else 1))
-        fits = self._fitting()
-        rows = sensitivity(self.handle, module, args, kwargs, dict.fromkeys(self.directions, fits), self.names)
+        fits, rows = self._fitting(), []
+        for name in self.names:
+            codecs = {d: [c for c in fits if self._promises(name, d, str(c))] for d in self.directions}
+            rows += sensitivity(self.handle, module, args, kwargs, codecs, [name])
         if any(row["layer_error"] is None for row in rows if row["codec"] == "identity"):
             return False  # NaN
         self.table = rows
         keys = [(name, direction) for name in self.names for direction in self.directions]
         places = [[_option(row) for row in rows if (row["name"], row["direction"]) == key] for key in keys]
+        self._near = {key: _near(options) for key, options in zip(keys, places, strict=True)}
         best = choose(places, self.target)
         if best is None:
             self._refuse(places)
@@ -150,6 +154,10 @@ class AutoCodec:
                 continue
             fits.append(codec)
         return fits
+
+    def _promises(self, name: str, direction: str, spec: str) -> bool:
+        known = self._near.get((name, direction))
+        return known is None or spec in known or spec == self.chosen.get(name, {}).get(direction)
 
     def _refuse(self, places: list[list[Option]]) -> None:
         if self.target.ratio is None:
@@ -191,13 +199,26 @@ class AutoCodec:
             boundary.set_codecs(forward, backward)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"passes": self.passes, "chosen": self.chosen}
+        near = [[*key, sorted(specs)] for key, specs in self._near.items()]
+        return {"passes": self.passes, "chosen": self.chosen, "near": near}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         self.passes = values["passes"]
+        self._near = {(name, direction): set(specs) for name, direction, specs in values.get("near", [])}
         self.set(values["chosen"])
 
 
 def _option(row: dict[str, Any]) -> Option:
     error = row["layer_error"]
     return Option(row["codec"], row["raw_bytes"], row["payload_bytes"], math.inf if error is None else error**2)
+
+
+def _near(options: Sequence[Option]) -> set[str]:
+    """The smallest option, no codec at all, and what no option of its size or less beats by far."""
+    least = min(option.nbytes for option in options)
+    kept = {option.spec for option in options if option.nbytes == least or option.spec == "identity"}
+    for option in options:
+        best = min(other.error for other in options if other.nbytes <= option.nbytes)
+        if option.error <= NEAR**2 * best:
+            kept.add(option.spec)
+    return kept

@@ -183,7 +183,7 @@ def test_it_is_measured_anew_and_kept_unless_clearly_beaten(monkeypatch):
         counts = []
         for seed in range(9):
             loss_of(model, batch_of("bert", seed))
-            counts.append(len(seen))
+            counts.append(len(seen) // len(handle.boundaries))  # one call for each
         assert counts == [1, 1, 2, 2, 3, 3, 3, 3, 4]
         monkeypatch.setattr(auto, "BETTER", 0.0)
         now = copy.deepcopy(handle.auto.chosen)
@@ -192,7 +192,38 @@ def test_it_is_measured_anew_and_kept_unless_clearly_beaten(monkeypatch):
                 p.mul_(1.5)
         handle.auto.passes = 4
         loss_of(model, batch_of("bert", 99))
-        assert len(seen) == 5 and handle.auto.chosen == now
+        assert len(seen) == 5 * len(handle.boundaries) and handle.auto.chosen == now
+
+
+def test_what_was_far_from_the_best_is_not_measured_again(monkeypatch):
+    monkeypatch.setattr(auto, "SECOND", 1)
+    model = build("bert").train()
+    with compress_model(model, ActCompressConfig("auto:ratio=6")) as handle:
+        loss_of(model, batch_of("bert", 0))
+        first = handle.auto.table
+        loss_of(model, batch_of("bert", 1))
+        second = handle.auto.table
+    assert len(second) < len(first) == 2 * len(handle.boundaries) * len(FEW)
+    for name in handle.boundaries:
+        for direction in ("forward", "backward"):
+            options = [auto._option(row) for row in first if (row["name"], row["direction"]) == (name, direction)]
+            left = [row["codec"] for row in second if (row["name"], row["direction"]) == (name, direction)]
+            front = [o for o in options if not any(p.nbytes <= o.nbytes and p.error < o.error for p in options)]
+            assert "identity" in left and {o.spec for o in front} <= set(left)
+            for gone in (o for o in options if o.spec not in left):
+                assert any(o.nbytes <= gone.nbytes and math.sqrt(o.error) * 1.5 < math.sqrt(gone.error) for o in front)
+
+
+def test_few_rows_of_a_gradient_would_flatter_a_rotation():
+    """Why a whole batch is measured: the gradients of two rows lie in a space that two dimensions span."""
+    model, batch = build("bert").train(), batch_of("bert")
+    errors = []
+    for rows in (1, 4):
+        few = {key: value[:rows] for key, value in batch.items()}
+        with compress_model(model, ActCompressConfig("identity")) as handle:
+            found = sensitivity(handle, model, (), few, {"backward": [parse_codec("rotated:bits=2")]})
+        errors.append(max(row["layer_error"] for row in found))
+    assert errors[0] < errors[1]
 
 
 def test_nan_is_measured_later():
