@@ -5,7 +5,7 @@
 
 First the dense model is fine-tuned (2 epochs), then Learning-Compression goes on from it; the same further training
 without compression is the control.  One JSON per run in results/bert_codebook; a run whose JSON is there is not
-repeated.  bf16 autocast throughout.
+repeated.  bf16 autocast where that is fast.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from accuracy import claimed
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_actcompress.recipes import build_compute_metrics, environment, load_text, load_text_model, tokenize_splits
+from hf_actcompress.recipes.arithmetic import bf16_is_fast
 from hf_actcompress.weights import LCCallback, LearningCompression, load_compressed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def make_trainer(
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=epochs, learning_rate=rate, per_device_train_batch_size=32,
         per_device_eval_batch_size=64, eval_strategy="epoch", save_strategy="no", logging_steps=78, report_to=[],
-        bf16=True, use_cpu=not torch.accelerator.is_available(), seed=seed, warmup_steps=20,
+        bf16=bf16_is_fast(), use_cpu=not torch.accelerator.is_available(), seed=seed, warmup_steps=20,
         disable_tqdm=not sys.stderr.isatty(),
     )  # fmt: skip
     return Trainer(

@@ -34,6 +34,7 @@ from hf_actcompress.recipes import (
     load_images,
     prepare_images,
 )
+from hf_actcompress.recipes.arithmetic import bf16_is_fast
 from hf_actcompress.recipes.run import parse_plain
 from hf_actcompress.weights.manifest import is_pruned, load_pruned, save_pruned
 from hf_actcompress.weights.quantize import quantize_static, save_quantized
@@ -49,7 +50,7 @@ DEFAULTS = {
     "weight_decay": 0.05,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 100,
-    "bf16": True,
+    "bf16": bf16_is_fast(),
     "eval_strategy": "no",
     "save_strategy": "epoch",
     "save_total_limit": 1,

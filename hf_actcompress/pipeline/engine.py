@@ -25,6 +25,9 @@ default_store = _get_default_store  # where processes leave each other notes
 
 FORWARD, BACKWARD = "forward", "backward"
 DIRECTIONS = (FORWARD, BACKWARD)
+# Of torch's stages, beside the methods that are replaced below.
+NEEDED = ("_stage_meta", "_get_grad_send_meta", "_resolve_peer_global_rank", "_is_same_rank", "args_recv_info",
+          "act_send_info", "grad_recv_info", "grad_send_info", "fwd_cache")  # fmt: skip
 
 
 class LinkedStage(PipelineStage):
@@ -51,6 +54,16 @@ class LinkedStage(PipelineStage):
 
     def finish(self) -> None:
         """All of a step was computed and sent."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        missing = [name for name in NEEDED if not hasattr(self, name)]
+        if missing:
+            raise RuntimeError(
+                "hf_actcompress.pipeline builds on the pipeline stages of torch 2.14; those of torch "
+                f"{torch.__version__} have no {', '.join(missing)}. Use torch 2.14 for pipelines; "
+                "all else works with older ones."
+            )
 
     # -- what the schedule calls -------------------------------------------------------------------------------
     def clear_runtime_states(self) -> None:

@@ -4,11 +4,12 @@ import inspect
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributed import distributed_c10d, pipelining
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining import stage as torch_stage
 
-from hf_actcompress.pipeline import EarlySchedule1F1B, Shapes
+from hf_actcompress.pipeline import EarlySchedule1F1B, Shapes, engine
 
 
 @pytest.mark.parametrize(("owner", "name", "parameters"), [
@@ -61,3 +62,13 @@ def test_what_a_schedule_cannot_take():
         EarlySchedule1F1B(object(), 4)
     with pytest.raises(ValueError, match="ahead=-1"):
         EarlySchedule1F1B(object(), 4, ahead=-1)
+
+
+def test_another_torch_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(engine, "NEEDED", ("fwd_cache", "_gone"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="torch 2.14; those of torch .* have no _gone"):
+            engine.LinkedStage(torch.nn.Linear(2, 2), 0, 2, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
