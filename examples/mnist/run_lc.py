@@ -84,20 +84,21 @@ class Distill:
 def compress(
     model: LeNet5, scheme: dict[str, str], train: Digits, evaluation: Digits, folder: Path, *, epochs: float = 15,
     learning_rate: float = 0.03, mu: float = 1e-3, end: float = 10.0, every: int = 118, seed: int = 0,
-    temperature: float | None = None, **arguments: Any,
+    temperature: float | None = None, tune: float = 0.25, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One run: train a copy of `model`, save it to `folder`, load the file again and evaluate that.
 
-    mu grows from `mu` to `end` over all C steps, one each `every` optimizer steps (half an epoch of MNIST).
+    mu grows from `mu` to `end` over all C steps, one each `every` optimizer steps (half an epoch of MNIST), until for
+    the last share `tune` of all steps the floats of what was compressed are trained.
     """
     began = time.perf_counter()
     set_seed(seed)
     student = LeNet5()
     student.load_state_dict(model.state_dict())
-    steps = -(-len(train) // 256) * epochs / every
+    steps = -(-len(train) // 256) * epochs * (1 - tune) / every
     growth = max(1.0, (end / mu) ** (1 / max(steps - 1, 1)))
     direct = LearningCompression(student, scheme, mu=mu)
-    callback = LCCallback(scheme, mu=mu, growth=growth, every=every)
+    callback = LCCallback(scheme, mu=mu, growth=growth, every=every, tune=tune)
     loss = None
     if temperature is not None:
         loss = Distill(model, temperature)
@@ -117,8 +118,8 @@ def compress(
         "scheme": scheme, "error": trainer.evaluate()["eval_error"], "ratio": lc.ratio, "bits": lc.bits,
         "file_bytes": path.stat().st_size, "direct_error": before, "layers": kept,
         "distance": logged[-1] if logged else None,
-        "epochs": epochs, "learning_rate": learning_rate, "mu": mu, "mu_end": end, "every": every, "seed": seed,
-        "temperature": temperature, "seconds": time.perf_counter() - began,
+        "epochs": epochs, "learning_rate": learning_rate, "mu": mu, "mu_end": end, "every": every, "tune": tune,
+        "seed": seed, "temperature": temperature, "seconds": time.perf_counter() - began,
         "errors": [round(e["eval_error"], 3) for e in trainer.state.log_history if "eval_error" in e],
     }  # fmt: skip
 
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--mu", type=float, default=1e-3, help="weight of the penalty at first")
     parser.add_argument("--end", type=float, default=10.0, help="weight of the penalty at the end")
     parser.add_argument("--every", type=int, default=118, help="optimizer steps from one C step to the next")
+    parser.add_argument("--tune", type=float, default=0.25, help="share of the steps that train the floats at the end")
     parser.add_argument("--temperature", type=float, help="distil from the dense reference at this temperature")
     parser.add_argument("--reference_epochs", type=float, default=25)
     parser.add_argument("--max_train_samples", type=int)
@@ -155,7 +157,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     record = compress(
         model, scheme, train, evaluation, options.output_dir / "compressed", epochs=options.epochs,
         learning_rate=options.learning_rate, mu=options.mu, end=options.end, every=options.every, seed=options.seed,
-        temperature=options.temperature,
+        temperature=options.temperature, tune=options.tune,
     )  # fmt: skip
     record = {"reference_error": error, **record, "environment": environment()}
     write_results(options.output_dir, record)

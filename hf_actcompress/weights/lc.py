@@ -39,6 +39,8 @@ class LCCallback(TrainerCallback):
     mu, growth: weight of the penalty at first, and its factor at each C step.  With SGD keep learning rate times mu
         below 1.
     every: "epoch", or a number of optimizer steps: when a C step is done; and one at the end.
+    tune: the share of the optimizer steps at the end in which the model holds compressed weights and their floats
+        (codebooks, values that stay, right factors) are trained, who shares which and what is zero being settled.
 
     Training starts from direct compression.  Whatever runs the model in evaluation mode (evaluation, prediction,
     `metric_for_best_model`) sees the compressed weights; checkpoints hold the trained ones, and beside them mu, lambda
@@ -52,10 +54,14 @@ class LCCallback(TrainerCallback):
     """
 
     def __init__(
-        self, scheme: Scheme | str, *, mu: float = 1e-3, growth: float = 1.2, every: int | str = "epoch"
-    ) -> None:
+        self, scheme: Scheme | str, *, mu: float = 1e-3, growth: float = 1.2, every: int | str = "epoch",
+        tune: float = 0.0,
+    ) -> None:  # fmt: skip
         if every != "epoch" and (not isinstance(every, int) or every < 1):
             raise ValueError(f"every={every!r}: a C step is done each 'epoch', or after so many steps, 1 or more.")
+        if not 0 <= tune < 1:
+            raise ValueError(f"tune={tune!r}: a share of the training, from 0 to below 1; 0.2 is its last fifth.")
+        self.tune = tune
         self.scheme = parse_scheme(scheme)  # a misspelt one should not cost a training's start
         self.mu, self.growth, self.every = mu, growth, every
         self.lc: LearningCompression | None = None
@@ -108,7 +114,13 @@ class LCCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Counted in steps for epochs, too: what evaluates and saves within or at the end of an epoch comes after it.
-        if self.lc is not None and (state.global_step % self._steps == 0 or state.global_step == state.max_steps):
+        if self.lc is None:
+            return
+        if self.lc.settled:
+            self.lc.hold()
+        elif self.tune and state.global_step >= (1 - self.tune) * state.max_steps:
+            self.lc.settle()
+        elif state.global_step % self._steps == 0 or state.global_step == state.max_steps:
             self.lc.c_step()
 
     def on_evaluate(

@@ -4,6 +4,9 @@
     C step: Theta  <- the compression nearest to w - lambda/mu
             lambda <- lambda - mu (w - Delta(Theta));  mu <- growth * mu
 
+and, if asked for, at the end: w = Delta(Theta), of which the floats are trained while its structure (who shares which
+entry, what is zero) stays.
+
 This file knows any model and any loop, and no Trainer.  Source: Carreira-Perpinan and Idelbayev, Model compression as
 constrained optimization, 2017 and 2018 ("Learning-compression" algorithms for neural net pruning).
 """
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from .checkpoint import count_bits, save_compressed
 from .scheme import Scheme, Task, find_tasks
 from .theta import Reader, Theta, Writer, restore
+from .tuning import Structure, project, structure
 
 
 class LearningCompression:
@@ -69,17 +73,30 @@ class LearningCompression:
         self.thetas: list[Theta] = []
         self.multipliers = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
         self._weights: dict[str, Tensor] = {}  # the trained ones, while the model holds the compressed ones
+        self._structures: list[Structure] | None = None  # settled ones
         self._compress()
 
     # -- L step ------------------------------------------------------------------------------------------------
     def penalty(self) -> Tensor:
-        """sum of mu/2 |w - Delta - lambda/mu|^2, to be added to the loss."""
+        """sum of mu/2 |w - Delta - lambda/mu|^2, to be added to the loss; 0 once settled."""
+        if self.settled:
+            return next(iter(self.parameters.values())).new_zeros(())
         terms = [(p.float() - self._target[name]).square().sum() for name, p in self.parameters.items()]
         return self.mu / 2 * torch.stack(terms).sum()
 
     @torch.no_grad()
     def add_gradients(self) -> None:
-        """Add the penalty's gradient to what `.grad` holds: the same as having added `penalty()` to the loss."""
+        """Add the penalty's gradient to what `.grad` holds: the same as having added `penalty()` to the loss.
+
+        Once settled, the gradient's part within the structure takes the place of the whole.
+        """
+        if self._structures is not None:
+            for task, found in zip(self.tasks, self._structures, strict=True):
+                parameters = [self.parameters[name] for name in task.names]
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                for p, gradient in zip(parameters, project(found, gradients), strict=True):
+                    p.grad = gradient.to(p.dtype)
+            return
         for name, p in self.parameters.items():
             change = self.mu * (p.float() - self._target[name])
             p.grad = change.to(p.dtype) if p.grad is None else p.grad.add_(change.to(p.grad.dtype))
@@ -87,7 +104,9 @@ class LearningCompression:
     # -- C step ------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def c_step(self) -> None:
-        """Compress w - lambda/mu, update lambda, raise mu."""
+        """Compress w - lambda/mu, update lambda, raise mu; nothing once settled."""
+        if self.settled:
+            return
         self.use_trained()
         self._compress()
         for name, p in self.parameters.items():
@@ -95,6 +114,51 @@ class LearningCompression:
         self.mu *= self.growth
         self.c_steps += 1
         self._aim()
+
+    # -- training the floats of Theta --------------------------------------------------------------------------
+    @property
+    def settled(self) -> bool:
+        return self._structures is not None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """A last compression of w; from here on the weights are compressed ones, and its structure stays.
+
+        Call `add_gradients` before and `hold` after every optimizer step.
+        """
+        if self.settled:
+            return
+        self.use_trained()
+        for multiplier in self.multipliers.values():
+            multiplier.zero_()
+        self._compress()
+        for name, p in self.parameters.items():
+            p.copy_(self.delta[name])
+        self._settle()
+
+    def _settle(self) -> None:
+        self._structures = [structure(theta, self.parameters[task.names[0]].device)
+                            for task, theta in zip(self.tasks, self.thetas, strict=True)]  # fmt: skip
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Back to the structure after an optimizer step, whatever the optimizer: shared values are shared again."""
+        if self._structures is None:
+            return
+        for task, found in zip(self.tasks, self._structures, strict=True):
+            parameters = [self.parameters[name] for name in task.names]
+            for p, value in zip(parameters, project(found, parameters), strict=True):
+                p.copy_(value)
+
+    def _take_over(self) -> None:
+        """Theta of the weights as they are, and the weights exactly those of Theta."""
+        assert self._structures is not None
+        for i, (task, found) in enumerate(zip(self.tasks, self._structures, strict=True)):
+            flat = torch.cat([self.parameters[name].detach().reshape(-1).float() for name in task.names])
+            self.thetas[i] = found.theta(flat)
+            self._decompress(task, self.thetas[i])
+        for name, p in self.parameters.items():
+            p.copy_(self.delta[name])
 
     @torch.no_grad()
     def _compress(self) -> None:
@@ -120,7 +184,9 @@ class LearningCompression:
     # -- which weights the model holds -------------------------------------------------------------------------
     @torch.no_grad()
     def use_compressed(self) -> None:
-        if not self._weights:
+        if self.settled:
+            self._take_over()
+        elif not self._weights:
             self._weights = {name: p.detach().clone() for name, p in self.parameters.items()}
             for name, p in self.parameters.items():
                 p.copy_(self.delta[name])
@@ -180,11 +246,16 @@ class LearningCompression:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(tensors, texts) for safetensors: mu, lambda and Theta."""
+        if self.settled:
+            with torch.no_grad():
+                self._take_over()
+            self._settle()  # as whoever loads this starts
         out = Writer()
         stored = [theta.store(out) for theta in self.thetas]
         tensors = {f"theta.{dtype}": stream for dtype, stream in out.joined().items()}
         tensors |= {f"lambda.{name}": value.clone() for name, value in self.multipliers.items()}
-        about = {"tasks": self._described(), "thetas": stored, "mu": self.mu, "c_steps": self.c_steps}
+        about = {"tasks": self._described(), "thetas": stored, "mu": self.mu, "c_steps": self.c_steps,
+                 "settled": self.settled}  # fmt: skip
         return tensors, {"lc": json.dumps(about)}
 
     def load_state_dict(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
@@ -207,6 +278,12 @@ class LearningCompression:
         for task, theta in zip(self.tasks, thetas, strict=True):
             self._decompress(task, theta)
         self._aim()
+        self._structures = None
+        if about.get("settled"):
+            self._settle()
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(self.delta[name])
 
     def _described(self) -> list[list[Any]]:
         return [[str(task.compression), list(task.names)] for task in self.tasks]
