@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, str]] = {
     "front-70": shared(300, 3000, 17500, 4),
     **{f"codebook-{k}": {"*": f"codebook:k={k}"} for k in (2, 4, 8, 16, 32, 64)},
     **{f"prune-{n}": {"*": PRUNE.format(n)} for n in (4000, 8000, 16000, 32000)},
-    **{f"lowrank-{alpha}": {"*": LOWRANK.format(alpha)} for alpha in ("1e-9", "5e-9", "1e-8", "2.5e-8", "5e-8")},
+    **{f"lowrank-{alpha}": {"*": LOWRANK.format(alpha)} for alpha in ("2e-5", "3e-5", "5e-5", "1e-4", "3e-4")},
     **{f"mix-{name}": scheme for name, scheme in MIXES.items() if name not in ("prune-codebook", "codebook-codebook")},
     "sum-codebook-prune": {"*": f"{CODEBOOK} + prune:keep=1%"},
     "binary": {"*": "binary"}, "ternary": {"*": "ternary"},

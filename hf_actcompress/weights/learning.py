@@ -233,7 +233,9 @@ class LearningCompression:
 
     @torch.no_grad()
     def distance(self) -> float:
-        """|w - Delta| / |w|"""
+        """|w - Delta| / |w|; 0 once settled."""
+        if self.settled:
+            return 0.0
         trained = {name: self._weights.get(name, p).float() for name, p in self.parameters.items()}
         gap = sum(float((w - self.delta[name]).square().sum()) for name, w in trained.items())
         return math.sqrt(gap / max(sum(float(w.square().sum()) for w in trained.values()), 1e-30))
