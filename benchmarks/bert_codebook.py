@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, float]] = {
     "control": {"learning_rate": 5e-5},
 }
 EVERY = 78  # steps between C steps: half an epoch
+TUNE = 0.25  # share of the steps in which the floats are trained
 
 
 def make_trainer(
@@ -69,15 +70,15 @@ def run(name: str, dense: Path, setting: Any, folder: Path, seed: int, epochs: f
         with direct.compressed():
             trainer = make_trainer(model, setting, folder, seed, epochs, rate)
             record["direct_accuracy"] = trainer.evaluate()["eval_accuracy"]
-        steps = -(-len(setting[2]) // 32) * epochs / EVERY
+        steps = -(-len(setting[2]) // 32) * epochs * (1 - TUNE) / EVERY
         growth = (options["end"] / options["mu"]) ** (1 / max(steps - 1, 1))
-        callback = LCCallback(SCHEME, mu=options["mu"], growth=growth, every=EVERY)
+        callback = LCCallback(SCHEME, mu=options["mu"], growth=growth, every=EVERY, tune=TUNE)
         trainer = make_trainer(model, setting, folder, seed, epochs, rate, callback)
         trainer.train()
         path = callback.save(folder)
         load_compressed(folder, model)
         lc = callback.lc
-        record |= {"scheme": SCHEME, "layers_ratio": lc.layers_ratio, "ratio": lc.ratio, "bits": lc.bits,
+        record |= {"scheme": SCHEME, "tune": TUNE, "layers_ratio": lc.layers_ratio, "ratio": lc.ratio, "bits": lc.bits,
                    "file_bytes": path.stat().st_size,
                    "distance": [e["lc/distance"] for e in trainer.state.log_history if "lc/distance" in e][-1],
                    }  # fmt: skip
