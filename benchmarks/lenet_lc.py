@@ -4,7 +4,7 @@
     python benchmarks/lenet_lc.py --data ../shared/data/mnist --only target,front
     python benchmarks/lenet_lc.py --list
 
-A run whose JSON is there is not repeated.  All start from one dense reference (trained first) and take the same 15
+A run whose JSON is there is not repeated.  All start from one dense reference (trained first) and take the same 20
 epochs; each run's file is saved, loaded again and evaluated.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--work", default="outputs/lenet", type=Path, help="for the reference and the models")
     parser.add_argument("--results", default=RESULTS, type=Path)
     parser.add_argument("--only", help="beginnings of run names, separated by commas")
-    parser.add_argument("--epochs", type=float, default=15)
+    parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--reference_epochs", type=float, default=25)
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--threads", type=int, default=1)

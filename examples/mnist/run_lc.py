@@ -1,7 +1,7 @@
 """Compress LeNet5 (431,080 parameters) on MNIST by Learning-Compression, to a file of the counted size.
 
     python examples/mnist/run_lc.py --scheme '{"conv*": "prune:keep=2505", "fc*": "codebook:k=2"}'
-    python examples/mnist/run_lc.py --scheme '{"*": "lowrank:rank=auto,alpha=1e-4"}' --epochs 15 --mu 3e-3 --end 0.3
+    python examples/mnist/run_lc.py --scheme '{"*": "lowrank:rank=auto,alpha=1e-4"}' --epochs 15 --mu 1e-2 --end 0.3
     python examples/mnist/run_lc.py --list          # the mixes of the reference report, by name
     python examples/mnist/run_lc.py --scheme prune-codebook
 
@@ -82,13 +82,13 @@ class Distill:
 
 
 def compress(
-    model: LeNet5, scheme: dict[str, str], train: Digits, evaluation: Digits, folder: Path, *, epochs: float = 15,
-    learning_rate: float = 0.03, mu: float = 1e-3, end: float = 10.0, every: int = 118, seed: int = 0,
-    temperature: float | None = None, tune: float = 0.25, **arguments: Any,
+    model: LeNet5, scheme: dict[str, str], train: Digits, evaluation: Digits, folder: Path, *, epochs: float = 20,
+    learning_rate: float = 0.03, mu: float = 1e-2, end: float = 0.3, every: int = 24, seed: int = 0,
+    temperature: float | None = None, tune: float = 0.2, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One run: train a copy of `model`, save it to `folder`, load the file again and evaluate that.
 
-    mu grows from `mu` to `end` over all C steps, one each `every` optimizer steps (half an epoch of MNIST), until for
+    mu grows from `mu` to `end` over all C steps, one each `every` optimizer steps (a tenth of an epoch), until for
     the last share `tune` of all steps the floats of what was compressed are trained.
     """
     began = time.perf_counter()
@@ -130,12 +130,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--list", action="store_true", help="print the mixes that have names, and stop")
     parser.add_argument("--dataset", default="mnist", help="a folder or hub id with MNIST (default: the hub's mnist)")
     parser.add_argument("--output_dir", default="outputs/mnist", type=Path)
-    parser.add_argument("--epochs", type=float, default=15)
+    parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--learning_rate", type=float, default=0.03)
-    parser.add_argument("--mu", type=float, default=1e-3, help="weight of the penalty at first")
-    parser.add_argument("--end", type=float, default=10.0, help="weight of the penalty at the end")
-    parser.add_argument("--every", type=int, default=118, help="optimizer steps from one C step to the next")
-    parser.add_argument("--tune", type=float, default=0.25, help="share of the steps that train the floats at the end")
+    parser.add_argument("--mu", type=float, default=1e-2, help="weight of the penalty at first")
+    parser.add_argument("--end", type=float, default=0.3, help="weight of the penalty at the end")
+    parser.add_argument("--every", type=int, default=24, help="optimizer steps from one C step to the next")
+    parser.add_argument("--tune", type=float, default=0.2, help="share of the steps that train the floats at the end")
     parser.add_argument("--temperature", type=float, help="distil from the dense reference at this temperature")
     parser.add_argument("--reference_epochs", type=float, default=25)
     parser.add_argument("--max_train_samples", type=int)
