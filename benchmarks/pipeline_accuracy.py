@@ -59,7 +59,8 @@ def execute(codec: str, grad_codec: str, seed: int, data: Path, extra: list[str]
             "--codec", codec, "--grad_codec", grad_codec, "--seed", seed, "--output_dir", out, *OPTIONS, *extra,
         ]  # fmt: skip
         began = time.time()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
         subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True)
         record = json.loads((Path(out) / "results.json").read_text())
     record["seconds"] = round(time.time() - began, 1)
