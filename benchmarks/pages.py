@@ -14,6 +14,7 @@ from pathlib import Path
 
 import analysis_pages
 import card_pages
+import gpu_pages
 import link_pages
 import memory_pages
 import pipeline_pages
@@ -168,6 +169,7 @@ def main() -> None:
     weights_pages.fill_all(fill, ROOT)
     card_pages.fill_all(fill, ROOT / "docs" / "weights.md")
     analysis_pages.fill_all(fill)
+    gpu_pages.fill_all(sys.modules[__name__])
     record = load("codecs")
     if record is not None:
         speed.plot(record, ROOT / "docs" / "figures" / "codec_speed.png")
