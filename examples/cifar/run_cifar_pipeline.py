@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from hf_actcompress.pipeline.training import guarded, join, share
+from hf_actcompress.pipeline.launch import guarded, join, share
 from hf_actcompress.recipes import (
     build_compute_metrics,
     collate_images,

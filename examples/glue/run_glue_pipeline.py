@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, set_seed
 
-from hf_actcompress.pipeline.training import guarded, join, share
+from hf_actcompress.pipeline.launch import guarded, join, share
 from hf_actcompress.recipes import build_compute_metrics, load_text, load_text_model, tokenize_splits
 from hf_actcompress.recipes.pipelined import parse_pipeline_arguments, train_pipeline_and_report
 

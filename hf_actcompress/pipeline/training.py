@@ -6,16 +6,11 @@ examples/glue and examples/cifar are built on it; it knows no data set and no tr
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from datetime import timedelta
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +22,12 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleZBVZeroBubble
 from torch.nn import functional as F
 
 from ..codecs import Identity, parse_codec
-from ..sites.wire import WireError
+from . import checkpoints
 from .arguments import PipelineArguments
 from .engine import EarlySchedule1F1B, Shapes, forward_only
 from .feed import Batch, Feed
-from .links import LinkError, Links, reason, report
+from .launch import join, share
+from .links import LinkError, Links, reason
 from .split import merge, split
 from .stage import CompressedPipelineStage
 
@@ -40,68 +36,6 @@ IGNORED = -100  # label of a row that only fills up
 # Side inputs: what later stages need besides the activation.
 SIDE = ("attention_mask", "position_ids")
 INPUTS = ("input_ids", "pixel_values")
-
-
-def join(timeout: float) -> tuple[int, int]:
-    """(rank, number of ranks) of a process that torchrun or accelerate has launched.
-
-    Raises LinkError if the others do not come within `timeout` seconds, ValueError for a single process.
-    """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        raise ValueError(
-            "A pipeline needs two processes or more, and this is the only one: launch it by `torchrun "
-            "--nproc_per_node 2 SCRIPT ...` (on each of two hosts: `torchrun --nnodes 2 --node_rank R ...`)."
-        )
-    if not dist.is_initialized():
-        try:
-            dist.init_process_group("cpu:gloo", timeout=timedelta(seconds=timeout))
-        except (RuntimeError, ValueError) as error:
-            raise LinkError(
-                f"Rank {os.environ['RANK']}: not all {os.environ['WORLD_SIZE']} processes came within {timeout:g} s. "
-                f"Start the others, or raise --timeout. ({str(error).splitlines()[0][:200]})"
-            ) from error
-    return dist.get_rank(), dist.get_world_size()
-
-
-def share(value: Any, source: int = 0) -> Any:
-    """A small JSON value of rank `source` on every rank."""
-    data = json.dumps(value).encode() if dist.get_rank() == source else b""
-    length = torch.tensor([len(data)])
-    dist.broadcast(length, source)
-    buffer = torch.frombuffer(bytearray(data.ljust(int(length))), dtype=torch.uint8)
-    dist.broadcast(buffer, source)
-    return json.loads(bytes(buffer.numpy()))
-
-
-def guarded(main: Callable[[], Any]) -> Any:
-    """Run `main` as a rank's whole program: a failure ends this process with one line that says what happened.
-
-    An interpreter that ends in the usual way would wait for peers that are gone.
-    """
-    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # prints its whole plan on errors
-    try:
-        value = main()
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        return value
-    except Exception as error:
-        if os.environ.get("HF_ACTCOMPRESS_TRACEBACK"):
-            logger.exception("The program has failed.")
-        rank = os.environ.get("RANK", "0")
-        told = isinstance(error, (LinkError, WireError, ValueError))
-        text = str(error) if told else f"{type(error).__name__}: {_short(error)}"
-        if dist.is_initialized():
-            report(text)
-        print(f"\nerror: {'' if text.startswith('Rank ') else f'rank {rank}: '}{text}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
-
-
-def _short(error: BaseException) -> str:
-    """torch wraps a stage's own error into a description of its arguments."""
-    said = " ".join(str(error).split())[:300]
-    return f"{said} ({_short(error.__cause__)})" if error.__cause__ is not None else said
 
 
 class PipelineTrainer:
@@ -248,7 +182,7 @@ class PipelineTrainer:
 
         self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         if args.resume:
-            self._resume()
+            checkpoints.resume(self)
         for module in self.modules.values():
             module.train()
         with self._bar(self.steps) as bar:
@@ -383,55 +317,7 @@ class PipelineTrainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
     def save(self) -> Path:
         """This rank's part of everything that a resumed run needs; the last two are kept."""
-        folder = self.folder / "checkpoints" / f"step-{self.step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.step, "own": self.own,
-            "modules": {k: module.own_state_dict() for k, module in self.modules.items()},
-            "top": {k: module.state_dict() for k, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(), "rates": self.rates.state_dict(),
-            "codecs": {stage.stage_index: stage.codec_state() for stage in self.stages},
-            "rng": torch.get_rng_state(), "history": json.dumps(self.history),
-        }  # fmt: skip
-        path = folder / f"rank{self.rank}.pt"
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-        dist.barrier()  # older ones go when all have the new one
-        for step in self._saved()[:-2]:
-            old = self.folder / "checkpoints" / f"step-{step}"
-            (old / path.name).unlink(missing_ok=True)
-            with suppress(OSError):  # another rank's part is still there, or it was the first to remove the folder
-                old.rmdir()
-        return folder
-
-    def _saved(self) -> list[int]:
-        found = (self.folder / "checkpoints").glob(f"step-*/rank{self.rank}.pt")
-        return sorted(int(re.sub(r"\D", "", path.parent.name)) for path in found)
-
-    def _resume(self) -> None:
-        """From the last step of which every rank has a checkpoint."""
-        every: list[Any] = [share(self._saved(), rank) for rank in range(self.size)]
-        common = set.intersection(*map(set, every))
-        if not common:
-            raise ValueError(
-                f"--resume: there is no step of which all ranks have a checkpoint under {self.folder}/checkpoints "
-                f"(found {every}). Train with --save_steps first, or leave --resume out."
-            )
-        step = max(common)
-        path = self.folder / "checkpoints" / f"step-{step}" / f"rank{self.rank}.pt"
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["own"] != self.own:
-            raise ValueError(
-                f"{path} holds the stages {state['own']}, this rank runs {self.own}: resume with the same topology."
-            )
-        for k, module in self.modules.items():
-            module.load_state_dict(state["top"][k])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rates.load_state_dict(state["rates"])
-        for stage in self.stages:
-            stage.load_codec_state(state["codecs"][stage.stage_index])
-        torch.set_rng_state(state["rng"].cpu())
-        self.step, self.history = state["step"], json.loads(state["history"])
+        return checkpoints.save(self)
 
     def merge(self) -> bool:
         """Bring all trained weights together in `model` on rank 0; whether this is rank 0."""

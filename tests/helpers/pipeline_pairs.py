@@ -28,6 +28,7 @@ from torch.distributed import TCPStore  # noqa: E402
 from torch.distributed.pipelining import Schedule1F1B  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
+import hf_actcompress.pipeline.launch as launch  # noqa: E402
 import hf_actcompress.pipeline.training as training  # noqa: E402
 from helpers import build, text_batch  # noqa: E402
 from helpers.processes import ROOT  # noqa: E402
@@ -148,7 +149,7 @@ def train(case: Case, rank: int, folder: Path) -> None:
 
 def other_shape(rank: int) -> None:
     """torch's own schedule, and a smaller batch after the first, of which nobody was told."""
-    training.join(20.0)
+    launch.join(20.0)
     modules = split(build("bert"), stages=2)
     stage = CompressedPipelineStage(
         modules[rank], rank, 2, torch.device("cpu"), codec=parse_codec("block:bits=4"), timeout=20.0
@@ -208,11 +209,11 @@ def child(name: str, case: Case, rank: int, folder: Path, port: int) -> None:
     place = folder / (case.after or name)
     place.mkdir(exist_ok=True)
     if name == "shape":
-        training.guarded(lambda: other_shape(rank))
+        launch.guarded(lambda: other_shape(rank))
     elif name in ("glue", "cifar"):
-        training.guarded(lambda: example(name, rank, place))
+        launch.guarded(lambda: example(name, rank, place))
     else:
-        training.guarded(lambda: train(case, rank, place))
+        launch.guarded(lambda: train(case, rank, place))
 
 
 def start(name: str, case: Case, rank: int, folder: Path, port: int) -> int:

@@ -1,0 +1,81 @@
+"""A rank as a process: how it joins the others, shares small values with them, and ends when something fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..sites.wire import WireError
+from .links import LinkError, report
+
+logger = logging.getLogger(__name__)
+
+
+def join(timeout: float) -> tuple[int, int]:
+    """(rank, number of ranks) of a process that torchrun or accelerate has launched.
+
+    Raises LinkError if the others do not come within `timeout` seconds, ValueError for a single process.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise ValueError(
+            "A pipeline needs two processes or more, and this is the only one: launch it by `torchrun "
+            "--nproc_per_node 2 SCRIPT ...` (on each of two hosts: `torchrun --nnodes 2 --node_rank R ...`)."
+        )
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group("cpu:gloo", timeout=timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise LinkError(
+                f"Rank {os.environ['RANK']}: not all {os.environ['WORLD_SIZE']} processes came within {timeout:g} s. "
+                f"Start the others, or raise --timeout. ({str(error).splitlines()[0][:200]})"
+            ) from error
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share(value: Any, source: int = 0) -> Any:
+    """A small JSON value of rank `source` on every rank."""
+    data = json.dumps(value).encode() if dist.get_rank() == source else b""
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, source)
+    buffer = torch.frombuffer(bytearray(data.ljust(int(length))), dtype=torch.uint8)
+    dist.broadcast(buffer, source)
+    return json.loads(bytes(buffer.numpy()))
+
+
+def guarded(main: Callable[[], Any]) -> Any:
+    """Run `main` as a rank's whole program: a failure ends this process with one line that says what happened.
+
+    An interpreter that ends in the usual way would wait for peers that are gone.
+    """
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # prints its whole plan on errors
+    try:
+        value = main()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        return value
+    except Exception as error:
+        if os.environ.get("HF_ACTCOMPRESS_TRACEBACK"):
+            logger.exception("The program has failed.")
+        rank = os.environ.get("RANK", "0")
+        told = isinstance(error, (LinkError, WireError, ValueError))
+        text = str(error) if told else f"{type(error).__name__}: {_short(error)}"
+        if dist.is_initialized():
+            report(text)
+        print(f"\nerror: {'' if text.startswith('Rank ') else f'rank {rank}: '}{text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _short(error: BaseException) -> str:
+    """torch wraps a stage's own error into a description of its arguments."""
+    said = " ".join(str(error).split())[:300]
+    return f"{said} ({_short(error.__cause__)})" if error.__cause__ is not None else said
