@@ -59,7 +59,7 @@ def student_folder(teacher: Path) -> Path:
     folder = teacher.with_name("student")
     if not folder.is_dir():
         from hf_actcompress.recipes import load_text_model
-        from hf_actcompress.weights.structured import drop_layers
+        from hf_actcompress.weights.depth import drop_layers
 
         model, tokenizer = load_text_model("minilm", 2)
         drop_layers(model, 3)

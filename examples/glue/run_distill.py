@@ -26,8 +26,9 @@ from hf_actcompress.recipes import (
     write_results,
 )
 from hf_actcompress.recipes.run import parse_plain
+from hf_actcompress.weights.depth import drop_layers
 from hf_actcompress.weights.distillation import DistillationTrainer
-from hf_actcompress.weights.structured import count, drop_layers
+from hf_actcompress.weights.structured import count
 
 DEFAULTS = {
     "output_dir": "outputs/distill",

@@ -16,7 +16,7 @@ _WHERE = {
     "LearningCompression": "learning",
     "LCCallback": "lc",
     "StructuredPruner": "structured", "PruningCallback": "structured", "prune": "structured",
-    "drop_layers": "structured",
+    "drop_layers": "depth",
     "save_pruned": "manifest", "load_pruned": "manifest", "shape_manifest": "manifest",
     "DistillationTrainer": "distillation", "distillation_loss": "distillation",
     "quantize_static": "quantize", "prepare_qat": "quantize", "convert": "quantize", "save_quantized": "quantize",

@@ -9,14 +9,13 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_actcompress.recipes import load_image_model
+from hf_actcompress.weights.depth import drop_layers, layer_influence
 from hf_actcompress.weights.manifest import MANIFEST, WEIGHTS, load_pruned, save_pruned
 from hf_actcompress.weights.structured import (
     PruningCallback,
     StructuredPruner,
     accumulate_gradients,
     count,
-    drop_layers,
-    layer_influence,
     prune,
 )
 
