@@ -39,6 +39,7 @@ def shared(conv1: int, conv2: int, linear: int, k: int) -> dict[str, str]:
 # Name -> scheme.  In the order in which they are run.
 RUNS: dict[str, dict[str, str]] = {
     "front-100": shared(230, 2150, 7400, 16),
+    "front-105": shared(225, 2050, 6950, 16),
     "front-26": shared(400, 8000, 47000, 16),
     "front-37": shared(350, 6000, 29000, 16),
     "front-200": shared(180, 880, 2500, 16),
