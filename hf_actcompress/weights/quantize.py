@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
@@ -70,11 +71,15 @@ class ExportedClassifier(nn.Module):
         return self
 
 
-def quantize_static(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> ExportedClassifier:
+def quantize_static(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, reduce_range: bool | None = None
+) -> ExportedClassifier:
     """An int8 version of `model`; ranges of activations come from `batches` (mappings of inputs, labels ignored).
 
     Weights: symmetric per channel; activations: per tensor.  The first batch, of two rows or more, shows the inputs
     by name and shape; the number of rows, and of tokens in a text, stays free.  `model` is not changed.
+    reduce_range: activations in 7 bits.  On x86 CPUs without VNNI int8 kernels add two products in 16 bits, which
+        overflow with 8: by default it is on where this CPU is one of them.  Say True for a model that is to run there.
     Raises ValueError for no batches, a first batch of one row, and a model that cannot be exported.
     """
     pt2e = _pt2e()
@@ -89,7 +94,7 @@ def quantize_static(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> E
         graph = _export(model, names, values)
     finally:
         model.train(was)
-    prepared = pt2e["prepare_pt2e"](graph, _quantizer(pt2e, qat=False))
+    prepared = pt2e["prepare_pt2e"](graph, _quantizer(pt2e, False, reduce_range))
     with torch.no_grad():
         prepared(*values)
         for batch in batches:
@@ -98,10 +103,13 @@ def quantize_static(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> E
     return _finish(quantized, names, getattr(model, "config", None))
 
 
-def prepare_qat(model: nn.Module, example: Mapping[str, Any]) -> ExportedClassifier:
+def prepare_qat(
+    model: nn.Module, example: Mapping[str, Any], *, reduce_range: bool | None = None
+) -> ExportedClassifier:
     """`model` with int8 rounding simulated, to be trained by any loop or Trainer and then given to `convert`.
 
-    Start from trained weights and train briefly with a small learning rate.  `example` as in `quantize_static`.
+    Start from trained weights and train briefly with a small learning rate.  `example`, reduce_range: as in
+    `quantize_static`.
     """
     pt2e = _pt2e()
     names, values = _inputs(example)
@@ -111,7 +119,7 @@ def prepare_qat(model: nn.Module, example: Mapping[str, Any]) -> ExportedClassif
         graph = _export(model, names, values)
     finally:
         model.train(was)
-    prepared = pt2e["prepare_qat_pt2e"](graph, _quantizer(pt2e, qat=True))
+    prepared = pt2e["prepare_qat_pt2e"](graph, _quantizer(pt2e, True, reduce_range))
     pt2e["allow"](prepared)
     return ExportedClassifier(prepared, names, getattr(model, "config", None), quantized=False)
 
@@ -196,9 +204,18 @@ def _pt2e() -> dict[str, Any]:
             "convert_pt2e": steps.convert_pt2e, "allow": pt2e.allow_exported_model_train_eval, "x86": x86}  # fmt: skip
 
 
-def _quantizer(pt2e: dict[str, Any], qat: bool) -> Any:
+def _quantizer(pt2e: dict[str, Any], qat: bool, reduce_range: bool | None) -> Any:
     quantizer = pt2e["x86"].X86InductorQuantizer()
-    return quantizer.set_global(pt2e["x86"].get_default_x86_inductor_quantization_config(is_qat=qat))
+    if reduce_range is None:
+        reduce_range = not _adds_in_32_bits()
+    config = pt2e["x86"].get_default_x86_inductor_quantization_config(is_qat=qat, reduce_range=reduce_range)
+    return quantizer.set_global(config)
+
+
+def _adds_in_32_bits() -> bool:
+    """Whether int8 kernels of this CPU add their products in 32 bits (VNNI, or no x86 at all)."""
+    asks = getattr(torch.cpu, "_is_vnni_supported", None)  # torch has no public question for this
+    return platform.machine().lower() not in ("x86_64", "amd64") or asks is None or asks()
 
 
 class _Logits(nn.Module):

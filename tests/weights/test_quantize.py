@@ -73,6 +73,17 @@ def test_lowered_kernels_compute_the_same(quantized):
     model._fast.clear()
 
 
+@pytest.mark.parametrize(("vnni", "given", "top"), [(True, None, 255), (False, None, 127), (True, True, 127),
+                                                    (False, False, 255)])  # fmt: skip
+def test_activations_take_seven_bits_where_sums_would_overflow(monkeypatch, vnni, given, top):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    net, batch = Net(width=32).eval(), images(8)
+    model = quantize_static(net, [batch], reduce_range=given)
+    tops = {node.args[4] for node in model.graph.graph.nodes if "quantize_per_tensor.default" in str(node.target)
+            and "dequantize" not in str(node.target)}  # fmt: skip
+    assert tops == {top}
+
+
 def test_texts_of_any_length():
     torch.manual_seed(0)
     model, batch = bert(layers=1), inputs(texts(4, 9))
