@@ -36,7 +36,7 @@ CODECS = (
 )
 SEEDS = (0, 1, 2)
 OPTIONS = (
-    "--topology client-server --cuts 0 2 4 --max_train_samples 5000 --max_length 40 --num_train_epochs 1 "
+    "--topology client-server --cuts 0 2 4 --max_train_samples 5000 --max_length 40 --num_train_epochs 2 "
     "--learning_rate 5e-5 --batch_size 32 --disable_tqdm True"
 ).split()
 
