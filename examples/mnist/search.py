@@ -47,9 +47,11 @@ class Search:
         self.dense, self.callback = dense, LCCallback("codebook:k=2")
         self.distill = Distill(dense)
         steps = -(-len(train) // 256) * epochs
-        self.every = max(1, round(steps / (2 * epochs)))
-        growth = 1e4 ** (1 / max(steps / self.every - 1, 1))  # mu from 1e-3 to 10
-        self.callback.mu, self.callback.growth, self.callback.every = 1e-3, growth, self.every
+        self.every = max(1, round(steps / (10 * epochs)))
+        tune = 0.2
+        growth = 30 ** (1 / max((1 - tune) * steps / self.every - 1, 1))  # mu from 1e-2 to 0.3
+        self.callback.mu, self.callback.growth, self.callback.every = 1e-2, growth, self.every
+        self.callback.tune = tune
         self.trainer = make_trainer(
             None, train, evaluation, str(folder), epochs=epochs, learning_rate=0.03, weight_decay=0.0,
             callbacks=[self.callback], loss=self.distill, model_init=self.model_init, eval_strategy="no",
