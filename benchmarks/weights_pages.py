@@ -76,7 +76,8 @@ def lenet(runs: dict[str, dict[str, Any]]) -> str:
 
 def lenet_plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     kinds = {"codebook 2..64": "codebook-", "pruning": "prune-", "low rank": "lowrank-",
-             "pruning + 16 values": "front-", "pruning + 4 or 8 values": ("k4-", "k8-"), "pairs": ("mix-", "target-")}  # fmt: skip
+             "pruning + 16 values": "front-", "pruning + 4 or 8 values": ("k4-", "k8-"),
+             "pairs": ("mix-", "target-")}  # fmt: skip
     groups = {}
     for label, start in kinds.items():
         points = [(r["ratio"], r["error"], name) for name, r in runs.items() if name.startswith(start)]
