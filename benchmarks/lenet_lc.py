@@ -56,7 +56,7 @@ RUNS: dict[str, dict[str, str]] = {
     "k4-150": shared(220, 1500, 5900, 4),
     **{f"codebook-{k}": {"*": f"codebook:k={k}"} for k in (2, 4, 8, 16, 32, 64)},
     **{f"prune-{n}": {"*": PRUNE.format(n)} for n in (4000, 8000, 16000, 32000)},
-    **{f"lowrank-{alpha}": {"*": LOWRANK.format(alpha)} for alpha in ("2e-5", "3e-5", "5e-5", "1e-4", "3e-4")},
+    **{f"lowrank-{alpha}": {"*": LOWRANK.format(alpha)} for alpha in ("2e-7", "5e-7", "1e-6", "2e-6", "5e-6")},
     **{f"mix-{name}": scheme for name, scheme in MIXES.items() if name not in ("prune-codebook", "codebook-codebook")},
     "sum-codebook-prune": {"*": f"{CODEBOOK} + prune:keep=1%"},
     "binary": {"*": "binary"}, "ternary": {"*": "ternary"},

@@ -1,7 +1,7 @@
 """Compress LeNet5 (431,080 parameters) on MNIST by Learning-Compression, to a file of the counted size.
 
     python examples/mnist/run_lc.py --scheme '{"conv*": "prune:keep=2505", "fc*": "codebook:k=2"}'
-    python examples/mnist/run_lc.py --scheme '{"*": "lowrank:rank=auto,alpha=1e-4"}' --epochs 15 --mu 1e-2 --end 0.3
+    python examples/mnist/run_lc.py --scheme '{"*": "lowrank:rank=auto,alpha=2e-6"}' --epochs 15 --mu 1e-2 --end 0.3
     python examples/mnist/run_lc.py --list          # the mixes of the reference report, by name
     python examples/mnist/run_lc.py --scheme prune-codebook
 
@@ -31,14 +31,14 @@ CODEBOOK, PRUNE, LOWRANK = "codebook:k=2", "prune:keep={}", "lowrank:rank=auto,a
 # Convolutions and linear layers, as in the reference report.
 MIXES: dict[str, dict[str, str]] = {
     "prune-codebook": {"conv*": PRUNE.format(2505), "fc*": CODEBOOK},
-    "prune-lowrank": {"conv1": PRUNE.format(104), "conv2": PRUNE.format(2505), "fc*": LOWRANK.format("1e-4")},
+    "prune-lowrank": {"conv1": PRUNE.format(104), "conv2": PRUNE.format(2505), "fc*": LOWRANK.format("2e-6")},
     "prune-prune": {"conv*": PRUNE.format(2505), "fc*": PRUNE.format(6000)},
     "codebook-codebook": {"*": CODEBOOK},
     "codebook-prune": {"conv*": CODEBOOK, "fc*": PRUNE.format(20000)},
-    "codebook-lowrank": {"conv*": CODEBOOK, "fc*": LOWRANK.format("1e-4")},
-    "lowrank-codebook": {"conv*": LOWRANK.format("1e-4"), "fc*": CODEBOOK},
-    "lowrank-prune": {"conv*": LOWRANK.format("1e-4"), "fc*": PRUNE.format(6000)},
-    "lowrank-lowrank": {"*": LOWRANK.format("1e-4")},
+    "codebook-lowrank": {"conv*": CODEBOOK, "fc*": LOWRANK.format("2e-6")},
+    "lowrank-codebook": {"conv*": LOWRANK.format("2e-6"), "fc*": CODEBOOK},
+    "lowrank-prune": {"conv*": LOWRANK.format("2e-6"), "fc*": PRUNE.format(6000)},
+    "lowrank-lowrank": {"*": LOWRANK.format("2e-6")},
 }
 
 

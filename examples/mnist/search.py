@@ -36,7 +36,7 @@ def part(trial: Any, where: str, most: float, kinds: tuple[str, ...]) -> str:
     if kind == "codebook":
         return f"codebook:k={2 ** trial.suggest_int(f'{where}_log2_k', 1, 4)}"
     if kind == "lowrank":
-        return f"lowrank:rank=auto,alpha={trial.suggest_float(f'{where}_alpha', 1e-5, 3e-4, log=True):.3g}"
+        return f"lowrank:rank=auto,alpha={trial.suggest_float(f'{where}_alpha', 2e-7, 1e-5, log=True):.3g}"
     return f"block:bits={trial.suggest_int(f'{where}_bits', 2, 6)}"
 
 
