@@ -94,7 +94,8 @@ def main() -> None:
             record = compress(model, scheme, train, evaluation, options.work / name, epochs=options.epochs,
                               disable_tqdm=not sys.stderr.isatty())  # fmt: skip
             record |= {"name": name, "reference_error": error, "images": len(train), "environment": environment(),
-                       "command": f"python benchmarks/lenet_lc.py --only {name}"}  # fmt: skip
+                       "command": f"python benchmarks/lenet_lc.py --only {name} --epochs {options.epochs:g} "
+                                  f"--reference_epochs {options.reference_epochs:g}"}  # fmt: skip
             unfinished = path.with_suffix(".tmp")
             unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
             unfinished.replace(path)

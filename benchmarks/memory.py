@@ -52,13 +52,13 @@ def minilm(length: int) -> tuple[torch.nn.Module, Callable[[int], Batch]]:
     return model, lambda rows: {**tokens(30000, rows, length), "labels": torch.randint(0, 2, (rows,))}
 
 
-def gpt2() -> tuple[torch.nn.Module, Callable[[int], Batch]]:
+def gpt2(length: int = 256) -> tuple[torch.nn.Module, Callable[[int], Batch]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config())
 
     def batch(rows: int) -> Batch:
-        made = tokens(50257, rows, 256)
+        made = tokens(50257, rows, length)
         return {**made, "labels": made["input_ids"]}
 
     return model, batch

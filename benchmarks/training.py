@@ -5,7 +5,7 @@
 
 Every round runs a block of steps without compression and one with each codec, in turn, so that other load on the
 machine meets all alike; the first step of a block is not timed.  Boundaries: after the first layer and before the
-last.  Writes benchmarks/results/training.json after each model.
+last.  Writes benchmarks/results/training.json after each model, with --device cuda training_cuda.json.
 """
 
 from __future__ import annotations
@@ -101,15 +101,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per block")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--results", type=Path, default=PATH)
+    parser.add_argument("--results", type=Path, help="default: results/training.json, on a GPU training_cuda.json")
     args = parser.parse_args()
     os.environ.setdefault(VARIABLE, "1")
-    data = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    path = args.results or (PATH if args.device == "cpu" else PATH.with_stem("training_cuda"))
+    data = json.loads(path.read_text()) if path.is_file() else {}
     for name in MODELS:
         if any(part in name for part in args.models):
             data.setdefault("models", {})[name] = measure(name, args)
-            data |= {"environment": environment(), "command": "python benchmarks/training.py"}
-            args.results.write_text(json.dumps(data, indent=1) + "\n")
+            command = "python benchmarks/training.py" + ("" if args.device == "cpu" else f" --device {args.device}")
+            data |= {"environment": environment(), "command": command}
+            path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Pure tensor functions that run compiled where that pays, and eager elsewhere, with the same bits.
 
-(On a GPU the compiler fuses multiplications with additions: about one value in 100,000 then falls on the other side of
-a rounding step.)
+(On a GPU the compiler fuses multiplications with additions: a few values then fall on the other side of a rounding
+step.)
 
 `torch.compile` makes C++ of them on a CPU and Triton on a GPU.  A compilation takes seconds, so by default one starts
 only when its function has already cost that much: a short run never waits for a compiler, a long one loses little.

@@ -74,6 +74,7 @@ class LearningCompression:
         self.multipliers = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
         self._weights: dict[str, Tensor] = {}  # the trained ones, while the model holds the compressed ones
         self._structures: list[Structure] | None = None  # settled ones
+        self._moved = False  # once settled: whether the weights have changed since Theta was taken from them
         self._compress()
 
     # -- L step ------------------------------------------------------------------------------------------------
@@ -149,10 +150,12 @@ class LearningCompression:
             parameters = [self.parameters[name] for name in task.names]
             for p, value in zip(parameters, project(found, parameters), strict=True):
                 p.copy_(value)
+        self._moved = True
 
     def _take_over(self) -> None:
         """Theta of the weights as they are, and the weights exactly those of Theta."""
         assert self._structures is not None
+        self._moved = False
         for i, (task, found) in enumerate(zip(self.tasks, self._structures, strict=True)):
             flat = torch.cat([self.parameters[name].detach().reshape(-1).float() for name in task.names])
             self.thetas[i] = found.theta(flat)
@@ -185,7 +188,8 @@ class LearningCompression:
     @torch.no_grad()
     def use_compressed(self) -> None:
         if self.settled:
-            self._take_over()
+            if self._moved:  # not once more for every batch of an evaluation
+                self._take_over()
         elif not self._weights:
             self._weights = {name: p.detach().clone() for name, p in self.parameters.items()}
             for name, p in self.parameters.items():
@@ -280,7 +284,7 @@ class LearningCompression:
         for task, theta in zip(self.tasks, thetas, strict=True):
             self._decompress(task, theta)
         self._aim()
-        self._structures = None
+        self._structures, self._moved = None, False
         if about.get("settled"):
             self._settle()
             with torch.no_grad():

@@ -15,8 +15,8 @@ SPECS = ["codebook:k=4", "codebook:k=3,joint=true", "binary", "ternary", "prune:
 
 def tensors(spec, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(12, 8, generator=generator)] * 1 if "lowrank" in spec or "block" in spec else [
-        torch.randn(12, 8, generator=generator), torch.randn(20, generator=generator)]  # fmt: skip
+    shapes = [(12, 8)] if "lowrank" in spec or "block" in spec else [(12, 8), (20,)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def basis(theta, spec):
@@ -121,6 +121,22 @@ def test_a_settled_run_resumes_exactly(tmp_path):
     again, _ = settled(tmp_path / "b", save_strategy="steps", save_steps=6)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     assert same(weights(whole), weights(again))
+
+
+def test_theta_is_taken_once_for_all_batches_of_an_evaluation(monkeypatch):
+    lc, seen = LearningCompression(torch.nn.Linear(8, 4), "codebook:k=2"), []
+    plain = LearningCompression._take_over
+    monkeypatch.setattr(LearningCompression, "_take_over", lambda self: seen.append(1) or plain(self))
+    lc.settle()
+    for expected in (1, 2):
+        with torch.no_grad():
+            lc.parameters["weight"].add_(torch.randn(4, 8))
+        lc.hold()
+        for _ in range(3):
+            lc.use_compressed()
+            lc.use_trained()
+        assert len(seen) == expected
+        assert torch.equal(lc.parameters["weight"], lc.delta["weight"]) and len(lc.delta["weight"].unique()) == 2
 
 
 def test_training_the_floats_lowers_the_loss_that_the_compressed_model_has():
