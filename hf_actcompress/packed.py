@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec, Payload, decode_slopes, unpack_flags
+from .codecs import Codec, Payload, Pool, decode_slopes, fresh, unpack_flags
 
 
 class Kept:
@@ -110,7 +110,7 @@ class Integers:
         self.values, self.dtype = x.to(narrow), x.dtype
 
     def unpack(self) -> Tensor:
-        return self.values.to(self.dtype)
+        return fresh(self.values.numel(), self.dtype, self.values.device).view(self.values.shape).copy_(self.values)
 
     @property
     def nbytes(self) -> int:
@@ -118,13 +118,17 @@ class Integers:
 
 
 class View:
-    """One use of something packed: several saved tensors may lie in the same memory."""
+    """One use of something packed: several saved tensors may lie in the same memory.
 
-    def __init__(self, content: Any, layout: Layout | None, shape: tuple[int, ...]) -> None:
-        self.content, self.layout, self.shape = content, layout, shape
+    pool: shared by all that one forward pass packed, which are unpacked one after another.
+    """
+
+    def __init__(self, content: Any, layout: Layout | None, shape: tuple[int, ...], pool: Pool) -> None:
+        self.content, self.layout, self.shape, self.pool = content, layout, shape, pool
 
     def unpack(self) -> Tensor:
-        x = self.content.unpack()
+        with self.pool.used():
+            x = self.content.unpack()
         return x.view(self.shape) if self.layout is None else self.layout.restore(x)
 
 

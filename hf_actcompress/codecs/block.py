@@ -262,11 +262,12 @@ class Block(Codec):
         for part in found:
             n, k, c = part.shape
             width = c * self.bits // 8
-            pieces += apply(
-                group_decode, codes[at : at + n * k * width].view(n, k, width),
-                [scales[row : row + n * k].view(n, k, 2)], [part.features(mean), part.features(root)],
-                cols=c, bits=self.bits, dtype=payload.dtype,
-            )  # fmt: skip
+            args = (codes[at : at + n * k * width].view(n, k, width), scales[row : row + n * k].view(n, k, 2))
+            own, static = (part.features(mean), part.features(root)), {"bits": self.bits, "dtype": payload.dtype}
+            result = native.group_decode(*args, *own, **static)
+            if result is None:
+                result, = apply(group_decode, args[0], args[1:], own, cols=c, **static)
+            pieces.append(result)
             at, row = at + n * k * width, row + n * k
         return self._unite(pieces, shape)
 

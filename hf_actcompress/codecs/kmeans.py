@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_int, ranked, strided_sample
-from .kernels import nearest_encode, nearest_roundtrip, table_decode
-from .rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
+from .kernels import nearest_encode, nearest_roundtrip
+from .lookup import decode_table
+from .rows import codes_nbytes, encode_parts, join, roundtrip_parts
 
 SAMPLE = 1 << 14
 EXACT = 512  # up to this many weighted points the codebook is found by dynamic programming
@@ -76,8 +77,7 @@ class KMeans(Codec):
 
     def _decode(self, payload: Payload) -> Tensor:
         table = payload.tensors["centroids"]
-        shared = [table.to(payload.dtype)]
-        return decode_parts(table_decode, payload.tensors["codes"], payload.shape, self.bits, shared, bits=self.bits)
+        return decode_table(payload.tensors["codes"], payload.shape, table.to(payload.dtype), self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         table = self._fit(strided_sample(x, SAMPLE), state)

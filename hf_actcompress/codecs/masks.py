@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,5 +51,5 @@ def unpack_flags(bits: Tensor, shape: tuple[int, ...], low: float, high: float, 
     """`high` where a bit is set and `low` elsewhere, in `dtype` (bool: True and False)."""
     kind = torch.uint8 if dtype == torch.bool else dtype
     shared = [torch.tensor([low, high], dtype=kind, device=bits.device)]
-    found = decode_parts(unflag, bits, shape, 1, shared)
+    found = decode_parts(unflag, bits, shape, 1, shared, by_hand=partial(native.table_decode, table=shared[0], bits=1))
     return found.view(torch.bool) if dtype == torch.bool else found

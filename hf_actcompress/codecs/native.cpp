@@ -3,27 +3,12 @@
 // functions agree to about 1e-7, which in rare cases is another code.
 // Compiled by native.py with -ffp-contract=off, because a fused multiply-add rounds once where two operations round twice.
 
+#include "native.h"
+
 #include <cfloat>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-
-// Not a hint: past a growth of the file the compiler stops to inline, and what it calls it does not vectorise.
-#define INLINE inline __attribute__((always_inline))
 
 namespace {
-
-constexpr int LANES = 16;
-constexpr int LARGEST = 1024;  // columns of a group
-
-INLINE float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE float load(const float* x) { return *x; }
-INLINE float load(const uint16_t* x) { return as_float(static_cast<uint32_t>(*x) << 16); }  // bf16
 
 INLINE float floor16(float x) {
     int32_t bits;
@@ -153,13 +138,6 @@ void encode(const Groups<T>& all, uint8_t* codes, float* scales) {
             pack<BITS>(own, cols, out);
         }
     }
-}
-
-INLINE void store(float* out, float value) { *out = value; }
-INLINE void store(uint16_t* out, float value) {  // bf16, to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    *out = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 // What would be decoded of the codes, without making them.

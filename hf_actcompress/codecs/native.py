@@ -1,8 +1,8 @@
 """The few kernels written by hand, where a compiled one reads memory twice or calls a slow library.
 
-`native.cpp` is compiled once for a machine's processor and kept in a cache.  It stands beside the kernels of
-kernels.py, gives the same bits, and is switched by the same variable, HF_ACTCOMPRESS_COMPILE.  Without a compiler, or
-for a tensor that it does not take, the functions here return None.
+`native.cpp` and `native_decode.cpp` are compiled once for a machine's processor and kept in a cache.  They stand
+beside the kernels of kernels.py, give the same bits, and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
+Without a compiler, or for a tensor that they do not take, the functions here return None.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from .compiled import SMALLEST, compiler_for, policy
+from .memory import fresh
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_decode.cpp")]
+HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
 WIDE = "-mprefer-vector-width=512"  # a quarter faster where there is AVX-512, which g++ would use by halves
@@ -56,7 +58,8 @@ def _target() -> Path | None:
             return None
     except OSError:
         return None
-    text = SOURCE.read_text() + _processor() + str(compiler_for("cpu")) + " ".join((*FLAGS, WIDE))
+    text = "".join(path.read_text() for path in (HEADER, *SOURCES))
+    text += _processor() + str(compiler_for("cpu")) + " ".join((*FLAGS, WIDE))
     return folder / f"native_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
 
 
@@ -77,12 +80,13 @@ def _library() -> ctypes.CDLL | None:
         if not target.is_file():
             own = target.with_suffix(f".{os.getpid()}.tmp")
             wide = [WIDE] if platform.machine() == "x86_64" else []
-            subprocess.run([compiler, *FLAGS, *wide, "-o", own, SOURCE], check=True, capture_output=True, timeout=120)
+            command = [compiler, *FLAGS, *wide, "-o", own, *SOURCES]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
             os.replace(own, target)
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
-        text = getattr(error, "stderr", b"") or b""
-        logger.warning("native.cpp could not be compiled (%s): %s", error, text.decode(errors="replace")[-500:])
+        text = (getattr(error, "stderr", b"") or b"").decode(errors="replace")
+        logger.warning("The native kernels could not be compiled (%s): %s", error, text[-500:])
         return None
     p, i, n, u, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
     library.group_codes.argtypes = [p, i, i, i, p, p, p, n, n, i, u, u, i, p, p, p]
@@ -93,19 +97,28 @@ def _library() -> ctypes.CDLL | None:
     library.slope_encode.restype = i
     library.two_flags.argtypes = [p, i, n, f, p]
     library.two_flags.restype = i
+    library.group_values.argtypes = [p, i, p, i, p, p, n, n, i, i, p]
+    library.group_values.restype = None
+    library.table_values.argtypes = [p, i, n, i, p, i, p]
+    library.table_values.restype = None
     return library
 
 
 def _ready(x: Tensor, bits: int) -> ctypes.CDLL | None:
     """The library, if it takes `x` [N, K, C] and the policy allows it."""
-    chosen = policy()
+    fits = x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
+    return _chosen(x.numel(), x.shape[-1], bits, x.device) if fits else None
+
+
+def _chosen(n: int, cols: int, bits: int, device: torch.device) -> ctypes.CDLL | None:
+    """The library for `n` values in rows of `cols`."""
+    policy_now = policy()
     if (
-        chosen == "0" or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bits not in BITS
-        or x.shape[-1] % 16 or x.shape[-1] > LARGEST or not x.is_contiguous()
-        or (x.numel() < SMALLEST and chosen != "1") or torch.compiler.is_compiling()
+        policy_now == "0" or device.type != "cpu" or bits not in BITS or cols % 16 or cols > LARGEST
+        or (n < SMALLEST and policy_now != "1") or torch.compiler.is_compiling()
     ):  # fmt: skip
         return None
-    if chosen == "auto" and _waited < PATIENCE and ((target := _target()) is None or not target.is_file()):
+    if policy_now == "auto" and _waited < PATIENCE and ((target := _target()) is None or not target.is_file()):
         return None
     return _library()
 
@@ -147,7 +160,7 @@ def group_roundtrip(
     library = _ready(x, bits) if clip == 1 else None
     if library is None:
         return None
-    out = torch.empty_like(x)
+    out = fresh(x.numel(), x.dtype, x.device).view(x.shape)
     _group_codes(library, x, start, (mean, inverse, root), key, bits, stored, (None, None, out))
     return out
 
@@ -164,7 +177,7 @@ def planes_roundtrip(
     lying = x.permute(0, 2, 3, 1)
     if not lying.is_contiguous() or (library := _ready(lying.view(-1, 1, cols), bits)) is None:
         return None
-    out, (images, channels, *_) = torch.empty_like(x), x.shape
+    out, (images, channels, *_) = fresh(x.numel(), x.dtype, x.device).view(lying.shape).permute(0, 3, 1, 2), x.shape
     library.planes_roundtrip(
         x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, images, x.shape[2] * x.shape[3], channels,
         cols, 0 if key is None else int(key) & 0xFFFFFFFF, stored == 16, out.data_ptr(),
@@ -207,3 +220,39 @@ def two_flags(x: Tensor, value: float) -> tuple[Tensor, bool] | None:
     bits = torch.empty(*x.shape[:2], x.shape[2] // 8, dtype=torch.uint8)
     strange = library.two_flags(x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], value, bits.data_ptr())
     return bits, not strange
+
+
+def group_decode(
+    codes: Tensor, scales: Tensor, mean: Tensor | None, root: Tensor | None, *, bits: int, dtype: torch.dtype
+) -> Tensor | None:
+    """`kernels.group_decode` for codes [N, K, C * bits / 8]: values [N, K, C]; or None."""
+    (n, k, _), cols = codes.shape, codes.shape[2] * 8 // bits
+    if dtype not in (torch.float32, torch.bfloat16) or scales.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    library = _chosen(n * k * cols, cols, bits, codes.device)
+    if library is None:
+        return None
+    codes, scales = codes.contiguous(), scales.contiguous()
+    tables = [None if t is None else t.contiguous() for t in (mean, root)]
+    out = fresh(n * k * cols, dtype, codes.device)
+    library.group_values(
+        codes.data_ptr(), bits, scales.data_ptr(), scales.dtype == torch.bfloat16, *map(_address, tables), k, n * k,
+        cols, dtype == torch.bfloat16, out.data_ptr(),
+    )  # fmt: skip
+    return out.view(n, k, cols)
+
+
+def table_decode(codes: Tensor, table: Tensor, *, bits: int) -> Tensor | None:
+    """`kernels.table_decode` for codes [N, K, C * bits / 8] and a table in fp32, bf16 or bytes; or None."""
+    (n, k, _), cols = codes.shape, codes.shape[2] * 8 // bits
+    if table.dtype not in (torch.float32, torch.bfloat16, torch.uint8):
+        return None
+    library = _chosen(n * k * cols, cols, bits, codes.device)
+    if library is None:
+        return None
+    codes, values = codes.contiguous(), table.float().contiguous()
+    out = fresh(n * k * cols, table.dtype, codes.device)
+    library.table_values(
+        codes.data_ptr(), bits, n * k, cols, values.data_ptr(), table.dtype.itemsize, out.data_ptr()
+    )  # fmt: skip
+    return out.view(n, k, cols)

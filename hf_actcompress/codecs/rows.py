@@ -8,7 +8,7 @@ no maximum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,18 +93,22 @@ def roundtrip_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **stati
 
 def decode_parts(
     kernel: Kernel, codes: Tensor, shape: tuple[int, ...], width: int, shared: Sequence[Tensor],
-    beside: Sequence[Tensor] = (), **static: Any,
+    beside: Sequence[Tensor] = (), by_hand: Callable[[Tensor], Tensor | None] | None = None, **static: Any,
 ) -> Tensor:  # fmt: skip
     """Codes in rows of COLS -> what the kernel makes of them, as a tensor of that shape.
 
-    width: bits per code.  beside: tensors with one entry for each byte of the codes.
+    width: bits per code.  beside: tensors with one entry for each byte of the codes.  by_hand: does the same where it
+    can, else gives None.
     """
     pieces, at, total = [], 0, math.prod(shape)
     for part in parts(total, COLS):
         n, k, c = part.shape
         nbytes = c * width // 8
         own, *rows = (t[at : at + n * k * nbytes].view(n, k, nbytes) for t in (codes, *beside))
-        pieces.append(apply(kernel, own, rows, shared=shared, cols=c, **static)[0].view(-1))
+        found = None if by_hand is None else by_hand(own)
+        if found is None:
+            found, = apply(kernel, own, rows, shared=shared, cols=c, **static)
+        pieces.append(found.view(-1))
         at += n * k * nbytes
     return join(pieces)[:total].view(shape)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import native
 from .bit_kernels import slope_encode
-from .kernels import table_decode
+from .lookup import decode_table
 from .rounding import RoundingState, next_key
-from .rows import COLS, apply, counters, decode_parts, join, parts
+from .rows import COLS, apply, counters, join, parts
 
 LARGEST = 8  # bits
 
@@ -97,4 +97,4 @@ def encode_slopes(x: Tensor, name: str, bits: int, state: RoundingState | None) 
 def decode_slopes(codes: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str, bits: int) -> Tensor:
     """x' with f'(x') = the level that f'(x) was rounded to."""
     table = torch.tensor(places(name, bits), dtype=dtype, device=codes.device)
-    return decode_parts(table_decode, codes, shape, bits, [table], bits=bits)
+    return decode_table(codes, shape, table, bits)

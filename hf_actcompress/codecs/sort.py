@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, check_choice, check_int, extremes, ranked, strided_sample
-from .kernels import sort_decode, sort_encode, sort_roundtrip, table_decode
+from .kernels import sort_decode, sort_encode, sort_roundtrip
 from .levels import safe_inverse
+from .lookup import decode_table
 from .packing import MAX_BITS
 from .rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 
@@ -83,7 +84,7 @@ class Sort(Codec):
             return decode_parts(sort_decode, codes, payload.shape, self.bits, [scales], **static)
         q = torch.arange(2 ** (self.bits - self.splits), device=scales.device)
         table = (scales[:, :1] + q * scales[:, 1:]).view(-1).to(dtype)
-        return decode_parts(table_decode, codes, payload.shape, self.bits, [table], bits=self.bits)
+        return decode_table(codes, payload.shape, table, self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         edges, scales = self._groups(x)

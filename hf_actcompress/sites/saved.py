@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..budget import Auto
-from ..codecs import Block, Codec, encode_slopes, pack_flags, pack_two_values, raw_nbytes
+from ..codecs import Block, Codec, Pool, encode_slopes, pack_flags, pack_two_values, raw_nbytes
 from ..consumers import asks, slopes_of
 from ..packed import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten, narrowest
 
@@ -62,6 +62,7 @@ class SavedTensors:
         self._seen: dict[int, tuple[StorageWeakRef, dict]] = {}
         self._constant: set[int] = set()
         self._frozen: set[tuple[int, ...]] = set()
+        self._pool = Pool()
         self.trial: Any = None  # a measurement of sensitivities that is under way
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,6 +105,7 @@ class SavedTensors:
             torch._C._autograd._pop_saved_tensors_default_hooks()
             self._seen.clear()
             self._modules.clear()
+            self._pool = Pool()  # the graph alone keeps the other
 
     # -- one tensor -----------------------------------------------------------------------------------------------
     def pack(self, x: Tensor) -> Kept | View | Sharded:
@@ -132,7 +134,7 @@ class SavedTensors:
             cores[key] = weakref.ref(core)
             cores[("raw", *place)] = lambda: None
             self._count(slot, raw, core.nbytes, exact=not isinstance(core, (Coded, Slopes)))
-        return View(core, layout, tuple(x.shape))
+        return View(core, layout, tuple(x.shape), self._pool)
 
     def _worth(self, x: Tensor) -> bool:
         rows = 1 if self.trial is None else self.trial.scale

@@ -1,4 +1,4 @@
-"""Memory of decoded tensors: the advice changes nothing but speed."""
+"""Memory of decoded tensors: neither the advice nor the pool changes anything but speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import memory, parse_codec
-from hf_actcompress.codecs.memory import MAPPED, fresh
+from hf_actcompress.codecs.memory import HUGE_PAGE, MAPPED, POOLED, Pool, fresh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -25,3 +25,53 @@ def test_a_system_without_the_advice_decodes_alike(monkeypatch: pytest.MonkeyPat
     assert expected.nbytes > MAPPED
     monkeypatch.setattr(memory, "_madvise", lambda: None)
     assert torch.equal(codec.decode(payload), expected)
+
+
+def test_a_pool_gives_memory_again_when_no_view_of_it_is_left() -> None:
+    pool, n = Pool(), POOLED
+    first = pool.take(n, torch.float32).fill_(1)
+    part = first[5:7]  # a view keeps it
+    address = first.data_ptr()
+    del first
+    second = pool.take(n, torch.float32).fill_(2)
+    assert second.data_ptr() != address and part.tolist() == [1, 1] and pool.nbytes == 2 * 4 * n
+    del part
+    third = pool.take(n // 4, torch.bfloat16).fill_(3)
+    assert third.data_ptr() == address and third.dtype == torch.bfloat16 and third.numel() == n // 4
+    assert (second == 2).all() and pool.nbytes == 2 * 4 * n
+
+
+def test_a_larger_tensor_takes_the_place_of_a_free_piece() -> None:
+    pool = Pool()
+    small = pool.take(HUGE_PAGE, torch.uint8)
+    del small
+    large = pool.take(HUGE_PAGE + 1, torch.uint8)
+    assert pool.nbytes == 2 * HUGE_PAGE
+    large.fill_(7)
+    del pool  # the tensor outlives it
+    assert large.sum() == 7 * (HUGE_PAGE + 1)
+    assert Pool().take(0, torch.float32).shape == (0,)
+
+
+def test_an_operation_that_returns_what_was_saved_does_not_see_it_change() -> None:
+    pool = Pool()
+    x = pool.take(POOLED, torch.float32).fill_(1).requires_grad_()
+    y = x.view(4, -1).sum(0)  # autograd holds views too
+    kept = y.detach()
+    out = torch.broadcast_to(x.detach()[:1], (8,))
+    del x, y
+    pool.take(POOLED, torch.float32).fill_(9)
+    assert (out == 1).all() and (kept == 4).all()
+
+
+def test_only_large_tensors_of_this_thread_come_from_the_pool() -> None:
+    pool, cpu = Pool(), torch.device("cpu")
+    with pool.used():
+        assert fresh(POOLED // 4 - 1, torch.float32, cpu).numel() and pool.nbytes == 0
+        large = fresh(POOLED // 4, torch.float32, cpu)
+        assert pool.nbytes == HUGE_PAGE
+        with Pool().used():
+            fresh(POOLED, torch.float32, cpu)
+        assert pool.nbytes == HUGE_PAGE and large.numel() == POOLED // 4
+    fresh(POOLED, torch.float32, cpu)
+    assert pool.nbytes == HUGE_PAGE

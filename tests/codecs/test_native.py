@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from hf_actcompress.codecs import encode_slopes, native, parse_codec
+from hf_actcompress.codecs import decode_slopes, encode_slopes, native, pack_flags, parse_codec, unpack_flags
 from hf_actcompress.codecs.compiled import Kernel, compiler_for
 
 needs_compiler = pytest.mark.skipif(compiler_for("cpu") is None, reason="no C++ compiler")
@@ -33,6 +33,25 @@ def used(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def decoded(monkeypatch):
+    """Which functions of the library gave values of codes."""
+    calls = []
+
+    def noting(name, plain):
+        def noted(*args, **kwargs):
+            found = plain(*args, **kwargs)
+            if found is not None:
+                calls.append(name)
+            return found
+
+        return noted
+
+    for name in ("group_decode", "table_decode"):
+        monkeypatch.setattr(native, name, noting(name, getattr(native, name)))
+    return calls
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
@@ -52,6 +71,61 @@ def test_same_payload(bits, options, dtype, used, monkeypatch):
             assert torch.equal(tensor, payloads[1].tensors[name]), (shape, name)
         assert torch.equal(decoded[0], decoded[1]) and torch.equal(decoded[0], codec.decode(payloads[0]))
     assert used
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("options", ["", ",equalize=none,group=256", ",scale=32", ",group=48", ",dim=channel"])
+def test_groups_are_decoded_to_the_same_bits(bits, options, dtype, decoded, monkeypatch):
+    codec = parse_codec(f"block:bits={bits}{options}")
+    for shape in [*SHAPES, (7, 2304), (1, 16)]:
+        x = (torch.randn(shape) * torch.rand(shape) * 3 - 1).to(dtype)
+        payload = codec.encode(x)
+        found = []
+        for policy in ("0", "1"):
+            monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+            found.append(codec.decode(payload))
+        assert torch.equal(*found) and found[1].dtype == dtype and found[1].shape == shape
+    assert "group_decode" in decoded
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [*(f"kmeans:bits={b}" for b in (1, 2, 3, 4, 5, 6, 8)), "sort:bits=8,splits=6"])
+def test_tables_are_looked_up_to_the_same_bits(spec, dtype, decoded, monkeypatch):
+    codec = parse_codec(spec)
+    for shape in SHAPES:
+        payload = codec.encode(torch.randn(shape).to(dtype))
+        found = []
+        for policy in ("0", "1"):
+            monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+            found.append(codec.decode(payload))
+        assert torch.equal(*found) and found[1].dtype == dtype
+    assert decoded
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool])
+def test_masks_come_back_the_same_way(dtype, decoded, monkeypatch):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    for shape in [(256,), (3, 5, 128), (7, 1000), (13,)]:
+        x = torch.rand(shape) > 0.3
+        low, high = (0, 1) if dtype == torch.bool else (-0.5, 1 / 0.9)
+        expected = torch.where(x, torch.tensor(high, dtype=dtype), torch.tensor(low, dtype=dtype))
+        assert torch.equal(unpack_flags(pack_flags(x), shape, low, high, dtype), expected)
+    assert decoded or dtype == torch.float16  # which has no kernel of its own
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_slopes_are_decoded_to_the_same_bits(bits, decoded, monkeypatch):
+    codes = encode_slopes(torch.randn(7, 1000), "gelu", bits, None)
+    found = []
+    for policy in ("0", "1"):
+        monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+        found.append(decode_slopes(codes, (7, 1000), torch.float32, "gelu", bits))
+    assert torch.equal(*found) and decoded
 
 
 @needs_compiler

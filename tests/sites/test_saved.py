@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from hf_actcompress import ActCompressConfig, compress_model, parse_codec, remove_compression
+from hf_actcompress.codecs import memory
 from hf_actcompress.codecs.slopes import SLOPES, extreme
 from hf_actcompress.consumers import slopes_of
 from hf_actcompress.packed import flatten, narrowest
@@ -310,6 +312,39 @@ def test_frozen_weights_under_autocast_pass():
         model(x).float().square().sum().backward()
     # the bias sees only the exact path back through the frozen layer; with 1-bit weights it would be far off
     assert torch.equal(model[0].bias.grad, expected[48 * 32 :])
+
+
+def test_what_is_decoded_shares_memory_that_goes_with_the_graph(monkeypatch):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.ReLU6(), nn.BatchNorm1d(256)) for _ in range(4)))
+    x, pools, plain = torch.randn(2048, 256), {}, memory.Pool.take
+
+    def noted(self, n, dtype):
+        found = plain(self, n, dtype)
+        pools.setdefault(weakref.ref(self), []).append((found.data_ptr(), self.nbytes))
+        return found
+
+    def run(twice):
+        model.zero_grad()
+        with compress_model(model, only("block:bits=4", seed=3)):
+            loss = model(x).square().sum()
+            loss.backward(retain_graph=twice)
+            if twice:
+                model.zero_grad()
+                loss.backward()
+        return gradients(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "POOLED", 1 << 40)
+        expected = run(False)
+    monkeypatch.setattr(memory.Pool, "take", noted)
+    assert torch.equal(run(False), expected) and torch.equal(run(True), expected)
+    gc.collect()
+    assert len(pools) == 2 and all(pool() is None for pool in pools)  # one for each pass, gone with it
+    for taken in pools.values():
+        assert len(taken) >= 11 > 4 >= len({address for address, _ in taken})
+        assert max(size for _, size in taken) <= 3 * x.nbytes
 
 
 @pytest.mark.parametrize("backward", ["always", "never", "raises"])

@@ -1,0 +1,150 @@
+// Codes to values, written where the caller wants them: what a compiler makes of the Python functions allocates its
+// result itself, and a large one on small pages takes longer to touch than to compute (memory.py).  Same bits as
+// kernels._group_decode, kernels._table_decode and bit_kernels._unflag.
+
+#include "native.h"
+
+namespace {
+
+// body(0), body(1), ...: by sixteen, as a compiler that counts bytes takes 64 at a time and leaves short rows to a
+// loop without vectors.
+template <typename Body>
+INLINE void each(int n, Body body) {
+    int j = 0;
+    for (; j + LANES <= n; j += LANES)
+#pragma omp simd simdlen(16)
+        for (int i = 0; i < LANES; ++i) body(j + i);
+    for (; j < n; ++j) body(j);
+}
+
+// Inverse of `pack` in native.cpp: planes of codes, the widest first.  `first` says that nothing was written yet.
+template <int LEFT, int WIDTH = 8>
+INLINE void unpack(const uint8_t* in, int cols, uint8_t* codes, bool first = true) {
+    if constexpr (LEFT >= WIDTH) {
+        constexpr int FIELDS = 8 / WIDTH, SHIFT = LEFT - WIDTH, MASK = (1 << WIDTH) - 1;
+        const int run = cols / FIELDS;
+        for (int f = 0; f < FIELDS; ++f)
+            each(run, [=](int j) {
+                const uint8_t field = static_cast<uint8_t>((in[j] >> (f * WIDTH) & MASK) << SHIFT);
+                codes[f * run + j] = first ? field : codes[f * run + j] | field;
+            });
+        unpack<SHIFT, WIDTH>(in + run, cols, codes, false);
+    } else if constexpr (WIDTH > 1) {
+        unpack<LEFT, WIDTH / 2>(in, cols, codes, first);
+    }
+}
+
+// value(code, column) for every element of every row of codes.
+template <int BITS, typename T, typename Value>
+INLINE void row(const uint8_t* __restrict in, int cols, T* __restrict out, Value value) {
+    if constexpr (8 % BITS == 0) {  // one plane: codes stay in registers
+        constexpr int FIELDS = 8 / BITS, MASK = (1 << BITS) - 1;
+        const int run = cols / FIELDS;
+        for (int f = 0; f < FIELDS; ++f)
+            each(run, [=](int j) { store(out + f * run + j, value(in[j] >> (f * BITS) & MASK, f * run + j)); });
+    } else {
+        uint8_t codes[LARGEST];
+        unpack<BITS>(in, cols, codes);
+        each(cols, [&](int c) { store(out + c, value(codes[c], c)); });
+    }
+}
+
+struct Group {
+    const uint8_t* codes;
+    const void* scales;
+    const float *mean, *root;
+    int64_t period, groups;
+    int cols;
+};
+
+template <typename T, typename S, int BITS>
+void decode(const Group& all, T* out) {
+    const S* scales = static_cast<const S*>(all.scales);
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < all.groups; ++g) {
+        const float lo = load(scales + 2 * g), step = load(scales + 2 * g + 1);
+        const uint8_t* in = all.codes + g * (all.cols * BITS / 8);
+        T* own = out + g * all.cols;
+        if (all.mean) {
+            const int64_t at = g % all.period * all.cols;
+            const float *m = all.mean + at, *r = all.root + at;
+            row<BITS>(in, all.cols, own, [=](int code, int c) {
+                return (lo + static_cast<float>(code) * step) * r[c] + m[c];
+            });
+        } else {
+            row<BITS>(in, all.cols, own, [=](int code, int) { return lo + static_cast<float>(code) * step; });
+        }
+    }
+}
+
+// A gather takes longer than to drop half of the entries with every bit; masks, because a choice becomes a branch.
+template <int BITS>
+INLINE uint32_t looked_up(const uint32_t* table, uint32_t code) {
+    if constexpr (BITS == 0)
+        return table[0];
+    else {
+        const uint32_t low = looked_up<BITS - 1>(table, code);
+        const uint32_t high = looked_up<BITS - 1>(table + (1 << (BITS - 1)), code);
+        return low ^ ((low ^ high) & (0u - (code >> (BITS - 1) & 1u)));
+    }
+}
+
+template <typename T, int BITS>
+void table_of(const uint8_t* codes, int64_t rows, int cols, const float* table, T* out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < rows; ++g) {
+        uint32_t own[1 << BITS];
+        std::memcpy(own, table, sizeof(own));
+        const uint8_t* in = codes + g * (cols * BITS / 8);
+        if constexpr (BITS == 1) {
+            const uint32_t low = own[0], other = own[0] ^ own[1];
+            row<BITS>(in, cols, out + g * cols, [=](int code, int) {
+                return as_float(low ^ (other & (0u - static_cast<uint32_t>(code))));
+            });
+        } else {
+            row<BITS>(in, cols, out + g * cols, [&own](int code, int) {
+                return as_float(BITS <= 3 ? looked_up<BITS <= 3 ? BITS : 0>(own, static_cast<uint32_t>(code)) : own[code]);
+            });
+        }
+    }
+}
+
+template <typename T, typename S>
+void decode_any(int bits, const Group& all, void* out) {
+    using Run = void (*)(const Group&, T*);
+    constexpr Run runs[] = {decode<T, S, 1>, decode<T, S, 2>, decode<T, S, 3>, decode<T, S, 4>,
+                            decode<T, S, 5>, decode<T, S, 6>, decode<T, S, 8>};
+    runs[bits == 8 ? 6 : bits - 1](all, static_cast<T*>(out));
+}
+
+template <typename T>
+void table_any(int bits, const uint8_t* codes, int64_t rows, int cols, const float* table, void* out) {
+    using Run = void (*)(const uint8_t*, int64_t, int, const float*, T*);
+    constexpr Run runs[] = {table_of<T, 1>, table_of<T, 2>, table_of<T, 3>, table_of<T, 4>,
+                            table_of<T, 5>, table_of<T, 6>, table_of<T, 8>};
+    runs[bits == 8 ? 6 : bits - 1](codes, rows, cols, table, static_cast<T*>(out));
+}
+
+}  // namespace
+
+// codes [groups, cols * bits / 8], scales [groups, 2] in fp32 or bf16, mean and root [period, cols] or null ->
+// out [groups, cols] in fp32 or bf16.
+extern "C" void group_values(const uint8_t* codes, int bits, const void* scales, int scales16, const float* mean,
+                             const float* root, int64_t period, int64_t groups, int cols, int bf16, void* out) {
+    const Group all{codes, scales, mean, root, period, groups, cols};
+    if (bf16)
+        (scales16 ? decode_any<uint16_t, uint16_t> : decode_any<uint16_t, float>)(bits, all, out);
+    else
+        (scales16 ? decode_any<float, uint16_t> : decode_any<float, float>)(bits, all, out);
+}
+
+// table [2**bits] fp32: out [rows, cols] = table[code], in bytes (kind 1), bf16 (2) or fp32 (4).
+extern "C" void table_values(const uint8_t* codes, int bits, int64_t rows, int cols, const float* table, int kind,
+                             void* out) {
+    if (kind == 1)
+        table_any<uint8_t>(bits, codes, rows, cols, table, out);
+    else if (kind == 2)
+        table_any<uint16_t>(bits, codes, rows, cols, table, out);
+    else
+        table_any<float>(bits, codes, rows, cols, table, out);
+}
