@@ -4,8 +4,8 @@
     python benchmarks/bert_codebook.py --data ../shared/data/glue/sst2 --runs lc-1e-4 --seeds 0,1,2
 
 First the dense model is fine-tuned (2 epochs), then Learning-Compression goes on from it; the same further training
-without compression is the control.  One JSON per run in results/bert_codebook; a run whose JSON is there is not
-repeated.  bf16 autocast where that is fast.
+without compression is the control.  taught: with the dense model as teacher, by its outputs and hidden states.  One
+JSON per run in results/bert_codebook; a run whose JSON is there is not repeated.  bf16 autocast where that is fast.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,23 +25,27 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 
 from hf_actcompress.recipes import build_compute_metrics, environment, load_text, load_text_model, tokenize_splits
 from hf_actcompress.recipes.arithmetic import bf16_is_fast
-from hf_actcompress.weights import LCCallback, LearningCompression, load_compressed
+from hf_actcompress.weights import DistillationTrainer, LCCallback, LearningCompression, load_compressed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bert_codebook"
 SCHEME = {"encoder.layer.*": "codebook:k=4 + prune:keep=1%"}
 # Name -> learning rate (AdamW) and the penalty's weight, first and last; without a penalty: the control.
+# hidden: weight of the loss on the teacher's hidden states.
 RUNS: dict[str, dict[str, float]] = {
+    "taught-1e-4": {"learning_rate": 1e-4, "mu": 3e-3, "end": 1.0, "hidden": 10.0},
     "lc-1e-4": {"learning_rate": 1e-4, "mu": 3e-3, "end": 1.0},
     "lc-5e-5": {"learning_rate": 5e-5, "mu": 3e-3, "end": 1.0},
     "control": {"learning_rate": 5e-5},
 }
 EVERY = 78  # steps between C steps: half an epoch
 TUNE = 0.25  # share of the steps in which the floats are trained
+TEMPERATURE, ALPHA = 2.0, 0.9  # of what the teacher says
 
 
 def make_trainer(
-    model: Any, setting: Any, folder: Path, seed: int, epochs: float, rate: float, *callbacks: Any
+    model: Any, setting: Any, folder: Path, seed: int, epochs: float, rate: float, *callbacks: Any,
+    teacher: Any = None, hidden: float = 0.0,
 ) -> Any:
     data, tokenizer, train, evaluation = setting
     arguments = TrainingArguments(
@@ -49,7 +54,9 @@ def make_trainer(
         bf16=bf16_is_fast(), use_cpu=not torch.accelerator.is_available(), seed=seed, warmup_steps=20,
         disable_tqdm=not sys.stderr.isatty(),
     )  # fmt: skip
-    return Trainer(
+    kind = Trainer if teacher is None else partial(DistillationTrainer, teacher=teacher, temperature=TEMPERATURE,
+                                                   alpha=ALPHA, hidden=hidden)  # fmt: skip
+    return kind(
         model=model, args=arguments, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=build_compute_metrics("sst2", 2),
         callbacks=list(callbacks),
@@ -62,6 +69,8 @@ def run(name: str, dense: Path, setting: Any, folder: Path, seed: int, epochs: f
     model, _ = load_text_model(str(dense), 2)
     rate = options.pop("learning_rate")
     record: dict[str, Any] = {"learning_rate": rate, **options}
+    if "hidden" in options:
+        record |= {"temperature": TEMPERATURE, "alpha": ALPHA}
     if not options:
         trainer = make_trainer(model, setting, folder, seed, epochs, rate)
         trainer.train()
@@ -73,7 +82,9 @@ def run(name: str, dense: Path, setting: Any, folder: Path, seed: int, epochs: f
         steps = -(-len(setting[2]) // 32) * epochs * (1 - TUNE) / EVERY
         growth = (options["end"] / options["mu"]) ** (1 / max(steps - 1, 1))
         callback = LCCallback(SCHEME, mu=options["mu"], growth=growth, every=EVERY, tune=TUNE)
-        trainer = make_trainer(model, setting, folder, seed, epochs, rate, callback)
+        teacher = load_text_model(str(dense), 2)[0] if "hidden" in options else None
+        trainer = make_trainer(model, setting, folder, seed, epochs, rate, callback, teacher=teacher,
+                               hidden=options.get("hidden", 0.0))  # fmt: skip
         trainer.train()
         path = callback.save(folder)
         load_compressed(folder, model)

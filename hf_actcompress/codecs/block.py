@@ -236,11 +236,12 @@ class Block(Codec):
     def _surely_representable(self, payload: Payload) -> bool:
         if payload.dtype == torch.float64 or self._patch(payload.shape) > 1:
             return False
-        base, step = payload.tensors["scales"].float().unbind(1)
         # Steps above the minimum, or on both sides of the mean of a group that may have been turned; clipped tails.
         turned_by = self._cols(payload.shape) ** 0.5 if self._turned else 1.0
-        reach = step * (2**self.bits * turned_by / self.clip)
-        bound = (base.abs() + reach).amax()
+        factor, scales = 2**self.bits * turned_by / self.clip, payload.tensors["scales"]
+        bound = native.reach(scales, factor)
+        if bound is None:
+            bound = (scales[:, 0].float().abs() + scales[:, 1].float() * factor).amax()
         if "features" in payload.tensors:
             mean, root = payload.tensors["features"].float().abs().amax(1)
             bound = bound * root + mean

@@ -330,6 +330,23 @@ int two_flags_of(const T* x, int64_t rows, float value, uint8_t* bits) {
     return strange;
 }
 
+// Likewise: which of them lie above `low` (NaN does) and below `high`.
+template <typename T>
+void flags_of(const T* x, int64_t rows, float low, float high, bool both, uint8_t* bits) {
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < rows; ++g) {
+        int byte[LANES];
+        for (int j = 0; j < LANES; ++j) byte[j] = 0;
+        for (int f = 0; f < 8; ++f)
+            for (int j = 0; j < LANES; ++j) {
+                const float v = load(x + 128 * g + LANES * f + j);
+                const int there = both ? (v > low) & (v < high) : !(v <= low);
+                byte[j] |= there << f;
+            }
+        for (int j = 0; j < LANES; ++j) bits[LANES * g + j] = static_cast<uint8_t>(byte[j]);
+    }
+}
+
 }  // namespace
 
 // x [groups, cols] fp32 or bf16; mean, inverse, root [period, cols] or null.  Writes codes [groups, cols * bits / 8] and
@@ -374,4 +391,10 @@ extern "C" int slope_encode(const void* x, int bf16, int function, int bits, int
 extern "C" int two_flags(const void* x, int bf16, int64_t rows, float value, uint8_t* bits) {
     return bf16 ? two_flags_of(static_cast<const uint16_t*>(x), rows, value, bits)
                 : two_flags_of(static_cast<const float*>(x), rows, value, bits);
+}
+
+// Where x [rows, 128] is above `low`, and with `both` below `high`.
+extern "C" void flags(const void* x, int bf16, int64_t rows, float low, float high, int both, uint8_t* bits) {
+    bf16 ? flags_of(static_cast<const uint16_t*>(x), rows, low, high, both != 0, bits)
+         : flags_of(static_cast<const float*>(x), rows, low, high, both != 0, bits);
 }

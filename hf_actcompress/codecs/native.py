@@ -97,6 +97,10 @@ def _library() -> ctypes.CDLL | None:
     library.slope_encode.restype = i
     library.two_flags.argtypes = [p, i, n, f, p]
     library.two_flags.restype = i
+    library.flags.argtypes = [p, i, n, f, f, i, p]
+    library.flags.restype = None
+    library.reach.argtypes = [p, i, n, f]
+    library.reach.restype = f
     library.group_values.argtypes = [p, i, p, i, p, p, n, n, i, i, p]
     library.group_values.restype = None
     library.table_values.argtypes = [p, i, n, i, p, i, p]
@@ -220,6 +224,26 @@ def two_flags(x: Tensor, value: float) -> tuple[Tensor, bool] | None:
     bits = torch.empty(*x.shape[:2], x.shape[2] // 8, dtype=torch.uint8)
     strange = library.two_flags(x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], value, bits.data_ptr())
     return bits, not strange
+
+
+def flags(x: Tensor, low: float, high: float | None) -> Tensor | None:
+    """`bit_kernels.flags` for x [N, 1, 128]: the bitmap; or None."""
+    library = _ready(x, 1) if x.shape[2] == 128 else None
+    if library is None:
+        return None
+    bits = torch.empty(*x.shape[:2], x.shape[2] // 8, dtype=torch.uint8)
+    limits = low, 0.0 if high is None else high, high is not None
+    library.flags(x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], *limits, bits.data_ptr())
+    return bits
+
+
+def reach(scales: Tensor, factor: float) -> float | None:
+    """The largest |minimum| + step * factor of scales [G, 2] in fp32 or bf16, NaN if one is; or None."""
+    if scales.dtype not in (torch.float32, torch.bfloat16) or not scales.is_contiguous() or not scales.numel():
+        return None
+    library = _chosen(SMALLEST, 16, 8, scales.device)  # a handful of operations on few numbers: small is no reason
+    return None if library is None else library.reach(scales.data_ptr(), scales.dtype == torch.bfloat16,
+                                                      len(scales), factor)  # fmt: skip
 
 
 def group_decode(

@@ -1,8 +1,10 @@
-// Codes to values, written where the caller wants them: what a compiler makes of the Python functions allocates its
+// What is read of payloads: codes to values, written where the caller wants them: what a compiler makes of the Python functions allocates its
 // result itself, and a large one on small pages takes longer to touch than to compute (memory.py).  Same bits as
 // kernels._group_decode, kernels._table_decode and bit_kernels._unflag.
 
 #include "native.h"
+
+#include <cmath>
 
 namespace {
 
@@ -125,7 +127,26 @@ void table_any(int bits, const uint8_t* codes, int64_t rows, int cols, const flo
     runs[bits == 8 ? 6 : bits - 1](codes, rows, cols, table, static_cast<T*>(out));
 }
 
+template <typename S>
+float reach_of(const S* scales, int64_t groups, float factor) {
+    float most = 0.0f;
+    int strange = 0;
+#pragma omp simd reduction(max : most) reduction(| : strange)
+    for (int64_t g = 0; g < groups; ++g) {
+        const float v = std::fabs(load(scales + 2 * g)) + load(scales + 2 * g + 1) * factor;
+        strange |= v != v;
+        most = v > most ? v : most;
+    }
+    return strange ? NAN : most;
+}
+
 }  // namespace
+
+// Most of |minimum| + step * factor over scales [groups, 2] in fp32 or bf16; NaN if one is.
+extern "C" float reach(const void* scales, int scales16, int64_t groups, float factor) {
+    return scales16 ? reach_of(static_cast<const uint16_t*>(scales), groups, factor)
+                    : reach_of(static_cast<const float*>(scales), groups, factor);
+}
 
 // codes [groups, cols * bits / 8], scales [groups, 2] in fp32 or bf16, mean and root [period, cols] or null ->
 // out [groups, cols] in fp32 or bf16.

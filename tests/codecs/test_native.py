@@ -1,5 +1,6 @@
 """Kernels written by hand give the bits of those that they stand beside, or step aside."""
 
+import math
 import subprocess
 
 import pytest
@@ -115,6 +116,33 @@ def test_masks_come_back_the_same_way(dtype, decoded, monkeypatch):
         expected = torch.where(x, torch.tensor(high, dtype=dtype), torch.tensor(low, dtype=dtype))
         assert torch.equal(unpack_flags(pack_flags(x), shape, low, high, dtype), expected)
     assert decoded or dtype == torch.float16  # which has no kernel of its own
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("high", [None, 0.5])
+def test_flags_are_those_of_the_comparison(high, dtype, used, monkeypatch):
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    x = torch.randn(9, 1000).to(dtype)
+    x.view(-1)[:5] = torch.tensor([-0.25, 0.5, float("nan"), float("inf"), -float("inf")])
+    expected = ~(x <= -0.25) if high is None else (x > -0.25) & (x < high)
+    found = unpack_flags(pack_flags(x, -0.25, high), (9, 1000), 0, 1, torch.bool)
+    assert torch.equal(found, expected) and used
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reach_is_the_largest_bound(dtype, monkeypatch):
+    scales = torch.randn(1001, 2).to(dtype)
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "0")
+    assert native.reach(scales, 3.0) is None
+    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    expected = (scales[:, 0].float().abs() + scales[:, 1].float() * 3).amax()
+    assert native.reach(scales, 3.0) == expected
+    scales[7, 1] = float("inf")
+    assert native.reach(scales, 3.0) == float("inf")
+    scales[900, 0] = float("nan")
+    assert math.isnan(native.reach(scales, 3.0))
 
 
 @needs_compiler
