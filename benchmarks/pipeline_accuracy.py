@@ -3,6 +3,7 @@
     python benchmarks/pipeline_accuracy.py                       # everything that is not there yet
     python benchmarks/pipeline_accuracy.py --list
     python benchmarks/pipeline_accuracy.py --device cuda:0       # what is not known here goes to the recipe
+    python benchmarks/pipeline_accuracy.py --bf16                # where that is fast
 
 Client and server on one machine: the client holds block 0 with the embeddings, and the last block with the head; the
 server the four blocks between.  One JSON per run under benchmarks/results/pipeline_accuracy/; a run whose file exists
@@ -64,7 +65,7 @@ def execute(codec: str, grad_codec: str, seed: int, data: Path, extra: list[str]
         subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True)
         record = json.loads((Path(out) / "results.json").read_text())
     record["seconds"] = round(time.time() - began, 1)
-    record["command"] = "python benchmarks/pipeline_accuracy.py"
+    record["command"] = " ".join(["python benchmarks/pipeline_accuracy.py", *extra])
     record["history"] = [{name: entry[name] for name in ("step", "loss")} for entry in record["history"]]
     return record
 
