@@ -4,8 +4,8 @@
 
 SST-2 (5,000 rows), three seeds.  Teacher: the packaged MiniLM (6 layers), fine-tuned once.  Student: layers 0, 2 and
 5 of the packaged MiniLM before fine-tuning.  Both see the same batches, in bf16 autocast where that is fast.  One JSON
-per run in benchmarks/results/distill; a run whose file exists is skipped.  results/distill_hidden holds earlier runs of
-3 epochs at 5e-5 with a loss on hidden states as well.
+per run in benchmarks/results/distill; a run whose file exists is skipped.  Earlier runs of 3 epochs at 5e-5 with a
+loss on hidden states as well lie in results/distill_hidden.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def execute(data: Path, teacher: Path, alone: bool, seed: int) -> dict[str, Any]
     trained = (teacher / "config.json").is_file()
     with tempfile.TemporaryDirectory() as out:
         argv = [*OPTIONS.split(), "--dataset", str(data / "glue" / "sst2"), "--seed", str(seed), "--output_dir", out,
-                "--alone", str(alone), "--student", str(student_folder(teacher)), "--bf16", str(bf16_is_fast())]  # fmt: skip
+                "--alone", str(alone), "--student", str(student_folder(teacher)),
+                "--bf16", str(bf16_is_fast())]  # fmt: skip
         if not alone:
             argv += ["--teacher", str(teacher) if trained else "minilm", "--teacher_epochs", "0" if trained else "2"]
         record = recipe().main(argv)
