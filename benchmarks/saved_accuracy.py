@@ -1,9 +1,10 @@
 """Accuracy of training whose saved tensors are compressed: the runs behind the last table of docs/memory.md.
 
     python benchmarks/saved_accuracy.py                 # everything that is not there yet: 12 runs
+    python benchmarks/saved_accuracy.py --seeds 0,1,2,3,4,5 --tasks cifar10
     python benchmarks/saved_accuracy.py --list
 
-SST-2 (5,000 rows) and CIFAR-10 (5,000 images), three seeds, settings as in benchmarks/accuracy.py, whose runs of
+SST-2 (5,000 rows) and CIFAR-10 (5,000 images), three seeds (six of CIFAR-10, as its runs of none), settings as in benchmarks/accuracy.py, whose runs of
 `none` are the other side of the comparison.  No layer boundaries.  Resumable, and several calls may share the work.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results" / "saved"
 SPECS = ("block:bits=4", "auto:budget=0.07")  # the share of about 2 bits
+TASKS = ("sst2", "cifar10")
 OPTIONS = ("--first", "0", "--last", "0", "--evaluate", "on")
 
 
@@ -37,8 +40,8 @@ class Run:
         return RESULTS / self.task / f"{re.sub('[^a-zA-Z0-9.=+_]+', '-', self.saved)}__seed{self.seed}.json"
 
 
-def plan() -> list[Run]:
-    return [Run(task, spec, seed) for seed in (0, 1, 2) for task in ("sst2", "cifar10") for spec in SPECS]
+def plan(seeds: Sequence[int] = (0, 1, 2), tasks: Sequence[str] = TASKS) -> list[Run]:
+    return [Run(task, spec, seed) for seed in seeds for task in tasks for spec in SPECS]
 
 
 def slim(record: dict[str, Any], run: Run) -> dict[str, Any]:
@@ -48,15 +51,18 @@ def slim(record: dict[str, Any], run: Run) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=accuracy.ROOT.parent / "shared" / "data")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--list", action="store_true", help="show the plan and what is done")
     args, extra = parser.parse_known_args()
+    runs = plan([int(seed) for seed in args.seeds.split(",")], args.tasks.split(","))
     if args.list:
-        for run in plan():
+        for run in runs:
             print("done" if run.path.exists() else "open", run.path.relative_to(RESULTS))
         return
     if not args.data.is_dir():
         raise SystemExit(f"There is no data folder at {args.data}; give one with --data.")
-    for run in (progress := tqdm(plan(), desc="runs")):
+    for run in (progress := tqdm(runs, desc="runs")):
         with accuracy.claimed(run) as ours:
             if not ours or run.path.exists():
                 continue
