@@ -52,7 +52,7 @@ def make_trainer(
         output_dir=str(folder), num_train_epochs=epochs, learning_rate=rate, per_device_train_batch_size=32,
         per_device_eval_batch_size=64, eval_strategy="epoch", save_strategy="no", logging_steps=78, report_to=[],
         bf16=bf16_is_fast(), use_cpu=not torch.accelerator.is_available(), seed=seed, warmup_steps=20,
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=not sys.stderr.isatty(), train_sampling_strategy="group_by_length",
     )  # fmt: skip
     kind = Trainer if teacher is None else partial(DistillationTrainer, teacher=teacher, temperature=TEMPERATURE,
                                                    alpha=ALPHA, hidden=hidden)  # fmt: skip
