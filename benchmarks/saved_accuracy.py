@@ -5,7 +5,7 @@
     python benchmarks/saved_accuracy.py --list
 
 SST-2 (5,000 rows) and CIFAR-10 (5,000 images), three seeds (six of CIFAR-10, as its runs of none), settings as in
-benchmarks/accuracy.py, whose runs of `none` are the other side of the comparison.  No layer boundaries.  Resumable, and
+benchmarks/accuracy.py, whose runs of `none` are the other side of the comparison.  No layer boundaries.  Resumable;
 several calls may share the work.
 """
 
