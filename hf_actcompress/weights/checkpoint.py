@@ -27,11 +27,13 @@ from .scheme import Scheme, find_tasks
 from .theta import Reader, Theta, Writer, restore
 
 FILE_NAME = "compressed.safetensors"
-TENSOR = "lc1"  # the format's version
-# Words that manifests share: a small model's must be small, too.
+TENSOR = "lc2"  # the format's version
+# Words that manifests share: a small model's must be small, too.  The likeliest come last.
 WORDS = (b'"binary"]],"ternary"]],["lowrank",["sum",["each",["codebook",16]]],["codebook",4],["codebook",2]]],'
-         b'"uint8":"c":[[[0],["sparse",4,1000],[[2],["sparse",5,4]]],"d":{"float32":1000,"bfloat16'
-         b'.0.1.2],".bias":[".weight":[conv2.conv1.fc2.fc1.{"t":{"')  # fmt: skip
+         b'.0.1.2,"bfloat16"}}]},"c":[[[0],["sparse",1,500,16]],[[2],["sparse",7,1000,16]],[[4,6],["sparse",10,4]]],'
+         b'"d":{"float32":600,"uint8":'
+         b'{"t":{"conv1.weight":[16,1,3,3],"conv1.bias":[16],"conv2.weight":[32,16,5,5],"conv2.bias":[32],'
+         b'"fc1.weight":[128,512],"fc1.bias":[128],"fc2.weight":[10,128],"fc2.bias":[10')  # fmt: skip
 
 
 def count_bits(model: nn.Module) -> int:
