@@ -87,15 +87,14 @@ def lenet_plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def bert(runs: dict[str, dict[str, Any]]) -> str:
-    lines = ["| run | accuracy, % | after each epoch | direct, % | compressed layers smaller by | whole model |",
-             "| --- | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
-    first = next(iter(runs.values()))
-    lines.append(f"| dense, 2 epochs | {100 * first['dense_accuracy']:.2f} | | | | |")
+    lines = ["| run | dense, % | accuracy, % | lost, points | after each epoch | direct, % | "
+             "compressed layers smaller by | whole model |", "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
     for name, r in runs.items():
         epochs = ", ".join(f"{100 * a:.1f}" for a in r["by_epoch"])
         rest = (f"{100 * r['direct_accuracy']:.2f} | {r['layers_ratio']:.2f} | {r['ratio']:.2f}"
                 if "direct_accuracy" in r else "| |")  # fmt: skip
-        lines.append(f"| {name} | {100 * r['accuracy']:.2f} | {epochs} | {rest} |")
+        dense, own = 100 * r["dense_accuracy"], 100 * r["accuracy"]
+        lines.append(f"| {name} | {dense:.2f} | {own:.2f} | {dense - own:.2f} | {epochs} | {rest} |")
     return "\n".join(lines)
 
 
