@@ -88,7 +88,8 @@ def lenet_plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 def bert(runs: dict[str, dict[str, Any]]) -> str:
     lines = ["| run | dense, % | accuracy, % | lost, points | after each epoch | direct, % | "
-             "compressed layers smaller by | whole model |", "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
+             "compressed layers smaller by | whole model |",
+             "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
     for name, r in runs.items():
         epochs = ", ".join(f"{100 * a:.1f}" for a in r["by_epoch"])
         rest = (f"{100 * r['direct_accuracy']:.2f} | {r['layers_ratio']:.2f} | {r['ratio']:.2f}"
