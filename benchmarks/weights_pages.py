@@ -83,7 +83,8 @@ def lenet_plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
         points = [(r["ratio"], r["error"], name) for name, r in runs.items() if name.startswith(start)]
         if points:
             groups[label] = points
-    plot(groups, path, dense=min(r["reference_error"] for r in runs.values()), published=PUBLISHED)
+    plot(groups, path, dense=min(r["reference_error"] for r in runs.values()), published=PUBLISHED,
+         joined=groups.keys() - {"pairs"})  # they are no curve
 
 
 def bert(runs: dict[str, dict[str, Any]]) -> str:

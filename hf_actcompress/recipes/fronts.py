@@ -5,7 +5,7 @@ It knows numbers and names only; matplotlib is imported inside.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from hf_actcompress.plots import _figure, _save
@@ -38,9 +38,9 @@ def table(points: Sequence[Point]) -> str:
 def plot(
     groups: Mapping[str, Sequence[Point]], path: str | Path, *, dense: float | None = None,
     published: Sequence[Point] = (), label: str = "test error, %",
-    joined: bool = True,
+    joined: bool | Collection[str] = True,
 ) -> Path:  # fmt: skip
-    """One colour a group, joined by rising ratio (`joined`); the front of all in grey;
+    """One colour a group, joined by rising ratio (`joined`: all, none, or the groups of these names); the front of all in grey;
     published figures as hollow stars.  Returns the PNG's path; ValueError without points."""
     everything = [point for points in groups.values() for point in points]
     if not everything:
@@ -50,8 +50,9 @@ def plot(
     figure, (ax,) = _figure(1, 1, 4.4)
     for i, (name, points) in enumerate(groups.items()):
         x, y = zip(*[(p[0], p[1]) for p in sorted(points)], strict=True)
+        line = joined if isinstance(joined, bool) else name in joined
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        ax.plot(x, y, color=color, marker=marker, label=name, linewidth=1.2 if joined else 0, markersize=6,
+        ax.plot(x, y, color=color, marker=marker, label=name, linewidth=1.2 if line else 0, markersize=6,
                 markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
     front = pareto(everything)
     x = [front[0][0], *(p[0] for p in front)]
