@@ -40,8 +40,11 @@ def plot(
     published: Sequence[Point] = (), label: str = "test error, %",
     joined: bool | Collection[str] = True,
 ) -> Path:  # fmt: skip
-    """One colour a group, joined by rising ratio (`joined`: all, none, or the groups of these names); the front of all in grey;
-    published figures as hollow stars.  Returns the PNG's path; ValueError without points."""
+    """One colour a group; the front of all in grey; published figures as hollow stars.
+
+    joined: which groups are lines by rising ratio: all, none, or those of these names.  Returns the PNG's path;
+    ValueError without points.
+    """
     everything = [point for points in groups.values() for point in points]
     if not everything:
         raise ValueError("There is nothing to draw: no group has points.")
