@@ -2,8 +2,9 @@
 
     python benchmarks/unpacking.py
 
-saved="block:bits=4"; steps with and without the pool of codecs/memory.py in turn, in one process per model, after two
-of each; without it every decoded tensor is allocated, as in plain training.  Writes results/unpacking.json.
+saved="block:bits=4", with and without the pool of codecs/memory.py; without it every decoded tensor is allocated, as
+in plain training.  How malloc's heap lies decides what that costs, so each measurement has a process of its own, and
+the two kinds take turns.  Writes results/unpacking.json.
 """
 
 from __future__ import annotations
@@ -28,60 +29,63 @@ from hf_actcompress.recipes.results import environment
 from hf_actcompress.sites import saved as site
 
 PATH = Path(__file__).parent / "results" / "unpacking.json"
+KINDS = ("pool", "malloc")
 MODELS = ("minilm 32x128", "mobilenetv2_100 64x96px", "resnet18 64x96px")
 
 
-def measure(model: str, repeats: int) -> dict[str, Any]:
+def measure(model: str, kind: str, repeats: int) -> list[dict[str, float]]:
+    """One row a step, after two that are not counted."""
     run = memory.Run(model, autocast=False)
-    batch, plain, least = run.batch(run.rows), site.unpack, pools.POOLED
-    spent = {"seconds": 0.0, "faults": 0}
+    batch, plain = run.batch(run.rows), site.unpack
+    if kind == "malloc":
+        pools.POOLED = 1 << 62
+    spent = {"unpack_ms": 0.0, "faults": 0}
 
     def timed(packed: Any) -> torch.Tensor:
         faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         found = plain(packed)
-        spent["seconds"] += time.perf_counter() - began
+        spent["unpack_ms"] += 1e3 * (time.perf_counter() - began)
         spent["faults"] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
         return found
 
-    site.unpack = timed
-    rows: dict[str, list[dict[str, float]]] = {"pool": [], "malloc": []}
+    site.unpack, rows = timed, []
     with memory.saved("block:bits=4")(run.model):
-        for repeat in range(-2, repeats):
-            for name in rows:
-                pools.POOLED = least if name == "pool" else 1 << 62
-                spent.update(seconds=0.0, faults=0)
-                began = time.perf_counter()
-                run.step(batch)
-                step = time.perf_counter() - began
-                if repeat >= 0:
-                    rows[name].append({"unpack_ms": 1e3 * spent["seconds"], "faults": spent["faults"],
-                                       "step_ms": 1e3 * step})  # fmt: skip
-    found: dict[str, Any] = {"n": repeats}
-    for name, own in rows.items():
-        found[name] = {key: statistics.median(row[key] for row in own) for key in own[0]}
-        quarters = statistics.quantiles([row["unpack_ms"] for row in own], n=4)
-        found[name]["unpack_quartiles_ms"] = [quarters[0], quarters[2]]
-    return found
+        for _ in range(repeats + 2):
+            spent.update(unpack_ms=0.0, faults=0)
+            began = time.perf_counter()
+            run.step(batch)
+            rows.append({**spent, "step_ms": 1e3 * (time.perf_counter() - began)})
+    return rows[2:]
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
+    found: dict[str, Any] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    quarters = statistics.quantiles([row["unpack_ms"] for row in rows], n=4)
+    return {**found, "unpack_quartiles_ms": [quarters[0], quarters[2]], "n": len(rows)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=list(memory.MODELS), metavar="MODEL")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=3, help="of each kind and model")
+    parser.add_argument("--repeats", type=int, default=5, help="steps counted in each")
+    parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault(VARIABLE, "1")
     if args.one:
-        print(json.dumps(measure(args.models[0], args.repeats)))
+        print(json.dumps(measure(args.models[0], args.one, args.repeats)))
         return
-    data = {}
+    data: dict[str, Any] = {}
     for model in args.models:
-        command = [sys.executable, __file__, "--one", "--models", model, "--repeats", str(args.repeats)]
-        out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        data[model] = json.loads(out.splitlines()[-1])
-        for name in ("pool", "malloc"):
-            row = data[model][name]
-            print(f"{model:26} {name:8} unpack {row['unpack_ms']:6.0f} ms  {row['faults']:7.0f} faults  "
+        rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for _ in range(args.processes):
+            for kind in KINDS:
+                command = [sys.executable, __file__, "--one", kind, "--models", model, "--repeats", str(args.repeats)]
+                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+                rows[kind] += json.loads(out.splitlines()[-1])
+        data[model] = {kind: summary(own) for kind, own in rows.items()}
+        for kind, row in data[model].items():
+            print(f"{model:26} {kind:8} unpack {row['unpack_ms']:6.0f} ms  {row['faults']:7.0f} faults  "
                   f"step {row['step_ms']:6.0f} ms", flush=True)  # fmt: skip
     data |= {"environment": environment(), "command": "python benchmarks/unpacking.py"}
     PATH.write_text(json.dumps(data, indent=1) + "\n")
