@@ -123,14 +123,18 @@ void encode(const Groups<T>& all, uint8_t* codes, float* scales) {
         if constexpr (8 % BITS == 0) {  // one plane: codes stay in registers
             constexpr int FIELDS = 8 / BITS;
             const int run = cols / FIELDS;
-            for (int j = 0; j < run; ++j) {
+            const auto join = [=, &y](int j) {
                 int byte = 0;
                 for (int f = 0; f < FIELDS; ++f) {
                     const int c = f * run + j;
                     byte |= rounded<TOP, NOISE>((y[c] - lo) * unit, first + c, key) << (f * BITS);
                 }
                 out[j] = static_cast<uint8_t>(byte);
-            }
+            };
+            if constexpr (BITS == 1)
+                each(run, join);
+            else
+                for (int j = 0; j < run; ++j) join(j);
         } else {
             uint8_t own[LARGEST];
             for (int c = 0; c < cols; ++c)
