@@ -155,7 +155,7 @@ def plot(record: dict[str, Any], path: Path) -> Path:
         low, high = ax.get_xlim()
         ax.set_xticks(ticks := [2**i for i in range(10) if low <= 2**i <= high], [str(tick) for tick in ticks])
         ax.minorticks_off()
-        ax.set_title(model.replace("_lite0", "-lite0").replace(" ", "\n", 1), loc="left", fontweight="bold", fontsize=9)
+        ax.set_title(model.replace("_lite0", "-lite0").replace(" ", "\n"), loc="left", fontweight="bold", fontsize=9)
         ax.set_xlabel("times less held")
         ax.set_ylabel("step over plain step")
     for ax in axes[len(names) :]:
