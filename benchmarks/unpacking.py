@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def main() -> None:
         for kind, row in data[model].items():
             print(f"{model:26} {kind:8} unpack {row['unpack_ms']:6.0f} ms  {row['faults']:7.0f} faults  "
                   f"step {row['step_ms']:6.0f} ms", flush=True)  # fmt: skip
-    data |= {"environment": environment(), "command": "python benchmarks/unpacking.py"}
+    data |= {"environment": environment(), "command": shlex.join(["python", "benchmarks/unpacking.py", *sys.argv[1:]])}
     PATH.write_text(json.dumps(data, indent=1) + "\n")
 
 

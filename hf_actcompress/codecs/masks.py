@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .bit_kernels import flags, two_flags, unflag
-from .rows import COLS, apply, decode_parts, join, parts
+from .rows import COLS, apply, decode_parts, encode_parts, join, parts
 
 
 def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
@@ -19,14 +19,8 @@ def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor
     Without `high` NaN counts as above, as in the gradient of a ReLU.
     """
     x = x.view(torch.uint8) if x.dtype == torch.bool else x
-    flat, pieces = x.reshape(-1), []
-    for part in parts(x.numel(), COLS):
-        run = part.take(flat)
-        found = native.flags(run, low, high)
-        if found is None:
-            found, = apply(flags, run, low=low, high=high)
-        pieces.append(found.view(-1))
-    return join(pieces)
+    by_hand = partial(native.flags, low=low, high=high)
+    return join(encode_parts(flags, x, [], by_hand=by_hand, low=low, high=high))
 
 
 def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:

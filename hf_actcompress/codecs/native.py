@@ -116,13 +116,16 @@ def _ready(x: Tensor, bits: int) -> ctypes.CDLL | None:
 
 def _chosen(n: int, cols: int, bits: int, device: torch.device) -> ctypes.CDLL | None:
     """The library for `n` values in rows of `cols`."""
-    policy_now = policy()
-    if (
-        policy_now == "0" or device.type != "cpu" or bits not in BITS or cols % 16 or cols > LARGEST
-        or (n < SMALLEST and policy_now != "1") or torch.compiler.is_compiling()
-    ):  # fmt: skip
+    fits = bits in BITS and cols % 16 == 0 and cols <= LARGEST and (n >= SMALLEST or policy() == "1")
+    return _allowed(device) if fits else None
+
+
+def _allowed(device: torch.device) -> ctypes.CDLL | None:
+    """The library, if the policy allows it on this device."""
+    chosen = policy()
+    if chosen == "0" or device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    if policy_now == "auto" and _waited < PATIENCE and ((target := _target()) is None or not target.is_file()):
+    if chosen == "auto" and _waited < PATIENCE and ((target := _target()) is None or not target.is_file()):
         return None
     return _library()
 
@@ -241,7 +244,7 @@ def reach(scales: Tensor, factor: float) -> float | None:
     """The largest |minimum| + step * factor of scales [G, 2] in fp32 or bf16, NaN if one is; or None."""
     if scales.dtype not in (torch.float32, torch.bfloat16) or not scales.is_contiguous() or not scales.numel():
         return None
-    library = _chosen(SMALLEST, 16, 8, scales.device)  # a handful of operations on few numbers: small is no reason
+    library = _allowed(scales.device)  # however few: it stands for a handful of calls
     return None if library is None else library.reach(scales.data_ptr(), scales.dtype == torch.bfloat16,
                                                       len(scales), factor)  # fmt: skip
 

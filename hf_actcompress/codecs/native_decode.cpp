@@ -1,6 +1,6 @@
-// What is read of payloads: codes to values, written where the caller wants them: what a compiler makes of the Python functions allocates its
-// result itself, and a large one on small pages takes longer to touch than to compute (memory.py).  Same bits as
-// kernels._group_decode, kernels._table_decode and bit_kernels._unflag.
+// What is read of payloads.  Codes to values, written where the caller wants them: what a compiler makes of the Python
+// functions allocates its result itself, and a large one on small pages takes longer to touch than to compute
+// (memory.py).  Same bits as kernels._group_decode, kernels._table_decode and bit_kernels._unflag.
 
 #include "native.h"
 
@@ -68,7 +68,7 @@ void decode(const Group& all, T* out) {
     }
 }
 
-// A gather takes longer than to drop half of the entries with every bit; masks, because a choice becomes a branch.
+// With few entries a gather takes longer than to drop half of them with every bit; masks, because a choice becomes a branch.
 template <int BITS>
 INLINE uint32_t looked_up(const uint32_t* table, uint32_t code) {
     if constexpr (BITS == 0)
@@ -86,17 +86,12 @@ void table_of(const uint8_t* codes, int64_t rows, int cols, const float* table, 
     for (int64_t g = 0; g < rows; ++g) {
         uint32_t own[1 << BITS];
         std::memcpy(own, table, sizeof(own));
-        const uint8_t* in = codes + g * (cols * BITS / 8);
-        if constexpr (BITS == 1) {
-            const uint32_t low = own[0], other = own[0] ^ own[1];
-            row<BITS>(in, cols, out + g * cols, [=](int code, int) {
-                return as_float(low ^ (other & (0u - static_cast<uint32_t>(code))));
-            });
-        } else {
-            row<BITS>(in, cols, out + g * cols, [&own](int code, int) {
-                return as_float(BITS <= 3 ? looked_up<BITS <= 3 ? BITS : 0>(own, static_cast<uint32_t>(code)) : own[code]);
-            });
-        }
+        row<BITS>(codes + g * (cols * BITS / 8), cols, out + g * cols, [&own](int code, int) {
+            if constexpr (BITS <= 3)
+                return as_float(looked_up<BITS>(own, static_cast<uint32_t>(code)));
+            else
+                return as_float(own[code]);
+        });
     }
 }
 

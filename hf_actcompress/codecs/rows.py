@@ -80,10 +80,20 @@ def codes_nbytes(n: int, bits: int) -> int:
     return sum(part.groups * part.shape[2] * bits // 8 for part in parts(n, COLS))
 
 
-def encode_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **static: Any) -> list[Tensor]:
-    """The kernel's first result for every part of `x` in rows of COLS, flat."""
-    flat = x.reshape(-1)
-    return [apply(kernel, part.take(flat), shared=shared, **static)[0].view(-1) for part in parts(x.numel(), COLS)]
+def encode_parts(
+    kernel: Kernel, x: Tensor, shared: Sequence[Tensor], by_hand: Callable[[Tensor], Tensor | None] | None = None,
+    **static: Any,
+) -> list[Tensor]:  # fmt: skip
+    """The kernel's first result for every part of `x` in rows of COLS, flat.
+
+    by_hand: does the same where it can, else gives None.
+    """
+    flat, pieces = x.reshape(-1), []
+    for part in parts(x.numel(), COLS):
+        run = part.take(flat)
+        found = None if by_hand is None else by_hand(run)
+        pieces.append((apply(kernel, run, shared=shared, **static)[0] if found is None else found).view(-1))
+    return pieces
 
 
 def roundtrip_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **static: Any) -> Tensor:
