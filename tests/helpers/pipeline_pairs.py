@@ -228,13 +228,36 @@ def start(name: str, case: Case, rank: int, folder: Path, port: int) -> int:
     return pid
 
 
+def hold_stores(number: int) -> tuple[int, list[int]]:
+    """A process that holds that many stores, and their ports.  As under torchrun, the stores outlive the ranks.
+
+    The process that forks the ranks must not hold them itself: a store answers in threads that look names up, and a
+    rank forked meanwhile inherits the resolver's lock as taken, and waits for it for ever.
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        stores = [TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for _ in range(number)]
+        os.write(write, json.dumps([store.port for store in stores]).encode() + b"\n")
+        signal.pause()
+    os.close(write)
+    with open(read) as lines:
+        return pid, json.loads(lines.readline())
+
+
 def run(names: list[str], folder: Path) -> dict[str, list]:
     """The cases side by side; a process that does not end is killed and has the exit code None."""
-    now, running, found = 0.0, {}, {name: [None, None] for name in names}
-    # As under torchrun, the store outlives the ranks.
-    stores = {name: TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for name in names}
-    ports = {name: store.port for name, store in stores.items()}
-    waiting = {(name, rank): CASES[name].pause if rank else 0.0 for name in names for rank in range(2)}
+    keeper, held = hold_stores(len(names))
+    try:
+        return run_on(dict(zip(names, held, strict=True)), folder)
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+        os.waitpid(keeper, 0)
+
+
+def run_on(ports: dict[str, int], folder: Path) -> dict[str, list]:
+    now, running, found = 0.0, {}, {name: [None, None] for name in ports}
+    waiting = {(name, rank): CASES[name].pause if rank else 0.0 for name in ports for rank in range(2)}
     last = time.monotonic()
     while waiting or running:
         # Not the time in which this process was stopped itself.

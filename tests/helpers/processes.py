@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 def environment(**extra: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **extra}
+    # torch looks the names of loopback sockets up; a resolver that does not answer must not cost ten seconds each.
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "RES_OPTIONS": "timeout:1 attempts:1"}
+    return {**kept, **ours, **extra}
 
 
 def free_port() -> int:
