@@ -1,7 +1,7 @@
 """Memory for what is decoded.
 
 A large new tensor on a CPU costs more in page faults than in arithmetic: most of the time of x.clone() for 64 MiB is
-the first touch of its 16384 pages.  On Linux pages of 2 MiB take less, where they are asked for
+the first touch of its 16384 pages.  On Linux pages of 2 MiB take less, where they are asked for and at hand
 (benchmarks/kernels.py).  Least of all takes memory that was touched before: a `Pool`.
 """
 
@@ -12,9 +12,10 @@ import functools
 import mmap
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ from torch import Tensor
 # with it.
 MAPPED = 32 << 20
 HUGE_PAGE = 2 << 20
-MADV_HUGEPAGE = 14
+MADV_HUGEPAGE, MADV_NOHUGEPAGE = 14, 15
+DEAR = 1e-3  # seconds for a huge page; usual are 0.1 to 0.3, of which most goes into filling it with zeros
+PAUSE = 10.0  # seconds for which no huge pages are asked for after they were dear
 PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 POOLED = 1 << 20  # bytes; less comes from the heap
+UNIT = 2 << 20  # the pool's pieces are multiples of this, so that tensors of about the same size fit into one
 
 _active = threading.local()
+_pause_until = 0.0
 
 
 @functools.cache
@@ -49,25 +54,35 @@ def fresh(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if pool is not None and size >= POOLED and device.type == "cpu":
         return pool.take(n, dtype)
     out = torch.empty(n, dtype=dtype, device=device)
-    if size > MAPPED and out.device.type == "cpu" and (advise := _madvise()) is not None:
-        first = -out.data_ptr() % HUGE_PAGE
-        # Only advice: where it is not taken, all goes on as before.
-        # One thread touches every page before several write: when they meet in one they wait for each other, which
-        # takes longer than small pages would.
-        advise(out.data_ptr() + first, (size - first) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
-        out[first // out.element_size() :: HUGE_PAGE // out.element_size()] = 0
+    if size > MAPPED and out.device.type == "cpu":
+        _touch(out.data_ptr(), size)
     return out
 
 
-def _huge(size: int) -> mmap.mmap:
-    """New memory on huge pages where there are some, touched."""
-    # Private, as huge pages are rarely had for shared memory, which Python would make.
-    piece = mmap.mmap(-1, size, flags=PRIVATE) if PRIVATE else mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            piece.madvise(mmap.MADV_HUGEPAGE)
-    torch.frombuffer(piece, dtype=torch.uint8)[::HUGE_PAGE] = 0
-    return piece
+def _touch(address: int, size: int) -> None:
+    """Puts new memory on huge pages, where the system has them at hand.
+
+    One thread touches every page before several write: when they meet in one they wait for each other, which takes
+    longer than small pages would.  Where memory is in pieces, or a virtual machine has given it back to its host, a
+    huge page takes milliseconds, twenty times as long as usual: then the rest stays on small pages.
+    """
+    global _pause_until
+    advise = _madvise()
+    if advise is None or time.monotonic() < _pause_until:
+        return
+    begin, end = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
+    if begin >= end:
+        return
+    advise(begin, end - begin, MADV_HUGEPAGE)  # where this is not taken, all goes on as before
+    dear = 0
+    for page in range(begin, end, HUGE_PAGE):
+        began = time.perf_counter()
+        ctypes.memset(page, 0, 1)
+        dear += time.perf_counter() - began > DEAR
+        if dear == 2:  # one alone may be another program's turn
+            advise(page + HUGE_PAGE, end - page - HUGE_PAGE, MADV_NOHUGEPAGE)
+            _pause_until = time.monotonic() + PAUSE
+            return
 
 
 class Pool:
@@ -100,7 +115,10 @@ class Pool:
             else:
                 if free:  # too small: a larger one takes its place
                     self._pieces.remove(free[-1])
-                piece = _huge(-(-size // HUGE_PAGE) * HUGE_PAGE)
+                # Private mappings, which Python would not make by itself.  Huge pages gain nothing where memory is
+                # used more than once.
+                size = -(-size // UNIT) * UNIT
+                piece = mmap.mmap(-1, size, flags=PRIVATE) if PRIVATE else mmap.mmap(-1, size)
             use = memoryview(piece)
             self._pieces.append((piece, weakref.ref(use)))
             return torch.frombuffer(use, dtype=dtype, count=n)  # keeps `use` as long as its storage lives

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import memory, parse_codec
-from hf_actcompress.codecs.memory import HUGE_PAGE, MAPPED, POOLED, Pool, fresh
+from hf_actcompress.codecs.memory import HUGE_PAGE, MAPPED, POOLED, UNIT, Pool, fresh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -27,6 +27,30 @@ def test_a_system_without_the_advice_decodes_alike(monkeypatch: pytest.MonkeyPat
     assert torch.equal(codec.decode(payload), expected)
 
 
+@pytest.mark.skipif(memory._madvise() is None, reason="this system takes no advice")
+@pytest.mark.parametrize("dear", [-1.0, float("inf")])
+def test_dear_pages_are_asked_for_no_more(monkeypatch: pytest.MonkeyPatch, dear: float) -> None:
+    advised, real = [], memory._madvise()
+
+    def advise(address: int, size: int, what: int) -> int:
+        assert size >= 0 and address % HUGE_PAGE == size % HUGE_PAGE == 0
+        advised.append((what, size))
+        return real(address, size, what)
+
+    monkeypatch.setattr(memory, "_madvise", lambda: advise)
+    monkeypatch.setattr(memory, "DEAR", dear)
+    monkeypatch.setattr(memory, "_pause_until", 0.0)
+    for _ in range(2):
+        out = fresh(MAPPED + 3 * HUGE_PAGE, torch.uint8, torch.device("cpu")).fill_(7)
+        assert (out == 7).all()
+    (kind, whole), *others = advised
+    assert kind == memory.MADV_HUGEPAGE and whole >= MAPPED
+    if dear < 0:  # two pages, and the rest on small ones; nothing the second time
+        assert others == [(memory.MADV_NOHUGEPAGE, whole - 2 * HUGE_PAGE)]
+    else:
+        assert [what for what, _ in others] == [memory.MADV_HUGEPAGE]
+
+
 def test_a_pool_gives_memory_again_when_no_view_of_it_is_left() -> None:
     pool, n = Pool(), POOLED
     first = pool.take(n, torch.float32).fill_(1)
@@ -43,13 +67,13 @@ def test_a_pool_gives_memory_again_when_no_view_of_it_is_left() -> None:
 
 def test_a_larger_tensor_takes_the_place_of_a_free_piece() -> None:
     pool = Pool()
-    small = pool.take(HUGE_PAGE, torch.uint8)
+    small = pool.take(UNIT, torch.uint8)
     del small
-    large = pool.take(HUGE_PAGE + 1, torch.uint8)
-    assert pool.nbytes == 2 * HUGE_PAGE
+    large = pool.take(UNIT + 1, torch.uint8)
+    assert pool.nbytes == 2 * UNIT
     large.fill_(7)
     del pool  # the tensor outlives it
-    assert large.sum() == 7 * (HUGE_PAGE + 1)
+    assert large.sum() == 7 * (UNIT + 1)
     assert Pool().take(0, torch.float32).shape == (0,)
 
 
@@ -69,9 +93,9 @@ def test_only_large_tensors_of_this_thread_come_from_the_pool() -> None:
     with pool.used():
         assert fresh(POOLED // 4 - 1, torch.float32, cpu).numel() and pool.nbytes == 0
         large = fresh(POOLED // 4, torch.float32, cpu)
-        assert pool.nbytes == HUGE_PAGE
+        assert pool.nbytes == UNIT
         with Pool().used():
             fresh(POOLED, torch.float32, cpu)
-        assert pool.nbytes == HUGE_PAGE and large.numel() == POOLED // 4
+        assert pool.nbytes == UNIT and large.numel() == POOLED // 4
     fresh(POOLED, torch.float32, cpu)
-    assert pool.nbytes == HUGE_PAGE
+    assert pool.nbytes == UNIT
