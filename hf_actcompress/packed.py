@@ -48,6 +48,8 @@ def flatten(x: Tensor) -> tuple[Tensor, Layout] | None:
 
     Dimensions of stride 0 (expanded) take no part in the run.
     """
+    if x.is_contiguous():
+        return x, Layout(tuple(x.shape), x.stride())
     own = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None)
                   for size, stride in zip(x.shape, x.stride(), strict=True))]  # fmt: skip
     order = sorted(range(own.dim()), key=lambda d: (-own.stride(d), -own.shape[d]))

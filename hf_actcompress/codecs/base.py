@@ -7,9 +7,11 @@ changes during training lives in a `CodecState` that the caller keeps, copies an
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import zlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -180,6 +182,10 @@ class Codec:
     # -- the spec: a codec is its own configuration --------------------------------------------------------------
     def __str__(self) -> str:
         """Canonical spec: the name and the options that differ from their defaults, plus `bits`, `rank`, `ratio`."""
+        return self._spec
+
+    @functools.cached_property
+    def _spec(self) -> str:  # once: every payload has it
         options = []
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
@@ -190,9 +196,10 @@ class Codec:
         return f"{self.name}:{','.join(options)}" if options else self.name
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def _full_precision(x: Tensor) -> AbstractContextManager:
     """Products inside a codec (rotation, factors) must not be cast to bf16 by a surrounding autocast."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _finite(y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .equalize import applies, feature_dim, feature_scales, period, tables
 from .kernels import group_decode, group_encode, group_roundtrip
 from .packing import MAX_BITS, ceil8
 from .patches import from_frequencies, patch_size, to_frequencies
-from .rounding import RoundingState, noise_source
+from .rounding import RoundingState, key_of, noise_source
 from .rows import Part, apply, counters, join, parts
 from .turned import DEFAULT_GROUP
 
@@ -148,7 +148,7 @@ class Block(Codec):
         # A group within one feature is coded the same either way; only shares of bits would differ.
         return bool(self.allocate) or len(shape) != 4 or shape[2] * shape[3] % self._cols(shape) != 0
 
-    def _parts(self, shape: tuple[int, ...]) -> list[Part]:
+    def _parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         cols = self._cols(shape)
         if self._channels(shape):
             return parts(shape[feature_dim(shape)] * cols, cols)
@@ -207,15 +207,14 @@ class Block(Codec):
         if self._turned:
             codes, scales = turned.encode(self, flat, found, mean, inverse, state)
         else:
-            lanes, key = noise_source(self, state, self._cols(shape), x.device)
-            results = []
+            key, results = key_of(self, state), []
             for part in found:
                 own = [part.features(mean), part.features(inverse)]
                 static = {"bits": self.bits, "clip": self.clip, "stored": self.scale}
                 result = native.group_encode(part.take(flat), part.start, *own, key, **static)
                 if result is None:
                     rows = [None if key is None else counters(part, x.device)]
-                    shared = [None if lanes is None else lanes[: part.shape[2]], key]
+                    shared = noise_source(key, part.shape[2], x.device)
                     with native.patience():
                         result = apply(group_encode, part.take(flat), rows, own, shared, **static)
                 results.append(result)
@@ -276,7 +275,7 @@ class Block(Codec):
         if self._turned:
             return self._decode(self._encode(x, state))
         shape, static = tuple(x.shape), {"bits": self.bits, "clip": self.clip, "stored": self.scale}
-        lanes, key = noise_source(self, state, self._cols(shape), x.device)
+        key = key_of(self, state)
         if not self._equalizes(shape) and not self._channels(shape):
             moved = native.planes_roundtrip(x, self._cols(shape), key, **static)
             if moved is not None:
@@ -290,7 +289,7 @@ class Block(Codec):
             result = native.group_roundtrip(part.take(flat), part.start, *own, key, **static)
             if result is None:
                 rows = [None if key is None else counters(part, x.device)]
-                shared = [None if lanes is None else lanes[: part.shape[2]], key]
+                shared = noise_source(key, part.shape[2], x.device)
                 with native.patience():
                     result, = apply(group_roundtrip, part.take(flat), rows, own, shared, **static)
             pieces.append(result)

@@ -2,15 +2,36 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 // Not a hint: past a growth of the file the compiler stops to inline, and what it calls it does not vectorise.
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
 
+// As many floats as the processor has in a register: compilers keep lanes of longer vectors in memory, as they do in
+// loops that they are to vectorise by themselves.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+using F = float __attribute__((vector_size(4 * LANES)));
+using I = int32_t __attribute__((vector_size(4 * LANES)));
+using U = uint32_t __attribute__((vector_size(4 * LANES)));
+using H = uint16_t __attribute__((vector_size(2 * LANES)));
+using B = uint8_t __attribute__((vector_size(LANES)));
+
+constexpr int UNIT = 16;       // columns of a group are a multiple of this
 constexpr int LARGEST = 1024;  // columns of a group
 
 // body(0), body(1), ...: by sixteen, as a compiler that counts bytes takes 64 at a time and leaves short rows to a
@@ -18,9 +39,9 @@ constexpr int LARGEST = 1024;  // columns of a group
 template <typename Body>
 INLINE void each(int n, Body body) {
     int j = 0;
-    for (; j + LANES <= n; j += LANES)
+    for (; j + UNIT <= n; j += UNIT)
 #pragma omp simd simdlen(16)
-        for (int i = 0; i < LANES; ++i) body(j + i);
+        for (int i = 0; i < UNIT; ++i) body(j + i);
     for (; j < n; ++j) body(j);
 }
 
@@ -33,6 +54,60 @@ INLINE float as_float(uint32_t bits) {
 INLINE float load(const float* x) { return *x; }
 INLINE float load(const uint16_t* x) { return as_float(static_cast<uint32_t>(*x) << 16); }  // bf16
 
+// What some compilers need a dozen instructions for, or a hundred where a lane grows or shrinks to a quarter.
+#ifdef __AVX512F__
+INLINE I widened(B v) { return reinterpret_cast<I>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(v))); }
+INLINE I widened(H v) { return reinterpret_cast<I>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v))); }
+INLINE B bytes(I v) { return reinterpret_cast<B>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v))); }
+INLINE H halves(I v) { return reinterpret_cast<H>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v))); }
+INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+#else
+INLINE I widened(H v) { return __builtin_convertvector(v, I); }
+INLINE I widened(B v) { return widened(__builtin_convertvector(v, H)); }
+INLINE H halves(I v) { return __builtin_convertvector(v, H); }
+INLINE B bytes(I v) { return __builtin_convertvector(halves(v), B); }
+INLINE F fma(F a, F b, F c) {
+    F d{};
+    for (int j = 0; j < LANES; ++j) d[j] = std::fma(a[j], b[j], c[j]);
+    return d;
+}
+#endif
+
+INLINE F loads(const float* x) {
+    F v;
+    std::memcpy(&v, x, sizeof(v));
+    return v;
+}
+INLINE F loads(const uint16_t* x) {  // bf16
+    H v;
+    std::memcpy(&v, x, sizeof(v));
+    return reinterpret_cast<F>(widened(v) << 16);
+}
+INLINE I loads(const uint8_t* x) {
+    B v;
+    std::memcpy(&v, x, sizeof(v));
+    return widened(v);
+}
+
+INLINE void stores(float* out, F v) { std::memcpy(out, &v, sizeof(v)); }
+INLINE void stores(uint16_t* out, F v) {  // bf16, to the nearest, ties to even
+    const U bits = reinterpret_cast<U>(v);
+    const H own = halves(reinterpret_cast<I>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16));
+    std::memcpy(out, &own, sizeof(own));
+}
+INLINE void stores(uint8_t* out, I v) {
+    const B own = bytes(v);
+    std::memcpy(out, &own, sizeof(own));
+}
+INLINE void stores(uint8_t* out, F v) { stores(out, __builtin_convertvector(v, I)); }
+
+INLINE F splat(float x) { return x - F{}; }  // not +: 0 + -0 is 0
+INLINE I lanes() {
+    I v{};
+    for (int j = 0; j < LANES; ++j) v[j] = j;
+    return v;
+}
+
 INLINE void store(float* out, float value) { *out = value; }
 INLINE void store(uint16_t* out, float value) {  // bf16, to the nearest, ties to even
     uint32_t bits;
@@ -40,5 +115,55 @@ INLINE void store(uint16_t* out, float value) {  // bf16, to the nearest, ties t
     *out = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 INLINE void store(uint8_t* out, float value) { *out = static_cast<uint8_t>(value); }
+
+INLINE U mix(U h) {
+    h ^= h >> 16;
+    h *= 0x7FEB352Du;
+    h ^= h >> 15;
+    h *= 0x846CA68Bu;
+    return h ^ (h >> 16);
+}
+
+// The layout of packing.py: planes whose widths are powers of two, the widest first; byte j of a plane joins element j
+// of every run.
+template <int LEFT, int WIDTH = 8>
+INLINE void pack(const uint8_t* codes, int cols, uint8_t* out) {
+    if constexpr (LEFT >= WIDTH) {
+        constexpr int FIELDS = 8 / WIDTH, SHIFT = LEFT - WIDTH, MASK = (1 << WIDTH) - 1;
+        const int run = cols / FIELDS;
+        int j = 0;
+        for (; j + LANES <= run; j += LANES) {
+            I byte{};
+            for (int f = 0; f < FIELDS; ++f) byte |= (loads(codes + f * run + j) >> SHIFT & MASK) << (f * WIDTH);
+            stores(out + j, byte);
+        }
+        for (; j < run; ++j) {
+            int byte = 0;
+            for (int f = 0; f < FIELDS; ++f) byte |= (codes[f * run + j] >> SHIFT & MASK) << (f * WIDTH);
+            out[j] = static_cast<uint8_t>(byte);
+        }
+        pack<SHIFT, WIDTH>(codes, cols, out + run);
+    } else if constexpr (WIDTH > 1) {
+        pack<LEFT, WIDTH / 2>(codes, cols, out);
+    }
+}
+
+// Units of steps to codes; `y` is not negative.
+template <int TOP, bool NOISE>
+INLINE I rounded(F y, U counter, uint32_t key) {
+    if (NOISE)
+        y = y + __builtin_convertvector(reinterpret_cast<I>(mix(counter ^ key) >> 8), F) * 0x1p-24f;
+    else
+        y = (y + 0x1p23f) - 0x1p23f;  // to the nearest: what has no room for a fraction
+    const I code = __builtin_convertvector(y, I);
+    return code > TOP ? TOP + I{} : code;
+}
+
+INLINE bool any(I v) {
+    int64_t own[LANES / 2], joined = 0;
+    std::memcpy(own, &v, sizeof(v));
+    for (int j = 0; j < LANES / 2; ++j) joined |= own[j];
+    return joined != 0;
+}
 
 }  // namespace

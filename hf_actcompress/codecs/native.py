@@ -1,6 +1,6 @@
 """The few kernels written by hand, where a compiled one reads memory twice or calls a slow library.
 
-`native.cpp` and `native_decode.cpp` are compiled once for a machine's processor and kept in a cache.  They stand
+The `native*.cpp` beside this file are compiled once for a machine's processor and kept in a cache.  They stand
 beside the kernels of kernels.py, give the same bits, and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
 Without a compiler, or for a tensor that they do not take, the functions here return None.
 """
@@ -17,6 +17,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,12 +28,12 @@ from .memory import fresh
 
 logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_decode.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_decode.cpp", "native_slopes.cpp")]
 HEADER = Path(__file__).with_name("native.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
+FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
 WIDE = "-mprefer-vector-width=512"  # a quarter faster where there is AVX-512, which g++ would use by halves
-PATIENCE = 4.0  # seconds of eligible work before a first compilation, which takes about three
+PATIENCE = 4.0  # seconds of eligible work before a first compilation, which takes about five on two cores
 LARGEST = 1024  # columns of a group
 BITS = (1, 2, 3, 4, 5, 6, 8)
 FUNCTIONS = ("gelu", "gelu_tanh", "silu")
@@ -70,6 +71,20 @@ def _user() -> str:
         return str(os.getuid()) if hasattr(os, "getuid") else "user"
 
 
+def _build(compiler: str, target: Path) -> None:
+    wide = [WIDE] if platform.machine() == "x86_64" else []
+
+    def run(*arguments: str | Path) -> None:
+        subprocess.run([compiler, *FLAGS, *wide, *arguments], check=True, capture_output=True, timeout=120)
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as pool:
+        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        list(pool.map(lambda source, made: run("-c", source, "-o", made), SOURCES, objects))
+        whole = Path(folder) / target.name
+        run("-shared", *objects, "-o", whole)
+        os.replace(whole, target)  # at once: other processes may look for it
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library, compiled if need be."""
@@ -78,11 +93,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         if not target.is_file():
-            own = target.with_suffix(f".{os.getpid()}.tmp")
-            wide = [WIDE] if platform.machine() == "x86_64" else []
-            command = [compiler, *FLAGS, *wide, "-o", own, *SOURCES]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            os.replace(own, target)
+            _build(compiler, target)
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         text = (getattr(error, "stderr", b"") or b"").decode(errors="replace")
@@ -146,21 +157,24 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def group_encode(
-    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, key: Tensor | None, *, bits: int, clip: float,
+    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, key: int | None, *, bits: int, clip: float,
     stored: int,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """`kernels.group_encode` for x [N, K, C] whose groups count from `start` on: codes, scales; or None."""
+    """`kernels.group_encode` for x [N, K, C] whose groups count from `start` on: codes, scales; or None.
+
+    Scales are in bf16 already where `stored` is 16.
+    """
     library = _ready(x, bits) if clip == 1 else None
     if library is None:
         return None
     codes = torch.empty(*x.shape[:2], x.shape[2] * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(*x.shape[:2], 2, dtype=torch.float32)
+    scales = torch.empty(*x.shape[:2], 2, dtype=torch.bfloat16 if stored == 16 else torch.float32)
     _group_codes(library, x, start, (mean, inverse, None), key, bits, stored, (codes, scales, None))
     return codes, scales
 
 
 def group_roundtrip(
-    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None, key: Tensor | None, *,
+    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None, key: int | None, *,
     bits: int, clip: float, stored: int,
 ) -> Tensor | None:  # fmt: skip
     """`kernels.group_roundtrip`, likewise: what is decoded, as `x`; or None."""
@@ -173,7 +187,7 @@ def group_roundtrip(
 
 
 def planes_roundtrip(
-    x: Tensor, cols: int, key: Tensor | None, *, bits: int, clip: float, stored: int
+    x: Tensor, cols: int, key: int | None, *, bits: int, clip: float, stored: int
 ) -> Tensor | None:
     """Roundtrip of images [B, C, H, W] that lie with channels last, by groups of `cols` pixels of a channel; as `x`.
 
@@ -187,25 +201,25 @@ def planes_roundtrip(
     out, (images, channels, *_) = fresh(x.numel(), x.dtype, x.device).view(lying.shape).permute(0, 3, 1, 2), x.shape
     library.planes_roundtrip(
         x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, images, x.shape[2] * x.shape[3], channels,
-        cols, 0 if key is None else int(key) & 0xFFFFFFFF, stored == 16, out.data_ptr(),
+        cols, (key or 0) & 0xFFFFFFFF, stored == 16, out.data_ptr(),
     )  # fmt: skip
     return out
 
 
 def _group_codes(
-    library: ctypes.CDLL, x: Tensor, start: int, tables: tuple[Tensor | None, ...], key: Tensor | None, bits: int,
+    library: ctypes.CDLL, x: Tensor, start: int, tables: tuple[Tensor | None, ...], key: int | None, bits: int,
     stored: int, results: tuple[Tensor | None, ...],
 ) -> None:  # fmt: skip
     n, k, c = x.shape
     tables = tuple(None if t is None else t.contiguous() for t in tables)
     library.group_codes(
         x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, *map(_address, tables), k, n * k, c,
-        start & 0xFFFFFFFF, 0 if key is None else int(key) & 0xFFFFFFFF, stored == 16, *map(_address, results),
+        start & 0xFFFFFFFF, (key or 0) & 0xFFFFFFFF, stored == 16, *map(_address, results),
     )  # fmt: skip
 
 
 def slope_encode(
-    x: Tensor, start: int, key: Tensor, *, function: str, bits: int, least: float, width: float
+    x: Tensor, start: int, key: int, *, function: str, bits: int, least: float, width: float
 ) -> tuple[Tensor, bool] | None:
     """`bit_kernels.slope_encode` for x [N, 1, C]: codes, and whether all of `x` is finite; or None."""
     library = _ready(x, bits)
@@ -214,7 +228,7 @@ def slope_encode(
     codes = torch.empty(*x.shape[:2], x.shape[2] * bits // 8, dtype=torch.uint8)
     strange = library.slope_encode(
         x.data_ptr(), x.dtype == torch.bfloat16, FUNCTIONS.index(function), bits, x.shape[0] * x.shape[1], x.shape[2],
-        least, (2**bits - 1) / width, start & 0xFFFFFFFF, int(key) & 0xFFFFFFFF, codes.data_ptr(),
+        least, (2**bits - 1) / width, start & 0xFFFFFFFF, key & 0xFFFFFFFF, codes.data_ptr(),
     )  # fmt: skip
     return codes, not strange
 

@@ -4,8 +4,6 @@
 
 #include "native.h"
 
-#include <cmath>
-
 namespace {
 
 // Inverse of `pack` in native.cpp: planes of codes, the widest first.  `first` says that nothing was written yet.
@@ -25,18 +23,34 @@ INLINE void unpack(const uint8_t* in, int cols, uint8_t* codes, bool first = tru
     }
 }
 
-// value(code, column) for every element of every row of codes.
+// value(codes, first of their columns) for a row of codes, a register at a time.
+template <int BITS, typename T, typename Value>
+INLINE void rows(const uint8_t* __restrict in, int cols, T* __restrict out, Value value) {
+    constexpr int FIELDS = 8 / BITS, MASK = (1 << BITS) - 1;
+    if (8 % BITS == 0 && cols % (FIELDS * LANES) == 0) {  // one plane: codes stay in registers
+        const int run = cols / FIELDS;
+        for (int f = 0; f < FIELDS; ++f)
+            for (int j = 0; j < run; j += LANES)
+                stores(out + f * run + j, value(loads(in + j) >> (f * BITS) & MASK, f * run + j));
+    } else {
+        uint8_t codes[LARGEST];
+        unpack<BITS>(in, cols, codes);
+        for (int c = 0; c < cols; c += LANES) stores(out + c, value(loads(codes + c), c));
+    }
+}
+
+// value(code) for every element of a row of codes.
 template <int BITS, typename T, typename Value>
 INLINE void row(const uint8_t* __restrict in, int cols, T* __restrict out, Value value) {
     if constexpr (8 % BITS == 0) {  // one plane: codes stay in registers
         constexpr int FIELDS = 8 / BITS, MASK = (1 << BITS) - 1;
         const int run = cols / FIELDS;
         for (int f = 0; f < FIELDS; ++f)
-            each(run, [=](int j) { store(out + f * run + j, value(in[j] >> (f * BITS) & MASK, f * run + j)); });
+            each(run, [=](int j) { store(out + f * run + j, value(in[j] >> (f * BITS) & MASK)); });
     } else {
         uint8_t codes[LARGEST];
         unpack<BITS>(in, cols, codes);
-        each(cols, [&](int c) { store(out + c, value(codes[c], c)); });
+        each(cols, [&](int c) { store(out + c, value(codes[c])); });
     }
 }
 
@@ -59,39 +73,40 @@ void decode(const Group& all, T* out) {
         if (all.mean) {
             const int64_t at = g % all.period * all.cols;
             const float *m = all.mean + at, *r = all.root + at;
-            row<BITS>(in, all.cols, own, [=](int code, int c) {
-                return (lo + static_cast<float>(code) * step) * r[c] + m[c];
+            rows<BITS>(in, all.cols, own, [=](I code, int c) {
+                return (lo + __builtin_convertvector(code, F) * step) * loads(r + c) + loads(m + c);
             });
         } else {
-            row<BITS>(in, all.cols, own, [=](int code, int) { return lo + static_cast<float>(code) * step; });
+            rows<BITS>(in, all.cols, own, [=](I code, int) { return lo + __builtin_convertvector(code, F) * step; });
         }
     }
 }
 
-// With few entries a gather takes longer than to drop half of them with every bit; masks, because a choice becomes a branch.
+// With few entries a gather takes longer than to drop half of them with every bit.
 template <int BITS>
-INLINE uint32_t looked_up(const uint32_t* table, uint32_t code) {
+INLINE I looked_up(const int32_t* table, I code) {
     if constexpr (BITS == 0)
-        return table[0];
+        return table[0] + I{};
     else {
-        const uint32_t low = looked_up<BITS - 1>(table, code);
-        const uint32_t high = looked_up<BITS - 1>(table + (1 << (BITS - 1)), code);
-        return low ^ ((low ^ high) & (0u - (code >> (BITS - 1) & 1u)));
+        const I low = looked_up<BITS - 1>(table, code), high = looked_up<BITS - 1>(table + (1 << (BITS - 1)), code);
+        return low ^ ((low ^ high) & -(code >> (BITS - 1) & 1));
     }
 }
 
 template <typename T, int BITS>
-void table_of(const uint8_t* codes, int64_t rows, int cols, const float* table, T* out) {
+void table_of(const uint8_t* codes, int64_t groups, int cols, const float* table, T* out) {
 #pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < rows; ++g) {
-        uint32_t own[1 << BITS];
-        std::memcpy(own, table, sizeof(own));
-        row<BITS>(codes + g * (cols * BITS / 8), cols, out + g * cols, [&own](int code, int) {
-            if constexpr (BITS <= 3)
-                return as_float(looked_up<BITS>(own, static_cast<uint32_t>(code)));
-            else
-                return as_float(own[code]);
-        });
+    for (int64_t g = 0; g < groups; ++g) {
+        const uint8_t* in = codes + g * (cols * BITS / 8);
+        if constexpr (BITS <= 3) {
+            int32_t own[1 << BITS];
+            std::memcpy(own, table, sizeof(own));
+            rows<BITS>(in, cols, out + g * cols, [&own](I code, int) {
+                return reinterpret_cast<F>(looked_up<BITS>(own, code));
+            });
+        } else {
+            row<BITS>(in, cols, out + g * cols, [table](int code) { return table[code]; });
+        }
     }
 }
 

@@ -63,11 +63,14 @@ def next_key(state: CodecState | None) -> int:
     return state.next_key() if isinstance(state, RoundingState) else noise_key(0, 0, 0)
 
 
-def noise_source(
-    codec: Any, state: CodecState | None, cols: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+def key_of(codec: Any, state: CodecState | None) -> int | None:
+    """The key of this call of a codec that rounds stochastically, else None."""
+    return next_key(state) if codec.round == "stochastic" else None
+
+
+def noise_source(key: int | None, cols: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Lanes (int32 [cols]: 0, 1, ...) and key (int32 []) of a kernel that rounds stochastically, else Nones."""
-    if codec.round != "stochastic":
+    if key is None:
         return None, None
     lanes = torch.arange(cols, dtype=torch.int32, device=device)
-    return lanes, torch.full((), next_key(state), dtype=torch.int32, device=device)
+    return lanes, torch.full((), key, dtype=torch.int32, device=device)

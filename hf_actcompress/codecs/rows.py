@@ -7,6 +7,7 @@ no maximum.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def _filled(run: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (torch.cat([run, run[-1:].expand(missing)]) if missing else run).view(shape)
 
 
-def parts(n: int, cols: int, period: int = 1, pad_to: int = 0) -> list[Part]:
+@functools.lru_cache(4096)  # the same shapes come every step
+def parts(n: int, cols: int, period: int = 1, pad_to: int = 0) -> tuple[Part, ...]:
     """How `n` elements fall into groups of `cols` and periods of `period` groups.
 
     A last short group is padded to a multiple of 8, or to `pad_to`.
@@ -72,7 +74,7 @@ def parts(n: int, cols: int, period: int = 1, pad_to: int = 0) -> list[Part]:
         result.append(Part((1, rest, cols), whole * period * cols, rest * cols, 0))
     if n % cols:
         result.append(Part((1, 1, pad_to or ceil8(n % cols)), full * cols, n % cols, rest * cols))
-    return result
+    return tuple(result)
 
 
 def codes_nbytes(n: int, bits: int) -> int:

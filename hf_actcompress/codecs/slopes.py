@@ -19,7 +19,7 @@ from torch import Tensor
 from . import native
 from .bit_kernels import slope_encode
 from .lookup import decode_table
-from .rounding import RoundingState, next_key
+from .rounding import RoundingState, next_key, noise_source
 from .rows import COLS, apply, counters, join, parts
 
 LARGEST = 8  # bits
@@ -76,8 +76,7 @@ def encode_slopes(x: Tensor, name: str, bits: int, state: RoundingState | None) 
     """
     flat, end = x.reshape(-1), extreme(name)
     least, most = SLOPES[name](-end), SLOPES[name](end)
-    lanes = torch.arange(COLS, dtype=torch.int32, device=x.device)
-    key = torch.full((), next_key(state), dtype=torch.int32, device=x.device)
+    key = next_key(state)
     static, pieces = {"function": name, "bits": bits, "least": least, "width": most - least}, []
     for part in parts(flat.numel(), COLS):
         run = part.take(flat)
@@ -85,7 +84,7 @@ def encode_slopes(x: Tensor, name: str, bits: int, state: RoundingState | None) 
         if found is None:
             if not bool(run.sum(dtype=torch.float32).isfinite()):
                 return None
-            shared = [lanes[: part.shape[2]], key]
+            shared = noise_source(key, part.shape[2], x.device)
             with native.patience():
                 found = apply(slope_encode, run, [counters(part, x.device)], shared=shared, **static)[0], True
         if not found[1]:

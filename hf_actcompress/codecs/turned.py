@@ -29,7 +29,7 @@ from .hadamard import (
 from .levels import bucket_edges, ceil16, level_table, safe_inverse
 from .memory import fresh
 from .packing import pack, unpack
-from .rounding import noise_source
+from .rounding import key_of, noise_source
 from .rows import Part, apply, blocks, counters
 from .turned_kernels import (
     butterflies_restored,
@@ -53,12 +53,12 @@ TURNED = 1 << 21  # elements of a tile: calls of matrix products and kernels sho
 
 
 def encode(
-    codec: Block, flat: Tensor, parts: list[Part], mean: Tensor | None, inverse: Tensor | None,
+    codec: Block, flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, inverse: Tensor | None,
     state: CodecState | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes uint8 and scales [groups, 2] in their stored dtype."""
     cols = parts[0].shape[2]
-    lanes, key = noise_source(codec, state, cols, flat.device)
+    lanes, key = noise_source(key_of(codec, state), cols, flat.device)
     scales = torch.empty(sum(p.groups for p in parts), 2, dtype=codec.scale_dtype, device=flat.device)
     if codec.allocate:  # first, since the widths of codes depend on all deviations
         for start, stop, x in _tiles(flat, parts, mean, inverse):
@@ -97,7 +97,7 @@ def _level_codes(codec: Block, y: Tensor, spread: Tensor, bits: int) -> Tensor:
 
 
 def decode(
-    codec: Block, codes: Tensor, scales: Tensor, parts: list[Part], mean: Tensor | None, root: Tensor | None,
+    codec: Block, codes: Tensor, scales: Tensor, parts: tuple[Part, ...], mean: Tensor | None, root: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """What the parts were, one after another, flat, in `dtype`."""
@@ -164,14 +164,14 @@ def _starts(start: int, stop: int, cols: int, device: torch.device) -> Tensor:
     return counters(Part((stop - start, 1, cols), start * cols, 0, 0), device)
 
 
-def _regions(codec: Block, scales: Tensor, parts: list[Part]) -> Regions:
+def _regions(codec: Block, scales: Tensor, parts: tuple[Part, ...]) -> Regions:
     if codec.allocate:
         return Regions(allocate(scales[:, 1].float(), codec.bits, codec.levels), parts[0].shape[2])
     return Regions(codec.bits, sum(part.groups * part.shape[2] for part in parts))
 
 
 def _tiles(
-    flat: Tensor, parts: list[Part], mean: Tensor | None, inverse: Tensor | None, runs: Tensor | None = None
+    flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, inverse: Tensor | None, runs: Tensor | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(first group, last group + 1, equalized groups fp32 [R, C], times `runs` [C]) tile by tile."""
     row = 0

@@ -14,7 +14,7 @@ from .compiled import Kernel
 from .kernels import line_decode, line_encode, line_roundtrip
 from .layout import as_it_lies, restored
 from .packing import MAX_BITS
-from .rounding import RoundingState, noise_source
+from .rounding import RoundingState, key_of, noise_source
 from .rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
 
 
@@ -46,7 +46,7 @@ class Uniform(Codec):
 
     def _apply(self, kernel: Kernel, x: Tensor, scale: Tensor, state: CodecState | None) -> list[Tensor]:
         flat, results = x.reshape(-1), []
-        lanes, key = noise_source(self, state, COLS, x.device)
+        lanes, key = noise_source(key_of(self, state), COLS, x.device)
         for part in parts(x.numel(), COLS):
             starts = None if key is None else counters(part, x.device)
             own = None if lanes is None else lanes[: part.shape[2]]
