@@ -2,13 +2,14 @@
 
     python benchmarks/memory.py                                        # all models: about an hour on 2 cores
     python benchmarks/memory.py --autocast --parts time                # in bf16
+    python benchmarks/memory.py --parts time held --preload libtcmalloc_minimal.so.4
     python benchmarks/memory.py --models "minilm 32x128" --methods none "saved 4" --parts held
 
 held: bytes that stay between forward and backward as the operating system sees them (RSS after malloc_trim, before and
 after the forward pass); the peak of a whole step with AdamW, as tensors that live (torch's profiler) and as resident
 memory (VmHWM, with libraries); each in its own process, in which malloc returns what is freed.
-time: blocks of two steps of all methods in turn in one process, the second one timed, so that other load meets all
-alike; a multiple is that of the plain step of the same round.
+time: one step of every method in turn, each in its own process (which waits meanwhile), so that other load meets all
+alike and malloc's heap is as that method alone leaves it; a multiple is that of the plain step of the same round.
 batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each in its own process.
 Writes benchmarks/results/memory.json after every measurement; what is there is kept, --force measures again.
 """
@@ -21,12 +22,13 @@ import gc
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -217,17 +219,41 @@ def held(args: argparse.Namespace) -> dict[str, Any]:
     return {"n": len(found), **result}
 
 
-def times(args: argparse.Namespace) -> dict[str, Any]:
+def steps(args: argparse.Namespace) -> None:
+    """A step of the method, and its seconds, for every line of stdin."""
     run = Run(args.models[0], args.autocast)
-    batch, seconds = run.batch(run.rows), {name: [] for name in args.methods}
-    for repeat in tqdm(range(-1, args.repeats), desc=args.models[0], disable=args.quiet):
+    with METHODS[args.methods[0]](run.model):
+        batch = run.batch(run.rows)
+        for _ in range(3):  # until malloc's heap is as it stays
+            run.step(batch)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            began = time.perf_counter()
+            run.step(batch)
+            print(time.perf_counter() - began, flush=True)
+
+
+def times(args: argparse.Namespace) -> dict[str, Any]:
+    """Each method in a process of its own, whose heap is as the method leaves it; one step at a time, in turn."""
+    model, seconds = args.models[0], {name: [] for name in args.methods}
+    with ExitStack() as stack:
+        workers = {}
         for name in args.methods:
-            with METHODS[name](run.model):
-                run.step(batch)  # finds malloc's heap as another method left it
-                began = time.perf_counter()
-                run.step(batch)
-                if repeat >= 0:
-                    seconds[name].append(time.perf_counter() - began)
+            command = [sys.executable, __file__, "--one", "step", "--models", model, "--methods", name]
+            command += ["--autocast"] * args.autocast
+            worker = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(worker.kill)
+            while (line := worker.stdout.readline()) and line != "ready\n":
+                pass
+            workers[name] = worker
+        order = random.Random(0)
+        for _ in tqdm(range(args.repeats), desc=model, disable=args.quiet):
+            for name in order.sample(args.methods, len(args.methods)):
+                workers[name].stdin.write("\n")
+                workers[name].stdin.flush()
+                seconds[name].append(float(workers[name].stdout.readline()))
     result = {}
     for name, own in seconds.items():
         multiples = sorted(a / b for a, b in zip(own, seconds[args.methods[0]], strict=True))
@@ -268,7 +294,11 @@ def alone(part: str, args: argparse.Namespace, model: str, methods: list[str], b
     command = [sys.executable, __file__, "--one", part, "--models", model, "--methods", *methods, "--quiet",
                "--repeats", str(args.repeats), "--budget", str(budget)]  # fmt: skip
     # What is measured should be what is needed, not what malloc keeps for later; times are those of its defaults.
-    env = os.environ if part == "time" else {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    env = {**os.environ, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 40)}
+    if args.preload:
+        env["LD_PRELOAD"] = args.preload
+    elif part != "time":
+        env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     command += ["--autocast"] * args.autocast
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
@@ -279,16 +309,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each method")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each method")
     parser.add_argument("--autocast", action="store_true", help="in bf16 autocast")
+    parser.add_argument("--preload", metavar="LIBRARY", help="one with another malloc, for example "
+                        "libtcmalloc_minimal.so.4; libc.so.6: glibc's own as it is by default")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="measure again what is there")
-    parser.add_argument("--one", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[*PARTS, "step"], help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault(VARIABLE, "1")
     if args.one:
-        print(json.dumps(PARTS[args.one](args)))
+        if args.one == "step":
+            steps(args)
+        else:
+            print(json.dumps(PARTS[args.one](args)))
         return
     data = json.loads(PATH.read_text()) if PATH.is_file() else {}
 
@@ -299,7 +334,7 @@ def main() -> None:
             PATH.write_text(json.dumps(data, indent=1) + "\n")
         return data[key]
 
-    suffix = " bf16" if args.autocast else ""
+    suffix = " bf16" * args.autocast + f" [{args.preload}]" * bool(args.preload)
     for model in tqdm(args.models, desc="models"):
         if "time" in args.parts:
             timed = [name for name in args.methods if name not in UNTIMED]

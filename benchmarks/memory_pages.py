@@ -23,12 +23,14 @@ COLORS = {
 
 def models(record: dict[str, Any]) -> list[str]:
     """Those of which both parts were measured."""
-    timed = [key.removeprefix("time ") for key in record if key.startswith("time ") and not key.endswith(" bf16")]
+    timed = [key.removeprefix("time ") for key in record if key.startswith("time ")]
+    timed = [model for model in timed if not model.endswith((" bf16", "]"))]
     return [model for model in timed if all(f"held {model} {method}" in record for method in ("none", "saved 4"))]
 
 
 def methods(record: dict[str, Any], model: str) -> list[str]:
-    return [key.removeprefix(f"held {model} ") for key in record if key.startswith(f"held {model} ")]
+    found = [key.removeprefix(f"held {model} ") for key in record if key.startswith(f"held {model} ")]
+    return [method for method in found if not method.startswith("[")]
 
 
 def table(record: dict[str, Any]) -> str:
