@@ -36,7 +36,6 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.codecs import Pool
 from hf_actcompress.codecs.compiled import VARIABLE
 from hf_actcompress.recipes import load_image_model, load_text_model
 from hf_actcompress.recipes.results import environment
@@ -136,23 +135,6 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-@contextmanager
-def pooled() -> Iterator[list[int]]:
-    """Sizes of the pool in which saved tensors are decoded, which the profiler does not see."""
-    sizes, plain = [], Pool.take
-
-    def take(self: Pool, n: int, dtype: torch.dtype) -> torch.Tensor:
-        found = plain(self, n, dtype)
-        sizes.append(self.nbytes)
-        return found
-
-    Pool.take = take
-    try:
-        yield sizes
-    finally:
-        Pool.take = plain
-
-
 class Run:
     def __init__(self, model: str, autocast: bool) -> None:
         torch.manual_seed(0)
@@ -176,14 +158,12 @@ class Run:
         batch = self.batch(self.rows)
         kept = [*self.model.parameters(), *self.model.buffers(), *batch.values()]
         kept += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        with (
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-            pooled() as pool,
-        ):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             self.step(batch)
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-        return sum(t.nbytes for t in kept) + max(live) + max(pool, default=0)
+        return sum(t.nbytes for t in kept) + max(live)
 
     def peak(self, rows: int) -> int:
         """Peak RSS of a step."""

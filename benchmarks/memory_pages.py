@@ -74,6 +74,26 @@ def autocast(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def allocators(record: dict[str, Any]) -> str:
+    """Peaks of resident memory, and times, by what malloc is."""
+    kinds = {"glibc": " [libc.so.6]", "tcmalloc": " [libtcmalloc_minimal.so.4]"}
+    found = [model for model in models(record) if all(f"held {model}{end} none" in record for end in kinds.values())]
+    if not found:
+        return ""
+    lines = ["| peak resident, MB (step, ms) | | glibc | glibc, large pieces returned | tcmalloc |",
+             "| --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    for model in found:
+        for method in methods(record, model):
+            if f"held {model}{kinds['tcmalloc']} {method}" not in record:
+                continue
+            ends = kinds["glibc"], "", kinds["tcmalloc"]
+            peaks = [record[f"held {model}{end} {method}"]["peak_mb"] for end in ends]
+            times = [record[f"time {model}{end}"][method]["ms"] for end in ("", kinds["tcmalloc"])]
+            lines.append(f"| {model} | {method} | {peaks[0]:.0f} ({times[0]:.0f}) | {peaks[1]:.0f} | "
+                         f"{peaks[2]:.0f} ({times[1]:.0f}) |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def section(record: dict[str, Any]) -> str:
     n = next(iter(record[f"time {models(record)[0]}"].values()))["n"]
     about = ", ".join(f"{k} {v}" for k, v in sorted(record["environment"].items()) if v is not None)
@@ -83,6 +103,7 @@ def section(record: dict[str, Any]) -> str:
         "largest batch: rows whose step peaks at no more than the plain step of the batch in the first column. "
         f"`{record['command']}`. Environment: {about}.",
         autocast(record),
+        allocators(record),
     ) if part)  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import sys
 import threading
 import time
@@ -27,7 +26,6 @@ HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE, MADV_NOHUGEPAGE = 14, 15
 DEAR = 1e-3  # seconds for a huge page; usual are 0.1 to 0.3, of which most goes into filling it with zeros
 PAUSE = 10.0  # seconds for which no huge pages are asked for after they were dear
-PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 POOLED = 1 << 20  # bytes; less comes from the heap
 UNIT = 2 << 20  # the pool's pieces are multiples of this, so that tensors of about the same size fit into one
 
@@ -94,7 +92,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[tuple[mmap.mmap, weakref.ref[memoryview]]] = []
+        self._pieces: list[tuple[Tensor, weakref.ref[memoryview]]] = []
         self._lock = threading.Lock()  # several threads may go backward through one graph
 
     @property
@@ -115,11 +113,8 @@ class Pool:
             else:
                 if free:  # too small: a larger one takes its place
                     self._pieces.remove(free[-1])
-                # Private mappings, which Python would not make by itself.  Huge pages gain nothing where memory is
-                # used more than once.
-                size = -(-size // UNIT) * UNIT
-                piece = mmap.mmap(-1, size, flags=PRIVATE) if PRIVATE else mmap.mmap(-1, size)
-            use = memoryview(piece)
+                piece = torch.empty(-(-size // UNIT) * UNIT, dtype=torch.uint8)
+            use = memoryview(piece.numpy())
             self._pieces.append((piece, weakref.ref(use)))
             return torch.frombuffer(use, dtype=dtype, count=n)  # keeps `use` as long as its storage lives
 
