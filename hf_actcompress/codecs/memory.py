@@ -107,13 +107,10 @@ class Pool:
         with self._lock:
             free = sorted((entry for entry in self._pieces if entry[1]() is None), key=lambda entry: len(entry[0]))
             fitting = next((entry for entry in free if len(entry[0]) >= size), None)
-            if fitting is not None:
-                self._pieces.remove(fitting)
-                piece = fitting[0]
-            else:
-                if free:  # too small: a larger one takes its place
-                    self._pieces.remove(free[-1])
-                piece = torch.empty(-(-size // UNIT) * UNIT, dtype=torch.uint8)
+            # A larger piece takes the place of the largest that is too small.
+            old = fitting or (free[-1] if free else None)
+            self._pieces = [entry for entry in self._pieces if entry is not old]
+            piece = fitting[0] if fitting else torch.empty(-(-size // UNIT) * UNIT, dtype=torch.uint8)
             use = memoryview(piece.numpy())
             self._pieces.append((piece, weakref.ref(use)))
             return torch.frombuffer(use, dtype=dtype, count=n)  # keeps `use` as long as its storage lives

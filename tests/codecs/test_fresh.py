@@ -77,6 +77,18 @@ def test_a_larger_tensor_takes_the_place_of_a_free_piece() -> None:
     assert Pool().take(0, torch.float32).shape == (0,)
 
 
+def test_the_smallest_free_piece_that_is_large_enough_is_taken() -> None:
+    pool = Pool()
+    tensors = [pool.take(n * UNIT, torch.uint8) for n in (4, 1, 3, 2)]
+    places = {t.numel() // UNIT: t.data_ptr() for t in tensors}
+    held = tensors.pop(1)
+    del tensors
+    assert pool.take(UNIT, torch.uint8).data_ptr() == places[2]
+    again = [pool.take(n * UNIT, torch.uint8) for n in (3, 1, 4)]
+    assert [t.data_ptr() for t in again] == [places[3], places[2], places[4]]
+    assert pool.nbytes == 10 * UNIT and held.data_ptr() == places[1]
+
+
 def test_an_operation_that_returns_what_was_saved_does_not_see_it_change() -> None:
     pool = Pool()
     x = pool.take(POOLED, torch.float32).fill_(1).requires_grad_()
