@@ -1,6 +1,6 @@
 """Memory and time of a training step: what autograd saves kept compressed, against the ways that people use today.
 
-    python benchmarks/memory.py                                        # all models: about an hour on 2 cores
+    python benchmarks/memory.py                                        # all models: some hours on 2 cores
     python benchmarks/memory.py --autocast --parts time                # in bf16
     python benchmarks/memory.py --parts time held --preload libtcmalloc_minimal.so.4
     python benchmarks/memory.py --models "minilm 32x128" --methods none "saved 4" --parts held
@@ -225,8 +225,9 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
             stack.callback(worker.kill)
-            while (line := worker.stdout.readline()) and line != "ready\n":
-                pass
+            while (line := worker.stdout.readline()) != "ready\n":
+                if not line:
+                    raise RuntimeError(f"{model}, {name}: the process ended before its first timed step; see above.")
             workers[name] = worker
         order = random.Random(0)
         for _ in tqdm(range(args.repeats), desc=model, disable=args.quiet):

@@ -75,22 +75,22 @@ def autocast(record: dict[str, Any]) -> str:
 
 
 def allocators(record: dict[str, Any]) -> str:
-    """Peaks of resident memory, and times, by what malloc is."""
+    """Peaks of resident memory, and steps, by what malloc is."""
     kinds = {"glibc": " [libc.so.6]", "tcmalloc": " [libtcmalloc_minimal.so.4]"}
     found = [model for model in models(record) if all(f"held {model}{end} none" in record for end in kinds.values())]
     if not found:
         return ""
-    lines = ["| peak resident, MB (step, ms) | | glibc | glibc, large pieces returned | tcmalloc |",
-             "| --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    lines = ["| | | peak resident, MB: glibc | large pieces returned | tcmalloc | step, ms: glibc | tcmalloc | "
+             "in plain steps: glibc | tcmalloc |", "| --- | --- |" + " ---: |" * 7]  # fmt: skip
     for model in found:
         for method in methods(record, model):
             if f"held {model}{kinds['tcmalloc']} {method}" not in record:
                 continue
             ends = kinds["glibc"], "", kinds["tcmalloc"]
             peaks = [record[f"held {model}{end} {method}"]["peak_mb"] for end in ends]
-            times = [record[f"time {model}{end}"][method]["ms"] for end in ("", kinds["tcmalloc"])]
-            lines.append(f"| {model} | {method} | {peaks[0]:.0f} ({times[0]:.0f}) | {peaks[1]:.0f} | "
-                         f"{peaks[2]:.0f} ({times[1]:.0f}) |")  # fmt: skip
+            times = [record[f"time {model}{end}"][method] for end in ("", kinds["tcmalloc"])]
+            cells = [f"{peak:.0f}" for peak in peaks] + [f"{time['ms']:.0f}" for time in times]
+            lines.append("| " + " | ".join([model, method, *cells, *map(_step, times)]) + " |")
     return "\n".join(lines)
 
 
