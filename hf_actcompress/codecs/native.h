@@ -34,17 +34,6 @@ using B = uint8_t __attribute__((vector_size(LANES)));
 constexpr int UNIT = 16;       // columns of a group are a multiple of this
 constexpr int LARGEST = 1024;  // columns of a group
 
-// body(0), body(1), ...: by sixteen, as a compiler that counts bytes takes 64 at a time and leaves short rows to a
-// loop without vectors.
-template <typename Body>
-INLINE void each(int n, Body body) {
-    int j = 0;
-    for (; j + UNIT <= n; j += UNIT)
-#pragma omp simd simdlen(16)
-        for (int i = 0; i < UNIT; ++i) body(j + i);
-    for (; j < n; ++j) body(j);
-}
-
 INLINE float as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);

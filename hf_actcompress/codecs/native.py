@@ -32,7 +32,6 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_dec
 HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
-WIDE = "-mprefer-vector-width=512"  # a quarter faster where there is AVX-512, which g++ would use by halves
 PATIENCE = 4.0  # seconds of eligible work before a first compilation, which takes about five on two cores
 LARGEST = 1024  # columns of a group
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -60,7 +59,7 @@ def _target() -> Path | None:
     except OSError:
         return None
     text = "".join(path.read_text() for path in (HEADER, *SOURCES))
-    text += _processor() + str(compiler_for("cpu")) + " ".join((*FLAGS, WIDE))
+    text += _processor() + str(compiler_for("cpu")) + " ".join(FLAGS)
     return folder / f"native_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
 
 
@@ -72,10 +71,8 @@ def _user() -> str:
 
 
 def _build(compiler: str, target: Path) -> None:
-    wide = [WIDE] if platform.machine() == "x86_64" else []
-
     def run(*arguments: str | Path) -> None:
-        subprocess.run([compiler, *FLAGS, *wide, *arguments], check=True, capture_output=True, timeout=120)
+        subprocess.run([compiler, *FLAGS, *arguments], check=True, capture_output=True, timeout=120)
 
     with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as pool:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
