@@ -21,8 +21,9 @@ from .budget import Auto
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
 from .layers import Layer, find_layers, match_layers, select_boundaries
+from .saved_hooks import install, is_hook
 from .sites.boundary import Boundary, Channel
-from .sites.saved import COMPILED, SavedTensors, install, is_hook
+from .sites.saved import COMPILED, SavedTensors
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -106,6 +105,15 @@ class SavedTensors:
             self._seen.clear()
             self._modules.clear()
             self._pool = Pool()  # the graph alone keeps the other
+
+    def begin(self, name: str, module: nn.Module) -> None:
+        """What is packed from now on is saved by this module."""
+        if self.active:
+            self._modules.append((name, module))
+
+    def end(self, module: nn.Module) -> None:
+        if self._modules and self._modules[-1][1] is module:
+            self._modules.pop()
 
     # -- one tensor -----------------------------------------------------------------------------------------------
     def pack(self, x: Tensor) -> Kept | View | Sharded:
@@ -284,59 +292,3 @@ def _of_parameter(x: Tensor) -> bool:
         if node is not None and node.name() == "torch::autograd::AccumulateGrad":
             return isinstance(node.variable, nn.Parameter)
     return False
-
-
-# Hooks, as objects that can be copied and pickled with the model
-
-
-class Enter:
-    def __init__(self, saved: SavedTensors) -> None:
-        self.saved = saved
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.saved.enter(module, args, kwargs)
-
-
-class Leave:
-    def __init__(self, saved: SavedTensors) -> None:
-        self.saved = saved
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.saved.leave()
-
-
-class Begin:
-    """Says which module saves what is packed now."""
-
-    def __init__(self, saved: SavedTensors, name: str) -> None:
-        self.saved, self.name = saved, name
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.saved.active:
-            self.saved._modules.append((self.name, module))
-
-
-class End:
-    def __init__(self, saved: SavedTensors) -> None:
-        self.saved = saved
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.saved._modules and self.saved._modules[-1][1] is module:
-            self.saved._modules.pop()
-
-
-def is_hook(hook: Any) -> bool:
-    return isinstance(hook, (Enter, Leave, Begin, End))
-
-
-def install(saved: SavedTensors, model: nn.Module) -> Iterable[Any]:
-    """Hooks on `model` and on the modules in it; returns what removes them."""
-    removers = [
-        model.register_forward_pre_hook(Enter(saved), prepend=True, with_kwargs=True),
-        model.register_forward_hook(Leave(saved), always_call=True),
-    ]
-    for name, module in model.named_modules():
-        if module is not model:
-            removers.append(module.register_forward_pre_hook(Begin(saved, name)))
-            removers.append(module.register_forward_hook(End(saved), always_call=True))
-    return removers
