@@ -3,6 +3,7 @@
     python benchmarks/memory.py                                        # all models: some hours on 2 cores
     python benchmarks/memory.py --autocast --parts time                # in bf16
     python benchmarks/memory.py --parts time held --preload libtcmalloc_minimal.so.4
+    python benchmarks/memory.py --parts time held --keep               # with keep_freed_memory()
     python benchmarks/memory.py --models "minilm 32x128" --methods none "saved 4" --parts held
 
 held: bytes that stay between forward and backward as the operating system sees them (RSS after malloc_trim, before and
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
 from hf_actcompress.codecs.compiled import VARIABLE
 from hf_actcompress.recipes import load_image_model, load_text_model
 from hf_actcompress.recipes.results import environment
@@ -220,7 +221,7 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
         workers = {}
         for name in args.methods:
             command = [sys.executable, __file__, "--one", "step", "--models", model, "--methods", name]
-            command += ["--autocast"] * args.autocast
+            command += ["--autocast"] * args.autocast + ["--keep"] * args.keep
             worker = stack.enter_context(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
@@ -278,9 +279,9 @@ def alone(part: str, args: argparse.Namespace, model: str, methods: list[str], b
     env = {**os.environ, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 40)}
     if args.preload:
         env["LD_PRELOAD"] = args.preload
-    elif part != "time":
+    elif part != "time" and not args.keep:
         env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-    command += ["--autocast"] * args.autocast
+    command += ["--autocast"] * args.autocast + ["--keep"] * args.keep
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -294,6 +295,7 @@ def main() -> None:
     parser.add_argument("--autocast", action="store_true", help="in bf16 autocast")
     parser.add_argument("--preload", metavar="LIBRARY", help="one with another malloc, for example "
                         "libtcmalloc_minimal.so.4; libc.so.6: glibc's own as it is by default")  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="malloc keeps what is freed, by keep_freed_memory()")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--one", choices=[*PARTS, "step"], help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
@@ -301,6 +303,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault(VARIABLE, "1")
     if args.one:
+        if args.keep and not keep_freed_memory():
+            raise SystemExit("keep_freed_memory() does nothing here: malloc is not glibc's.")
         if args.one == "step":
             steps(args)
         else:
@@ -315,7 +319,7 @@ def main() -> None:
             PATH.write_text(json.dumps(data, indent=1) + "\n")
         return data[key]
 
-    suffix = " bf16" * args.autocast + f" [{args.preload}]" * bool(args.preload)
+    suffix = " bf16" * args.autocast + f" [{args.preload}]" * bool(args.preload) + " [kept]" * args.keep
     for model in tqdm(args.models, desc="models"):
         if "time" in args.parts:
             timed = [name for name in args.methods if name not in UNTIMED]

@@ -75,23 +75,27 @@ def autocast(record: dict[str, Any]) -> str:
 
 
 def allocators(record: dict[str, Any]) -> str:
-    """Peaks of resident memory, and steps, by what malloc is."""
-    kinds = {"glibc": " [libc.so.6]", "tcmalloc": " [libtcmalloc_minimal.so.4]"}
-    found = [model for model in models(record) if all(f"held {model}{end} none" in record for end in kinds.values())]
-    if not found:
-        return ""
-    lines = ["| | | peak resident, MB: glibc | large pieces returned | tcmalloc | step, ms: glibc | tcmalloc | "
-             "in plain steps: glibc | tcmalloc |", "| --- | --- |" + " ---: |" * 7]  # fmt: skip
-    for model in found:
-        for method in methods(record, model):
-            if f"held {model}{kinds['tcmalloc']} {method}" not in record:
-                continue
-            ends = kinds["glibc"], "", kinds["tcmalloc"]
-            peaks = [record[f"held {model}{end} {method}"]["peak_mb"] for end in ends]
-            times = [record[f"time {model}{end}"][method] for end in ("", kinds["tcmalloc"])]
-            cells = [f"{peak:.0f}" for peak in peaks] + [f"{time['ms']:.0f}" for time in times]
-            lines.append("| " + " | ".join([model, method, *cells, *map(_step, times)]) + " |")
-    return "\n".join(lines)
+    """Steps and peaks of resident memory by what malloc does.  Of "large pieces returned" no steps were timed."""
+    kinds = {"glibc": ("", " [libc.so.6]"), "glibc, keep_freed_memory()": (" [kept]", " [kept]"),
+             "glibc, large pieces returned": (None, ""),
+             "tcmalloc": (" [libtcmalloc_minimal.so.4]", " [libtcmalloc_minimal.so.4]")}  # fmt: skip
+    shown = ("none", "saved 4", "checkpointing")
+    lines = ["| | malloc | " + " | ".join(f"step, ms: {shown[0]}" if m == shown[0] else m for m in shown) + " | "
+             + " | ".join(f"peak resident, MB: {shown[0]}" if m == shown[0] else m for m in shown) + " |",
+             "| --- | --- |" + " ---: |" * 2 * len(shown)]  # fmt: skip
+    for model in models(record):
+        if f"held {model} [kept] none" not in record:
+            continue
+        for kind, (timed, held) in kinds.items():
+            cells = []
+            for method in shown:
+                time = record.get(f"time {model}{timed}", {}).get(method)
+                multiple = "" if time is None or method == "none" else f" = {time['multiple']:.2f}"
+                cells.append("" if time is None else f"{time['ms']:.0f}{multiple}")
+            peaks = [record.get(f"held {model}{held} {method}") for method in shown]
+            cells += ["" if peak is None else f"{peak['peak_mb']:.0f}" for peak in peaks]
+            lines.append("| " + " | ".join([model, kind, *cells]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def section(record: dict[str, Any]) -> str:

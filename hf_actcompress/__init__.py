@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .attach import Handle, compress_model, remove_compression
-from .codecs import Codec, CodecState, Payload, codec_names, parse_codec
+from .codecs import Codec, CodecState, Payload, codec_names, keep_freed_memory, parse_codec
 from .config import ActCompressConfig, CompressionArguments
 from .layers import Layer, find_layers
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ActCompressCallback", "ActCompressConfig", "Codec", "CodecState", "CompressionArguments", "Handle", "Layer",
-    "Payload", "codec_names", "compress_model", "find_layers", "parse_codec", "remove_compression",
+    "Payload", "codec_names", "compress_model", "find_layers", "keep_freed_memory", "parse_codec",
+    "remove_compression",
 ]  # fmt: skip
 
 
