@@ -1,8 +1,7 @@
 """Bits for every saved tensor under a budget: `saved="auto:budget=0.15"`.
 
-How much the gradient of the parameters suffers from the rounding of one saved tensor is measured, not guessed: on a
-few rows of a batch one forward pass keeps everything exact, and for each tensor a backward pass is run in which only
-that one is rounded.  Rounding noise of different tensors is independent, so while it is small their squared errors add
+How much the gradient of the parameters suffers from the rounding of one saved tensor is measured
+(sensitivity.py).  Rounding noise of different tensors is independent, so while it is small their squared errors add
 up, and each bit more divides one by four; the bits that make the sum least are then found greedily, which is optimal
 because every further bit of a tensor gains less than the one before.  Where bits are few, errors multiply and a tensor
 at one bit can spoil all that comes after it: so several allotments, with one, two, three bits as the least, are tried
@@ -13,49 +12,24 @@ Source: the adaptive bits of GACT (Liu et al., 2022), which shifts seeds where t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import heapq
 import logging
 import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .packed import Slopes
-from .trials import few_rows, gradients, loss_of, normed, undisturbed
+from .sensitivity import REFERENCE, Slot, Trial, measure
 
 logger = logging.getLogger(__name__)
 
 CHOICES = (1, 2, 3, 4, 5, 6, 8)
 LEAST = (1, 2, 3)  # bits that every tensor gets, in the allotments that are tried
-REFERENCE = 4  # bits at which errors are measured
-REFRESH = 500  # forward passes between measurements
-COST = 5.0  # a measurement stops after about so many steps' worth of time: 1 % of REFRESH
-ROWS = 2  # of a batch that a measurement takes; twice as many where there is batch normalisation
-
-
-@dataclass
-class Slot:
-    """A place in the model where a tensor is saved, with what all its forward passes have in common.
-
-    raw: bytes without compression.  numel: its elements.  overhead: bytes of scales, whatever the bits.
-    error: squared error of the parameters' gradient, relative, if this alone is rounded to REFERENCE bits; None where
-        not measured.
-    """
-
-    name: str
-    raw: int
-    numel: int
-    overhead: int
-    error: float | None = None
-    bits: int = REFERENCE
-
-    def nbytes(self, bits: int) -> int:
-        return self.numel * bits // 8 + self.overhead
+REFRESH = 500  # forward passes between measurements, so that sensitivity.COST steps are 1 %
 
 
 class Auto:
@@ -131,7 +105,7 @@ class Auto:
                 "has cut them. Use the same bits for all there, for example saved='block:bits=4'."
             )
         began = time.perf_counter()
-        found = measure(saved, model, args, kwargs, self.around, self.budget)
+        found = measure(saved, model, args, kwargs, self.around, choose(self.budget))
         self.seconds += time.perf_counter() - began
         if found is None:
             self.passes = 0  # the next batch may do
@@ -144,115 +118,15 @@ class Auto:
         )  # fmt: skip
 
 
-class Held:
-    """A tensor of a trial: itself, and what rounds it."""
+def choose(budget: float) -> Callable[[Trial, Callable[[dict[str, int]], float]], dict[str, int]]:
+    """Of the allotments with each of LEAST as the least bits, the one with the least error.  Raises as `allot`."""
 
-    def __init__(self, trial: "Trial", slot: Slot, exact: Tensor, encode: Callable[[Any], Any], nbytes: int) -> None:
-        self.trial, self.slot, self.exact, self.encode, self.nbytes = trial, slot, exact, encode, nbytes
+    def best(trial: Trial, error: Callable[[dict[str, int]], float]) -> dict[str, int]:
+        found = [bits for least in LEAST if (bits := allot(trial, budget, least)) is not None]
+        # Noise is drawn anew: of nearly equal ones any may win, which does no harm.
+        return found[0] if len(found) == 1 else min(found, key=error)
 
-    def unpack(self) -> Tensor:
-        bits = self.trial.rounded.get(self.slot.name)
-        coded = None if bits is None else self.encode(dataclasses.replace(self.trial.codec, bits=bits))
-        return self.exact if coded is None else coded.unpack()
-
-
-class Trial:
-    """One forward pass on a few rows, with everything kept exact.
-
-    scale: rows of the batch over rows that are taken.
-    """
-
-    def __init__(self, scale: float, codec: Any) -> None:
-        self.scale, self.codec = scale, codec
-        self.slots: dict[str, Slot] = {}
-        self.fixed: Counter[str] = Counter()  # bytes of what is held exactly
-        self.raw = 0
-        self.strange = False  # whether a tensor could not be coded, so that nothing can be said about errors
-        self.rounded: dict[str, int] = {}  # bits of what is rounded in the next backward pass
-
-    def hold(self, name: str, run: Tensor, encode: Callable[[Any], Any]) -> Held | None:
-        coded = encode(self.codec)
-        if coded is None:
-            return None
-        overhead = coded.nbytes - run.numel() * coded.bits // 8 if isinstance(coded, Slopes) else (
-            coded.nbytes - run.numel() * REFERENCE // 8)  # fmt: skip
-        raw = run.numel() * run.element_size()
-        sizes = (int(size * self.scale) for size in (raw, run.numel(), max(0, overhead)))
-        slot = Slot(name, *sizes)
-        self.slots[name] = slot
-        return Held(self, slot, run, encode, coded.nbytes)
-
-    def count(self, name: str, raw: int, kept: int, exact: bool) -> None:
-        self.raw += int(raw * self.scale)
-        if exact and name not in self.slots:
-            self.fixed[name] += int(kept * self.scale)
-
-
-def measure(
-    saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Callable[[], Any], budget: float
-) -> list[Slot] | None:  # fmt: skip
-    """The slots with their errors and bits, found on a few rows of this batch.  Leaves gradients, buffers and random
-    numbers alone.  None where a tensor holds NaN or Inf.  Raises ValueError for a budget that cannot be met."""
-    args, kwargs, scale = few_rows(args, kwargs, ROWS * (2 if normed(model) else 1))
-    trial = saved.trial = Trial(scale, saved.codec)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    try:
-        with around(), undisturbed(model):
-            began = time.perf_counter()
-            loss = loss_of(model(*args, **kwargs))
-            if trial.strange:
-                return None
-
-            def error(rounded: dict[str, int]) -> float:
-                trial.rounded = rounded
-                found = gradients(loss, parameters, again=True)
-                return sum(
-                    float((a.float() - b.float()).square().sum())
-                    for a, b in zip(exact, found, strict=True) if a is not None and b is not None
-                ) / norm  # fmt: skip
-
-            exact = gradients(loss, parameters, again=True)
-            stop = time.perf_counter() + COST * scale * (time.perf_counter() - began)
-            norm = sum(float(g.float().square().sum()) for g in exact if g is not None) or 1.0
-            for name in _order(trial.slots):
-                if time.perf_counter() > stop:
-                    break
-                trial.slots[name].error = error({name: REFERENCE})
-            fill_in(list(trial.slots.values()))
-            found = [bits for least in LEAST if (bits := allot(trial, budget, least)) is not None]
-            # Noise is drawn anew: of nearly equal ones any may win, which does no harm.
-            best = found[0] if len(found) == 1 else min(found, key=error)
-    finally:
-        saved.trial = None
-    for name, bits in best.items():
-        trial.slots[name].bits = bits
-    return list(trial.slots.values())
-
-
-def _order(slots: dict[str, Slot]) -> list[str]:
-    """The first slot of every kind, large ones first, then the last, then one between, then all others: what is not
-    measured in time takes the error of its nearest relative."""
-    kinds: dict[str, list[str]] = {}
-    for name in slots:
-        kinds.setdefault(_kind(name), []).append(name)
-    ranked = sorted(kinds.values(), key=lambda names: -sum(slots[n].raw for n in names))
-    picks = [names[at(len(names))] for at in (lambda n: 0, lambda n: n - 1, lambda n: n // 2) for names in ranked]
-    return list(dict.fromkeys([*picks, *(name for names in ranked for name in names)]))
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
-
-
-def fill_in(slots: list[Slot]) -> None:
-    """Errors of what was not measured: of the nearest slot of the same kind, in proportion to nothing else."""
-    places = {id(slot): i for i, slot in enumerate(slots)}
-    measured = [slot for slot in slots if slot.error is not None]
-    for slot in slots:
-        if slot.error is None:
-            kin = [m for m in measured if _kind(m.name) == _kind(slot.name)] or measured
-            nearest = min(kin, key=lambda m: abs(places[id(m)] - places[id(slot)]), default=None)
-            slot.error = 1.0 if nearest is None else nearest.error
+    return best
 
 
 def allot(trial: Trial, budget: float, least: int = CHOICES[0]) -> dict[str, int] | None:

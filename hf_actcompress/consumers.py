@@ -1,4 +1,4 @@
-"""What activation modules ask of the input that they save for their gradient: less than its values.
+"""What modules ask of the input that they save for their gradient: often less than its values.
 
 A leaf module: it knows modules, no codec and no hook.
 """
@@ -32,3 +32,12 @@ def asks(use: nn.Module | None) -> Hashable:
     if isinstance(use, nn.Hardtanh):
         return use.min_val, use.max_val
     return (0.0,) if isinstance(use, nn.ReLU) else slopes_of(use)
+
+
+def weight_of(use: nn.Module | None) -> nn.Parameter | None:
+    """The weight of a linear layer or a convolution.  Its gradient is all that the saved input goes into."""
+    plain = type(use) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    # GPT-2's linear layers are named after what they once were.
+    named = type(use).__name__ == "Conv1D" and type(use).__module__ == "transformers.pytorch_utils"
+    weight = use.weight if plain or named else None  # type: ignore[union-attr]
+    return weight if isinstance(weight, nn.Parameter) else None

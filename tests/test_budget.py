@@ -9,8 +9,9 @@ import torch
 from helpers import batch_of, build, loss_of
 from torch import nn
 
-from hf_actcompress import ActCompressConfig, budget, compress_model
-from hf_actcompress.budget import CHOICES, REFERENCE, Auto, Slot, Trial, allot
+from hf_actcompress import ActCompressConfig, budget, compress_model, sensitivity
+from hf_actcompress.budget import CHOICES, Auto, allot
+from hf_actcompress.sensitivity import REFERENCE, Slot, Trial
 from hf_actcompress.sites import saved as site
 
 
@@ -107,8 +108,9 @@ def test_errors_are_those_of_the_gradients():
     with compress_model(model, auto(0.2)) as handle:
         model(x)
         slot, = handle.saved.auto.slots.values()
-    step = (x[: budget.ROWS].flatten().amax() - x[: budget.ROWS].flatten().amin()) / 15
-    expected = float(step**2 / 6 / x[: budget.ROWS].square().mean())  # stochastic rounding: a sixth of a squared step
+    rows = x[: sensitivity.ROWS]
+    step = (rows.amax() - rows.amin()) / 15
+    expected = float(step**2 / 6 / rows.square().mean())  # stochastic rounding: a sixth of a squared step
     assert expected / 3 < slot.error < expected * 3
 
 
@@ -150,7 +152,7 @@ def test_it_is_measured_now_and_then_and_goes_on_from_a_checkpoint(monkeypatch):
 
 
 def test_what_was_not_measured_in_time_takes_its_nearest_relative(monkeypatch):
-    monkeypatch.setattr(budget, "COST", 0.0)
+    monkeypatch.setattr(sensitivity, "COST", 0.0)
     model, batch = build("bert").train(), batch_of("bert")
     with compress_model(model, auto(0.2)) as handle:
         loss_of(model, batch).backward()

@@ -142,6 +142,8 @@ class SavedTensors:
             cores[key] = weakref.ref(core)
             cores[("raw", *place)] = lambda: None
             self._count(slot, raw, core.nbytes, exact=not isinstance(core, (Coded, Slopes)))
+        if self.trial is not None:
+            self.trial.use(core, use)
         return View(core, layout, tuple(x.shape), self._pool)
 
     def _worth(self, x: Tensor) -> bool:

@@ -1,0 +1,107 @@
+"""Errors of saved tensors: read off many at once where that is the same, and as they are on the whole batch."""
+
+import pytest
+import torch
+from helpers import batch_of, build, loss_of
+from torch import nn
+
+from hf_actcompress import ActCompressConfig, compress_model, sensitivity
+from hf_actcompress.consumers import weight_of
+from hf_actcompress.sites import saved as site
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(site, "SMALLEST", 16)
+    monkeypatch.setattr(sensitivity, "COST", 1e9)  # it stops by the clock
+
+
+def errors_of(model, run, seed=0):
+    config = ActCompressConfig(first=0, last=0, saved="auto:budget=0.25", seed=seed)
+    with compress_model(model, config) as handle:
+        run(model)
+        return {name: slot.error for name, slot in handle.saved.auto.slots.items()}
+
+
+def means_of(model, run, draws=8):
+    found = [errors_of(model, run, seed) for seed in range(draws)]
+    return {name: sum(errors[name] for errors in found) / draws for name in found[0]}
+
+
+def passes_of(monkeypatch):
+    plain, seen = sensitivity.gradients, []
+    monkeypatch.setattr(sensitivity, "gradients", lambda *args, **kwargs: seen.append(1) or plain(*args, **kwargs))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mobilenetv2_100"])
+def test_together_and_one_by_one_are_the_same(name, monkeypatch):
+    """Layers whose input goes into their own gradient alone share one backward pass."""
+    model, batch, seen = build(name).train(), batch_of(name), passes_of(monkeypatch)
+    together, few = means_of(model, lambda m: loss_of(m, batch)), len(seen)
+    monkeypatch.setattr(sensitivity, "weight_of", lambda module: None)
+    alone = means_of(model, lambda m: loss_of(m, batch))
+    assert few < len(seen) - few and together.keys() == alone.keys()
+    linear = [n for n in together if weight_of(model.get_submodule(n.split("#")[0])) is not None]
+    ratios = torch.tensor([together[n] / alone[n] for n in linear if alone[n] > 1e-9])
+    assert len(ratios) > 3 and ((0.5 < ratios) & (ratios < 2)).all(), ratios  # means of eight draws
+    assert 0.8 < ratios.log().mean().exp() < 1.25
+
+
+def test_queries_keys_and_values_share_a_slot():
+    model = build("bert").train()
+    trial = trial_of(model, batch_of("bert"))
+    attention = model.bert.encoder.layer[0].attention.self
+    weights = {id(getattr(attention, part).weight) for part in ("query", "key", "value")}
+    found = [set(ids) for ids in trial.local().values() if set(ids) & weights]
+    assert found == [weights]
+
+
+def test_a_layer_that_runs_twice_is_measured_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.once = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.once(self.shared(self.shared(x).sin()).sin()).sum()  # sin saves its input
+
+    trial = trial_of(Twice(), torch.randn(64, 32))
+    assert set(trial.local()) == {"once#0"}
+
+
+def trial_of(model, batch):
+    """The trial of the measurement at the first forward pass."""
+    found, plain = [], sensitivity.Trial.local
+
+    def local(self):
+        found.append(self)
+        return plain(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensitivity.Trial, "local", local)
+        errors_of(model, lambda m: loss_of(m, batch) if isinstance(batch, dict) else m(batch))
+    return found[0]
+
+
+def test_batch_norms_of_few_rows_are_rated_as_on_all(monkeypatch):
+    """Two convolutions with a norm between them on maps of 3x3: error through the norm by 4 and by all 64 rows."""
+
+    def error(rows, settled=sensitivity.SETTLED):
+        monkeypatch.setattr(sensitivity, "ROWS", rows // 2)
+        monkeypatch.setattr(sensitivity, "SETTLED", settled)
+        found = []
+        for seed in range(8):
+            torch.manual_seed(seed)
+            model = nn.Sequential(
+                nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            )  # fmt: skip
+            x, y = torch.randn(64, 8, 3, 3), torch.randint(8, (64,))
+            run = lambda m, x=x, y=y: nn.functional.cross_entropy(m(x)[: len(y)], y[: len(m(x))])  # noqa: E731
+            found.append(errors_of(model, run)["1#0"])
+        return torch.tensor(found).median().item()
+
+    whole = error(64)
+    assert whole / 3 < error(4) < whole * 3
+    assert error(4, settled=0) > 3 * whole  # as they come out
