@@ -140,14 +140,16 @@ def gradient_error(record: dict[str, Any]) -> str:
     )
 
 
-def accuracy(records: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
+def accuracy(records: list[dict[str, Any]]) -> str:
     """What was saved in training against runs without compression: mean and deviation over seeds."""
     lines = ["| task | saved | seeds | accuracy | of none | drop in deviations of none | allowed |",
              "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for task in ("sst2", "cifar10"):
-        none = [100 * r["metrics"]["accuracy"]["plain"] for r in plain if r["task"] == task and r["codec"] == "none"]
-        for spec in dict.fromkeys(r["saved"] for r in records if r["task"] == task):
-            own = [_metric(r) for r in records if r["task"] == task and r["saved"] == spec]
+        runs: dict[str, list[float]] = {}
+        for record in (r for r in records if r["task"] == task):
+            runs.setdefault(record["saved"], []).append(_metric(record))
+        none = runs.pop("none", [])
+        for spec, own in runs.items():
             if len(own) < 2 or len(none) < 2:
                 continue
             drop = (statistics.fmean(none) - statistics.fmean(own)) / statistics.stdev(none)

