@@ -182,7 +182,8 @@ def plot(record: dict[str, Any], path: Path) -> Path:
                     markeredgecolor="white", label=method)  # fmt: skip
         ax.set_xscale("log")
         low, high = ax.get_xlim()
-        ax.set_xticks(ticks := [2**i for i in range(10) if low <= 2**i <= high], [str(tick) for tick in ticks])
+        every = 1 if high < 64 * low else 2
+        ax.set_xticks(ticks := [2**i for i in range(0, 10, every) if low <= 2**i <= high], [str(t) for t in ticks])
         ax.minorticks_off()
         ax.set_title(model.replace("_lite0", "-lite0").replace(" ", "\n"), loc="left", fontweight="bold", fontsize=9)
         ax.set_xlabel("times less held")

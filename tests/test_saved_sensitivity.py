@@ -1,4 +1,4 @@
-"""Errors of saved tensors: read off many at once where that is the same, and as they are on the whole batch."""
+"""Sensitivities of saved tensors: read off many at once where that is the same, and as they are on the whole batch."""
 
 import pytest
 import torch
