@@ -50,7 +50,7 @@ def keep_freed_memory() -> bool:
     """Lets glibc's malloc keep what this process frees, for its next tensors, instead of giving it back to the system.
 
     A training step on a CPU frees and takes gigabytes, and each page given back costs a fault: a plain step of
-    MobileNetV2 takes up to twice as long with them (docs/memory.md).  Holds until the process ends, whatever else runs
+    MobileNetV2 takes a third longer with them (docs/memory.md).  Holds until the process ends, whatever else runs
     in it; what lies free is counted as the process's own by the system.  `malloc_trim(0)` of libc gives it back once.
 
     Returns whether it was done: not where malloc is another's (musl, macOS), and then nothing changes.

@@ -103,7 +103,7 @@ def train_and_report(
     from hf_actcompress.codecs import keep_freed_memory
 
     if training_args.device.type == "cpu":
-        keep_freed_memory()  # a step spends up to half of its time on page faults otherwise
+        keep_freed_memory()  # a step spends up to a quarter of its time on page faults otherwise
     config = compression.to_config()
     callback = None if config is None else ActCompressCallback(config)
     trainer = Trainer(
