@@ -25,9 +25,9 @@ from .trials import few_rows, gradients, loss_of, normed, undisturbed
 REFERENCE = 4  # bits at which errors are measured
 COST = 5.0  # a measurement stops after about so many steps' worth of time
 ROWS = 2  # of a batch that a measurement takes, which is little beside what is held; twice as many with batch norms
-# Values of a channel after which the means in a batch norm's backward pass are no longer mostly chance: on
-# 4 rows of 64 its errors come out 20 times too large at 36 values, 8 at 144, 2 at 576, right at 9216
-# (EfficientNet-Lite0).
+# Values of a channel after which the means in a batch norm's backward pass are no longer mostly chance: on 4 rows of
+# 64 its errors come out 33 times too large at 36 values, 7 at 144, 2 at 576, and with this 3, 1.4 and 1
+# (EfficientNet-Lite0, medians; benchmarks/batch_norm_rows.py).
 SETTLED = 1000
 
 

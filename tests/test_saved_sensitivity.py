@@ -105,9 +105,8 @@ def test_batch_norms_of_few_rows_are_rated_as_on_all(monkeypatch):
                 nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1),
                 nn.AdaptiveAvgPool2d(1), nn.Flatten(),
             )  # fmt: skip
-            x, y = torch.randn(64, 8, 3, 3), torch.randint(8, (64,))
-            run = lambda m, x=x, y=y: nn.functional.cross_entropy(m(x)[: len(y)], y[: len(m(x))])  # noqa: E731
-            found.append(errors_of(model, run)["1#0"])
+            x = torch.randn(64, 8, 3, 3)
+            found.append(errors_of(model, lambda m, x=x: m(x))["1#0"])
         return torch.tensor(found).median().item()
 
     whole = error(64)

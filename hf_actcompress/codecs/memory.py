@@ -53,7 +53,8 @@ def keep_freed_memory() -> bool:
     MobileNetV2 takes a third longer with them (docs/memory.md).  Holds until the process ends, whatever else runs
     in it; what lies free is counted as the process's own by the system.  `malloc_trim(0)` of libc gives it back once.
 
-    Returns whether it was done: not where malloc is another's (musl, macOS), and then nothing changes.
+    Returns whether malloc took it: not where there is no glibc (musl, macOS), and then nothing changes.  A malloc that
+    was preloaded may take it without effect.
     """
     try:
         libc = ctypes.CDLL(None)
