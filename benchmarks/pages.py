@@ -163,7 +163,8 @@ def main() -> None:
     if record is not None:
         fill(memory, "gradient error", memory_pages.gradient_error(record))
     if (RESULTS / "saved").is_dir():
-        fill(memory, "saved accuracy", memory_pages.accuracy(load_records(RESULTS / "saved")))
+        runs = load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy")
+        fill(memory, "saved accuracy", memory_pages.accuracy(*runs))
     link_pages.fill(sys.modules[__name__])
     weights_pages.fill_all(fill, ROOT)
     card_pages.fill_all(fill, ROOT / "docs" / "weights.md")
