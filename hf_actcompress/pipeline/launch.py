@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -50,6 +52,22 @@ def share(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(buffer.numpy()))
 
 
+def leave() -> None:
+    """End of a rank's program: its process group and that group's threads are gone; nothing where there is no group.
+
+    A thread of gloo that lets the tensors of its last operation go while the interpreter ends is stopped inside a
+    destructor, which aborts a finished program ("terminate called without an active exception",
+    https://github.com/pytorch/pytorch/issues/190489).  `destroy_process_group` waits for these threads only if
+    nothing else holds the group.  A Trainer's DistributedDataParallel does, in cycles that only the collector frees,
+    and has to go first: as the last holder it would wait for the threads with the interpreter's lock, which they may
+    want.  Not for a program that failed: waiting for the others then hangs.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+        time.sleep(0.1)  # meshes in DTensor's caches hold theirs for good: idle threads do no harm
+
+
 def guarded(main: Callable[[], Any]) -> Any:
     """Run `main` as a rank's whole program: a failure ends this process with one line that says what happened.
 
@@ -60,7 +78,7 @@ def guarded(main: Callable[[], Any]) -> Any:
         value = main()
         if dist.is_initialized():
             dist.barrier()
-            dist.destroy_process_group()
+        leave()
         return value
     except Exception as error:
         if os.environ.get("HF_ACTCOMPRESS_TRACEBACK"):

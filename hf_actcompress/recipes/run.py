@@ -168,12 +168,7 @@ def _evaluate(trainer: Any, callback: Any, model: Any) -> dict[str, dict[str, fl
 
 
 def leave_process_group() -> None:
-    """End of a script that ran on several processes; nothing where there is no process group.
+    """`hf_actcompress.pipeline.launch.leave`, once nothing of what was trained is needed: call it after `main`."""
+    from hf_actcompress.pipeline.launch import leave
 
-    An interpreter that exits with the group's threads running is at times aborted by them, and torchrun then reports
-    a failure after all results are written (https://github.com/pytorch/pytorch/issues/190489).  Not for a script
-    that failed: waiting for the others then hangs.
-    """
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()
+    leave()

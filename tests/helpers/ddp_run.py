@@ -19,6 +19,7 @@ from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa:
 from helpers.trainers import STEPS, make_trainer, weights  # noqa: E402
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model  # noqa: E402
 from hf_actcompress.analysis import read_records  # noqa: E402
+from hf_actcompress.pipeline.launch import leave  # noqa: E402
 
 
 def fingerprint(values: dict[str, torch.Tensor]) -> list[float]:
@@ -69,9 +70,9 @@ def main(folder: Path) -> None:
     plain_loop(found, rank)
     trainer_loop(found, folder / "run")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()
     assert os.environ["WORLD_SIZE"] == "2"

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from helpers import build, text_batch  # noqa: E402
 from hf_actcompress import parse_codec  # noqa: E402
 from hf_actcompress.pipeline import CompressedPipelineStage, merge, split  # noqa: E402
+from hf_actcompress.pipeline.launch import leave  # noqa: E402
 
 STEPS, CHUNKS, ROWS = 20, 4, 8
 CODECS = (("identity", None), ("block:bits=4", "block:bits=8,round=stochastic"), ("ef+topk:ratio=0.3", None))
@@ -109,8 +110,8 @@ def main(folder: Path) -> None:
             found[f"{kind} {codec}"] = result
     found["all names"] = sorted(state)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa: E402
 from helpers.trainers import make_trainer, weights  # noqa: E402
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model  # noqa: E402
+from hf_actcompress.pipeline.launch import leave  # noqa: E402
 from hf_actcompress.sites import saved as site  # noqa: E402
 
 CODECS = ("identity", "block:bits=4", "auto:budget=0.2")
@@ -130,8 +131,8 @@ def main(folder: Path) -> None:
     tensor_parallel(found)
     trained(found, folder / "run")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()
