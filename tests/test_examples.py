@@ -156,6 +156,13 @@ def test_without_compression(tmp_path, options):
     assert not (tmp_path / "out" / "actcompress_config.json").exists()
 
 
+def test_on_a_cpu_malloc_keeps_what_is_freed(options, monkeypatch):
+    calls = []
+    monkeypatch.setattr("hf_actcompress.codecs.keep_freed_memory", lambda: calls.append("kept"))
+    main(GLUE, options({**TEXT, "codec": "none", "max_steps": 1, "do_eval": False, "use_cpu": True}))
+    assert calls == ["kept"]
+
+
 def test_evaluation_alone(tmp_path, options):
     main(GLUE, options({**TEXT, "dataset": shared("tiny", "rte"), "do_train": False, "codec": "uniform:bits=1"}))
     record = results(tmp_path)

@@ -9,8 +9,9 @@ from .float8 import Float8
 from .identity import Identity
 from .kmeans import KMeans
 from .lowrank import LowRank
+from .malloc import KeptMemory, keep_freed_memory
 from .masks import pack_flags, pack_two_values, unpack_flags
-from .memory import Pool, fresh, keep_freed_memory
+from .memory import Pool, fresh
 from .registry import CODECS, codec_names, parse_codec
 from .slopes import decode_slopes, encode_slopes
 from .sort import Sort
@@ -18,8 +19,8 @@ from .topk import TopK
 from .uniform import Uniform
 
 __all__ = [
-    "CODECS", "Block", "Chain", "Codec", "CodecState", "Delta", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
-    "Payload", "Pool", "Sort", "TopK", "Uniform", "codec_names", "decode_slopes", "encode_slopes", "fresh",
-    "keep_freed_memory", "pack_flags", "pack_two_values", "parse_codec", "raw_nbytes", "representable", "sample_ids",
-    "unpack_flags",
+    "CODECS", "Block", "Chain", "Codec", "CodecState", "Delta", "Feedback", "Float8", "Identity", "KMeans",
+    "KeptMemory", "LowRank", "Payload", "Pool", "Sort", "TopK", "Uniform", "codec_names", "decode_slopes",
+    "encode_slopes", "fresh", "keep_freed_memory", "pack_flags", "pack_two_values", "parse_codec", "raw_nbytes",
+    "representable", "sample_ids", "unpack_flags",
 ]  # fmt: skip

@@ -27,7 +27,6 @@ MADV_HUGEPAGE, MADV_NOHUGEPAGE = 14, 15
 DEAR = 1e-3  # seconds for a huge page; usual are 0.1 to 0.3, of which most goes into filling it with zeros
 PAUSE = 10.0  # seconds for which no huge pages are asked for after they were dear
 POOLED = 1 << 20  # bytes; less comes from the heap
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 UNIT = 2 << 20  # the pool's pieces are multiples of this, so that tensors of about the same size fit into one
 
 _active = threading.local()
@@ -44,26 +43,6 @@ def _madvise() -> Callable[..., int] | None:
         return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return function
-
-
-def keep_freed_memory() -> bool:
-    """Lets glibc's malloc keep what this process frees, for its next tensors, instead of giving it back to the system.
-
-    A training step on a CPU frees and takes gigabytes, and each page given back costs a fault: a plain step of
-    MobileNetV2 takes a third longer with them (docs/memory.md).  Holds until the process ends, whatever else runs
-    in it; what lies free is counted as the process's own by the system.  `malloc_trim(0)` of libc gives it back once.
-
-    Returns whether malloc took it: not where there is no glibc (musl, macOS), and then nothing changes.  A malloc that
-    was preloaded may take it without effect.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018  musl has none
-        mallopt = libc.mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    # No tensor has a mapping of its own, and the top of the heap is not cut off.
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def fresh(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
