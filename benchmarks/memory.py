@@ -2,15 +2,17 @@
 
     python benchmarks/memory.py                                        # all models: some hours on 2 cores
     python benchmarks/memory.py --autocast --parts time                # in bf16
-    python benchmarks/memory.py --parts time held --preload libtcmalloc_minimal.so.4
-    python benchmarks/memory.py --parts time held --keep               # with keep_freed_memory()
+    python benchmarks/memory.py --parts time held --malloc libtcmalloc_minimal.so.4
+    python benchmarks/memory.py --parts held --malloc kept             # peaks by what malloc does
     python benchmarks/memory.py --models "minilm 32x128" --methods none "saved 4" --parts held
 
 held: bytes that stay between forward and backward as the operating system sees them (RSS after malloc_trim, before and
 after the forward pass); the peak of a whole step with AdamW, as tensors that live (torch's profiler) and as resident
 memory (VmHWM, with libraries); each in its own process, in which malloc returns what is freed.
 time: one step of every method in turn, each in its own process (which waits meanwhile), so that other load meets all
-alike and malloc's heap is as that method alone leaves it; a multiple is that of the plain step of the same round.
+alike and malloc's heap is as that method alone leaves it.  Malloc keeps what is freed, as it does where `saved` is
+attached, for every method; beside them the plain step and two more with glibc's default.  Multiples are of the plain
+step of the same round, that with the same malloc and that with the default.
 batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each in its own process.
 Writes benchmarks/results/memory.json after every measurement; what is there is kept, --force measures again.
 """
@@ -37,7 +39,8 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
-from hf_actcompress.codecs.compiled import VARIABLE
+from hf_actcompress.codecs.compiled import VARIABLE as COMPILE
+from hf_actcompress.codecs.malloc import VARIABLE
 from hf_actcompress.recipes import load_image_model, load_text_model
 from hf_actcompress.recipes.results import environment
 
@@ -119,6 +122,8 @@ METHODS: dict[str, Callable[[torch.nn.Module], AbstractContextManager]] = {
     "saved auto 0.07": saved("auto:budget=0.07"),
 }
 UNTIMED = ("saved auto 0.07",)  # a measurement would fall into every timed step; between two it is like any other
+DEFAULT = " [default]"  # with glibc's malloc as it is
+ALSO_DEFAULT = ("none", "saved 4", "checkpointing")
 
 
 def trim() -> None:
@@ -215,34 +220,60 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def times(args: argparse.Namespace) -> dict[str, Any]:
-    """Each method in a process of its own, whose heap is as the method leaves it; one step at a time, in turn."""
-    model, seconds = args.models[0], {name: [] for name in args.methods}
+    """Each method in a process of its own, whose heap is as the method leaves it; one step at a time, in turn.
+
+    As many at a time as memory holds (`--budget` bytes each); a plain step is in every group.
+    """
+    plain, *others = args.methods
+    most = max(2, int(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / args.budget))
+    if args.malloc == "kept":
+        others.sort(key=lambda name: name not in ALSO_DEFAULT)
+        others.insert(0, plain + DEFAULT)
+        if len(others) + len(ALSO_DEFAULT) <= most:
+            others += [name + DEFAULT for name in ALSO_DEFAULT if name in others]
+    groups = [[plain, *others[k : k + most - 1]] for k in range(0, len(others), most - 1)]
+    result: dict[str, Any] = {}
+    for group in groups:
+        seconds = turns(group, args)
+        for name, own in seconds.items():
+            if name in result:
+                continue
+            beside = [other for other in group if other != name]
+            result[name] = {"ms": 1e3 * statistics.median(own), "n": len(own), "beside": beside}
+            base = plain + DEFAULT if name.endswith(DEFAULT) else plain
+            for key, reference in (("multiple", base), ("of default", plain + DEFAULT)):
+                if reference in seconds:
+                    ratios = sorted(a / b for a, b in zip(own, seconds[reference], strict=True))
+                    quarter = len(ratios) // 4
+                    result[name][key] = statistics.median(ratios)
+                    result[name][f"{key}, quartiles"] = [ratios[quarter], ratios[-1 - quarter]]
+    return result
+
+
+def turns(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of steps, a random order in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         workers = {}
-        for name in args.methods:
-            command = [sys.executable, __file__, "--one", "step", "--models", model, "--methods", name]
-            command += ["--autocast"] * args.autocast + ["--keep"] * args.keep
+        for name in names:
+            malloc = "default" if name.endswith(DEFAULT) else args.malloc
+            command = [sys.executable, __file__, "--one", "step", "--models", args.models[0], "--malloc", malloc,
+                       "--methods", name.removesuffix(DEFAULT), *["--autocast"] * args.autocast]  # fmt: skip
             worker = stack.enter_context(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
             stack.callback(worker.kill)
             while (line := worker.stdout.readline()) != "ready\n":
                 if not line:
-                    raise RuntimeError(f"{model}, {name}: the process ended before its first timed step; see above.")
+                    raise RuntimeError(f"{command}: the process ended before its first timed step; see above.")
             workers[name] = worker
         order = random.Random(0)
-        for _ in tqdm(range(args.repeats), desc=model, disable=args.quiet):
-            for name in order.sample(args.methods, len(args.methods)):
+        for _ in tqdm(range(args.repeats), desc=", ".join(names), disable=args.quiet):
+            for name in order.sample(names, len(names)):
                 workers[name].stdin.write("\n")
                 workers[name].stdin.flush()
                 seconds[name].append(float(workers[name].stdout.readline()))
-    result = {}
-    for name, own in seconds.items():
-        multiples = sorted(a / b for a, b in zip(own, seconds[args.methods[0]], strict=True))
-        quarter = len(multiples) // 4
-        result[name] = {"ms": 1e3 * statistics.median(own), "multiple": statistics.median(multiples),
-                        "quartiles": [multiples[quarter], multiples[-1 - quarter]], "n": len(own)}  # fmt: skip
-    return result
+    return seconds
 
 
 def largest(args: argparse.Namespace) -> dict[str, Any]:
@@ -273,15 +304,15 @@ PARTS = {"held": held, "time": times, "batch": largest}
 
 def alone(part: str, args: argparse.Namespace, model: str, methods: list[str], budget: int = 0) -> dict[str, Any]:
     """One measurement in a process of its own."""
+    malloc = args.malloc or ("kept" if part == "time" else "returned")
     command = [sys.executable, __file__, "--one", part, "--models", model, "--methods", *methods, "--quiet",
-               "--repeats", str(args.repeats), "--budget", str(budget)]  # fmt: skip
-    # What is measured should be what is needed, not what malloc keeps for later; times are those of its defaults.
+               "--repeats", str(args.repeats), "--budget", str(budget), "--malloc", malloc]  # fmt: skip
+    command += ["--autocast"] * args.autocast
     env = {**os.environ, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 40)}
-    if args.preload:
-        env["LD_PRELOAD"] = args.preload
-    elif part != "time" and not args.keep:
+    if malloc == "returned":  # what is measured should be what is needed, not what malloc keeps for later
         env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-    command += ["--autocast"] * args.autocast + ["--keep"] * args.keep
+    elif malloc not in ("kept", "default"):
+        env["LD_PRELOAD"] = malloc
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -293,17 +324,17 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each method")
     parser.add_argument("--autocast", action="store_true", help="in bf16 autocast")
-    parser.add_argument("--preload", metavar="LIBRARY", help="one with another malloc, for example "
-                        "libtcmalloc_minimal.so.4; libc.so.6: glibc's own as it is by default")  # fmt: skip
-    parser.add_argument("--keep", action="store_true", help="malloc keeps what is freed, by keep_freed_memory()")
+    parser.add_argument("--malloc", metavar="HOW", help="kept: by keep_freed_memory(); default: glibc's as it is; or "
+                        "a library to preload, for example libtcmalloc_minimal.so.4. Without: see above")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--one", choices=[*PARTS, "step"], help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ.setdefault(VARIABLE, "1")
+    os.environ.setdefault(COMPILE, "1")
     if args.one:
-        if args.keep and not keep_freed_memory():
+        os.environ[VARIABLE] = "0"  # every method alike
+        if args.malloc == "kept" and not keep_freed_memory():
             raise SystemExit("keep_freed_memory() does nothing here: malloc is not glibc's.")
         if args.one == "step":
             steps(args)
@@ -319,13 +350,8 @@ def main() -> None:
             PATH.write_text(json.dumps(data, indent=1) + "\n")
         return data[key]
 
-    suffix = " bf16" * args.autocast + f" [{args.preload}]" * bool(args.preload) + " [kept]" * args.keep
+    suffix = " bf16" * args.autocast + f" [{args.malloc}]" * (args.malloc is not None)
     for model in tqdm(args.models, desc="models"):
-        if "time" in args.parts:
-            timed = [name for name in args.methods if name not in UNTIMED]
-            rows = keep(f"time {model}{suffix}", lambda model=model, timed=timed: alone("time", args, model, timed))
-            for name, row in rows.items():
-                tqdm.write(f"{model:28s} {name:24s} {row['ms']:8.0f} ms  {row['multiple']:.2f}")
         for name in args.methods:
             row = {}
             if "held" in args.parts:
@@ -338,6 +364,12 @@ def main() -> None:
                     lambda m=model, n=name, b=budget: alone("batch", args, m, [n], b),
                 )
                 tqdm.write(f"{model:28s} {name:24s} {row['rows']} rows in {row['budget_mb']:.0f} MB")
+        if "time" in args.parts:
+            timed = [name for name in args.methods if name not in UNTIMED]
+            each = int(1e6 * max(row["peak_mb"] for key, row in data.items() if key.startswith(f"held {model} ")))
+            rows = keep(f"time {model}{suffix}", lambda m=model, t=timed, b=each: alone("time", args, m, t, b))
+            for name, row in rows.items():
+                tqdm.write(f"{model:28s} {name:24s} {row['ms']:8.0f} ms  {row['multiple']:.2f}")
 
 
 if __name__ == "__main__":
