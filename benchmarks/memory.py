@@ -159,17 +159,34 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def live_peak(self) -> int:
-        """Most bytes that tensors held at a time during a step, with parameters and the optimizer's state."""
+    def live_peak(self) -> dict[str, Any]:
+        """Most bytes that tensors held at a time during a step, when that was, and what was there all the time: the
+        batch, parameters and the optimizer's state (parameters' gradients come and go)."""
         batch = self.batch(self.rows)
         kept = [*self.model.parameters(), *self.model.buffers(), *batch.values()]
         kept += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        phase = torch.profiler.record_function
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            self.step(batch)
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        live = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-        return sum(t.nbytes for t in kept) + max(live)
+            with phase("in forward"):
+                loss = self.forward(batch)
+            with phase("in backward"):
+                loss.backward()
+            with phase("in optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        memory = [e for e in events if e.name() == "[memory]"]
+        live = list(itertools.accumulate(e.nbytes() for e in memory))
+        most = max(live)
+        when = memory[live.index(most)].start_ns()
+        began = {e.name(): e.start_ns() for e in events if e.name().startswith("in ")}
+        always = sum(t.nbytes for t in kept)
+        return {
+            "live_peak_mb": (always + most) / 1e6,
+            "always_mb": always / 1e6,
+            "peak": [name for name, at in began.items() if at <= when][-1],
+        }
 
     def peak(self, rows: int) -> int:
         """Peak RSS of a step."""
@@ -201,7 +218,7 @@ def held(args: argparse.Namespace) -> dict[str, Any]:
             record = handle.saved.record
             result["metered"] = {"plain_mb": record.raw_bytes / record.passes / 1e6,
                                  "held_mb": record.kept_bytes / record.passes / 1e6}  # fmt: skip
-        result["peak_mb"], result["live_peak_mb"] = run.peak(run.rows) / 1e6, run.live_peak() / 1e6
+        result.update(peak_mb=run.peak(run.rows) / 1e6, **run.live_peak())
     return {"n": len(found), **result}
 
 

@@ -34,9 +34,9 @@ def methods(record: dict[str, Any], model: str) -> list[str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    head = ("model", "", "held, MB", "times less", "asked", "step", "asked", "peak: tensors, MB", "peak: resident, MB",
-            "largest batch")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * 8]
+    head = ("model", "", "held, MB", "times less", "asked", "step", "asked", "step, malloc's default 1",
+            "peak: tensors, MB", "peak: resident, MB", "largest batch")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * 9]
     for model in models(record):
         none = record[f"held {model} none"]["held_mb"]
         for method in methods(record, model):
@@ -44,10 +44,11 @@ def table(record: dict[str, Any]) -> str:
             less, wanted = none / held["held_mb"], ASKED.get((model, method))
             batch = record.get(f"batch {model} {method}")
             step, most = ("" if time is None else _step(time)), STEP.get(model) if method == "saved 4" else None
+            default = "" if time is None or "of default" not in time else f"{time['of default']:.2f}"
             lines.append(
                 f"| {model} | {method} | {held['held_mb']:.0f} | {less:.1f} | "
                 f"{_verdict(wanted, wanted is None or less >= wanted)} | {step} | "
-                f"{_verdict(most, most is None or time['multiple'] <= most)} | "
+                f"{_verdict(most, most is None or time['multiple'] <= most)} | {default} | "
                 f"{held['live_peak_mb']:.0f} | {held['peak_mb']:.0f} | "
                 f"{'' if batch is None else batch['rows']} |"
             )
@@ -55,7 +56,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _step(time: dict[str, Any]) -> str:
-    return f"{time['multiple']:.2f} ({time['quartiles'][0]:.2f}-{time['quartiles'][1]:.2f})"
+    low, high = time["multiple, quartiles"]
+    return f"{time['multiple']:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _verdict(asked: float | None, met: bool) -> str:
@@ -66,7 +68,7 @@ def autocast(record: dict[str, Any]) -> str:
     names = [key for key in record if key.startswith("time ") and key.endswith(" bf16")]
     if not names:
         return ""
-    every = list(dict.fromkeys(method for name in names for method in record[name]))
+    every = list(dict.fromkeys(method for name in names for method in record[name] if not method.endswith("]")))
     lines = ["| bf16 autocast, step in plain steps | " + " | ".join(every) + " |", "| --- |" + " ---: |" * len(every)]
     for name in names:
         cells = [_step(record[name][m]) if m in record[name] else "" for m in every]
@@ -76,9 +78,10 @@ def autocast(record: dict[str, Any]) -> str:
 
 def allocators(record: dict[str, Any]) -> str:
     """Steps and peaks of resident memory by what malloc does.  Of "large pieces returned" no steps were timed."""
-    kinds = {"glibc": ("", " [libc.so.6]"), "glibc, keep_freed_memory()": (" [kept]", " [kept]"),
-             "glibc, large pieces returned": (None, ""),
-             "tcmalloc": (" [libtcmalloc_minimal.so.4]", " [libtcmalloc_minimal.so.4]")}  # fmt: skip
+    # name: (ending of the timed run's key, ending of its methods' names, ending of the key of what is held)
+    kinds = {"glibc's default": ("", " [default]", " [default]"), "glibc, freed memory kept": ("", "", " [kept]"),
+             "glibc, large pieces returned": (None, "", ""),
+             "tcmalloc": (" [libtcmalloc_minimal.so.4]", "", " [libtcmalloc_minimal.so.4]")}  # fmt: skip
     shown = ("none", "saved 4", "checkpointing")
     lines = ["| | malloc | " + " | ".join(f"step, ms: {shown[0]}" if m == shown[0] else m for m in shown) + " | "
              + " | ".join(f"peak resident, MB: {shown[0]}" if m == shown[0] else m for m in shown) + " |",
@@ -86,10 +89,10 @@ def allocators(record: dict[str, Any]) -> str:
     for model in models(record):
         if f"held {model} [kept] none" not in record:
             continue
-        for kind, (timed, held) in kinds.items():
+        for kind, (run, ending, held) in kinds.items():
             cells = []
             for method in shown:
-                time = record.get(f"time {model}{timed}", {}).get(method)
+                time = record.get(f"time {model}{run}", {}).get(f"{method}{ending}")
                 multiple = "" if time is None or method == "none" else f" = {time['multiple']:.2f}"
                 cells.append("" if time is None else f"{time['ms']:.0f}{multiple}")
             peaks = [record.get(f"held {model}{held} {method}") for method in shown]
@@ -99,16 +102,32 @@ def allocators(record: dict[str, Any]) -> str:
 
 
 def section(record: dict[str, Any]) -> str:
-    n = next(iter(record[f"time {models(record)[0]}"].values()))["n"]
+    n = {record[f"time {model}"]["none"]["n"]: None for model in models(record)}
     about = ", ".join(f"{k} {v}" for k, v in sorted(record["environment"].items()) if v is not None)
     return "\n\n".join(part for part in (
         table(record),
-        f"held: median of three. step: time over that of the plain step of the same round, median of {n} (quartiles). "
+        "held: median of three. step: time over that of the plain step of the same round and malloc, which keeps what "
+        f"is freed, median of {' or '.join(map(str, n))} (quartiles); then over that with glibc's default. "
         "largest batch: rows whose step peaks at no more than the plain step of the batch in the first column. "
         f"`{record['command']}`. Environment: {about}.",
+        limits(record),
         autocast(record),
         allocators(record),
     ) if part)  # fmt: skip
+
+
+def limits(record: dict[str, Any]) -> str:
+    """Where the peak with 4 bits is, and what of it compression cannot reach."""
+    shares = []
+    for model in models(record):
+        row = record[f"held {model} saved 4"]
+        if "always_mb" in row:
+            shares.append(f"{model.split()[0]} {row['always_mb']:.0f} of {row['live_peak_mb']:.0f} ({row['peak']})")
+    return (
+        "What limits the peak with 4 bits, as tensors: parameters, AdamW's moments and the batch, which are there all "
+        f"the time, in MB {', '.join(shares)}. The rest is what is held by then, gradients of parameters, and what "
+        "the largest layer has at hand in full: its input, its output, and in the backward pass the gradients of both."
+    ) if shares else ""
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -198,7 +217,7 @@ def plot(record: dict[str, Any], path: Path) -> Path:
         none = record[f"held {model} none"]["held_mb"]
         for method, time in record[f"time {model}"].items():
             held = record.get(f"held {model} {method}")
-            if held is None:
+            if held is None:  # of other mallocs
                 continue
             ax.plot(none / held["held_mb"], time["multiple"], "o", color=COLORS.get(method, "black"), markersize=7,
                     markeredgecolor="white", label=method)  # fmt: skip

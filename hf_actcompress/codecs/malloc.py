@@ -59,7 +59,7 @@ class KeptMemory:
                 self.held = _keep()
                 _holders += self.held
         if self.held:
-            logger.info("malloc keeps what is freed while saved= is attached (%s=0 turns this off)", VARIABLE)
+            logger.info("malloc keeps what is freed (%s=0 turns this off)", VARIABLE)
 
     def remove(self) -> None:
         """Calling it again does nothing."""

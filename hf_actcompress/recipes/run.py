@@ -100,10 +100,10 @@ def train_and_report(
     from transformers import Trainer
 
     from hf_actcompress.callback import ActCompressCallback
-    from hf_actcompress.codecs import keep_freed_memory
+    from hf_actcompress.codecs import KeptMemory
 
     if training_args.device.type == "cpu":
-        keep_freed_memory()  # a step spends up to a quarter of its time on page faults otherwise
+        KeptMemory()  # a step spends up to a quarter of its time on page faults otherwise
     config = compression.to_config()
     callback = None if config is None else ActCompressCallback(config)
     trainer = Trainer(
