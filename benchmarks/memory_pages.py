@@ -30,11 +30,11 @@ def models(record: dict[str, Any]) -> list[str]:
 
 def methods(record: dict[str, Any], model: str) -> list[str]:
     found = [key.removeprefix(f"held {model} ") for key in record if key.startswith(f"held {model} ")]
-    return [method for method in found if not method.startswith("[")]
+    return sorted((method for method in found if method in COLORS), key=list(COLORS).index)
 
 
 def table(record: dict[str, Any]) -> str:
-    head = ("model", "", "held, MB", "times less", "asked", "step", "asked", "step, malloc's default 1",
+    head = ("model", "", "held, MB", "times less", "asked", "step", "asked", "over none, default malloc",
             "peak: tensors, MB", "peak: resident, MB", "largest batch")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * 9]
     for model in models(record):
@@ -78,10 +78,10 @@ def autocast(record: dict[str, Any]) -> str:
 
 def allocators(record: dict[str, Any]) -> str:
     """Steps and peaks of resident memory by what malloc does.  Of "large pieces returned" no steps were timed."""
-    # name: (ending of the timed run's key, ending of its methods' names, ending of the key of what is held)
-    kinds = {"glibc's default": ("", " [default]", " [default]"), "glibc, freed memory kept": ("", "", " [kept]"),
-             "glibc, large pieces returned": (None, "", ""),
-             "tcmalloc": (" [libtcmalloc_minimal.so.4]", "", " [libtcmalloc_minimal.so.4]")}  # fmt: skip
+    # name: endings of the keys of what was timed, and of what is held
+    kinds = {"glibc's default": (" [default]", " [default]"), "glibc, freed memory kept": ("", " [kept]"),
+             "glibc, large pieces returned": (None, ""),
+             "tcmalloc": (" [libtcmalloc_minimal.so.4]", " [libtcmalloc_minimal.so.4]")}  # fmt: skip
     shown = ("none", "saved 4", "checkpointing")
     lines = ["| | malloc | " + " | ".join(f"step, ms: {shown[0]}" if m == shown[0] else m for m in shown) + " | "
              + " | ".join(f"peak resident, MB: {shown[0]}" if m == shown[0] else m for m in shown) + " |",
@@ -89,10 +89,10 @@ def allocators(record: dict[str, Any]) -> str:
     for model in models(record):
         if f"held {model} [kept] none" not in record:
             continue
-        for kind, (run, ending, held) in kinds.items():
+        for kind, (timed, held) in kinds.items():
             cells = []
             for method in shown:
-                time = record.get(f"time {model}{run}", {}).get(f"{method}{ending}")
+                time = record.get(f"time {model}{timed}", {}).get(method)
                 multiple = "" if time is None or method == "none" else f" = {time['multiple']:.2f}"
                 cells.append("" if time is None else f"{time['ms']:.0f}{multiple}")
             peaks = [record.get(f"held {model}{held} {method}") for method in shown]
@@ -122,7 +122,7 @@ def limits(record: dict[str, Any]) -> str:
     for model in models(record):
         row = record[f"held {model} saved 4"]
         if "always_mb" in row:
-            shares.append(f"{model.split()[0]} {row['always_mb']:.0f} of {row['live_peak_mb']:.0f} ({row['peak']})")
+            shares.append(f"{model} {row['always_mb']:.0f} of {row['live_peak_mb']:.0f} ({row['peak']})")
     return (
         "What limits the peak with 4 bits, as tensors: parameters, AdamW's moments and the batch, which are there all "
         f"the time, in MB {', '.join(shares)}. The rest is what is held by then, gradients of parameters, and what "

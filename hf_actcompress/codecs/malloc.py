@@ -2,7 +2,7 @@
 
 By default it gives them back to the system, and the next tensor touches new pages, each for the price of a fault.  A
 training step on a CPU frees and takes gigabytes.  With compressed saved tensors it frees its activations one by one,
-instead of all at its end, and so pays most: half of a step of MobileNetV2 (docs/memory.md).
+instead of all at its end, and pays most: up to half of a step of MobileNetV2 (docs/memory.md).
 """
 
 from __future__ import annotations
