@@ -18,7 +18,7 @@ from torch import nn
 from .analysis.auto import AutoCodec
 from .analysis.probe import Probe
 from .budget import Auto
-from .codecs import Codec, parse_codec
+from .codecs import Codec, KeptMemory, parse_codec
 from .config import ActCompressConfig
 from .layers import Layer, find_layers, match_layers, select_boundaries
 from .saved_hooks import install, is_hook
@@ -150,6 +150,8 @@ def compress_model(
     config: an ActCompressConfig, or just a codec spec.
     example_inputs: inputs of one forward pass, for models whose input cannot be guessed.
 
+    With `saved` on a CPU, malloc keeps what this process frees until the handle is removed (codecs/malloc.py).
+
     Raises ValueError for a model without layers, `first` or `last` beyond them, a glob that matches nothing, a codec
     that cannot take a layer's output (a rank above its features), and a model that is compressed already.
     """
@@ -204,6 +206,8 @@ def compress_model(
         if auto is not None:
             auto.around = handle.disabled
         handle._removers += install(handle.saved, inner)
+        if all(parameter.device.type == "cpu" for parameter in inner.parameters()):
+            handle._removers.append(KeptMemory())  # activations are freed one by one, and come anew in every pass
     elif not handle.boundaries:
         logger.warning("first=0, last=0 and no layers: nothing is compressed.")
     if config.auto is not None and (free := [name for name in handle.boundaries if name not in handle._named]):

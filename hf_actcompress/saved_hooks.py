@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .codecs import KeptMemory
-
 if TYPE_CHECKING:
     from .sites.saved import SavedTensors
 
@@ -55,11 +53,8 @@ def is_hook(hook: Any) -> bool:
 
 
 def install(saved: SavedTensors, model: nn.Module) -> Iterable[Any]:
-    """Hooks on `model` and on the modules in it; returns what removes them.
-
-    On a CPU malloc keeps meanwhile what is freed: activations are, one after another, and come anew in every pass.
-    """
-    removers: list[Any] = [
+    """Hooks on `model` and on the modules in it; returns what removes them."""
+    removers = [
         model.register_forward_pre_hook(Enter(saved), prepend=True, with_kwargs=True),
         model.register_forward_hook(Leave(saved), always_call=True),
     ]
@@ -67,6 +62,4 @@ def install(saved: SavedTensors, model: nn.Module) -> Iterable[Any]:
         if module is not model:
             removers.append(module.register_forward_pre_hook(Begin(saved, name)))
             removers.append(module.register_forward_hook(End(saved), always_call=True))
-    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
-        removers.append(KeptMemory())
     return removers
