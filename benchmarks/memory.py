@@ -13,7 +13,8 @@ time: one step of every method in turn, each in its own process (which waits mea
 alike and malloc's heap is as that method alone leaves it.  Malloc keeps what is freed, as it does where `saved` is
 attached, for every method; beside them the plain step and two more with glibc's default.  Multiples are of the plain
 step of the same round, that with the same malloc and that with the default.
-batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each in its own process.
+batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each size in its own
+process.
 Writes benchmarks/results/memory.json after every measurement; what is there is kept, --force measures again.
 """
 
@@ -293,37 +294,51 @@ def turns(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
     return seconds
 
 
-def largest(args: argparse.Namespace) -> dict[str, Any]:
-    """The largest batch that peaks at no more than `--budget` bytes, to about 2 %: by straight lines through what was
-    measured, at most four times as many rows at once."""
+def peak(args: argparse.Namespace) -> dict[str, int]:
     run = Run(args.models[0], args.autocast)
     with METHODS[args.methods[0]](run.model):
-        peaks = {rows: run.peak(rows) for rows in (max(1, run.rows // 4), run.rows)}
-        for _ in range(8):
-            fits = max((rows for rows, peak in peaks.items() if peak <= args.budget), default=0)
-            over = min((rows for rows, peak in peaks.items() if peak > args.budget), default=None)
-            if over is not None and over - fits <= max(1, 0.02 * fits):
-                break
-            (a, at_a), (b, at_b) = sorted(peaks.items())[-2:]
-            if over is not None:
-                (a, at_a), (b, at_b) = (fits, peaks.get(fits, 0)), (over, peaks[over])
-            # A little less than the line says: to know what fits is worth more than to know what does not.
-            rows = int(a + (0.995 * args.budget - at_a) * (b - a) / max(1, at_b - at_a))
-            rows = min(max(rows, fits + 1), 4 * max(peaks) if over is None else over - 1)
-            peaks[rows] = run.peak(rows)
+        return {"peak": run.peak(args.rows)}
+
+
+def largest(args: argparse.Namespace) -> dict[str, Any]:
+    """The largest batch that peaks at no more than `--budget` bytes, to about 2 %: by straight lines through what was
+    measured, at most four times as many rows at once.  Each size has its own process: those before it leave traces
+    in the peak."""
+
+    def measured(rows: int) -> int:
+        return alone("peak", args, args.models[0], args.methods, rows=rows)["peak"]
+
+    listed = MODELS[args.models[0]][1]
+    peaks = {rows: measured(rows) for rows in (max(1, listed // 4), listed)}
+    for _ in range(8):
+        fits = max((rows for rows, peak in peaks.items() if peak <= args.budget), default=0)
+        over = min((rows for rows, peak in peaks.items() if peak > args.budget), default=None)
+        if over is not None and over - fits <= max(1, 0.02 * fits):
+            break
+        (a, at_a), (b, at_b) = sorted(peaks.items())[-2:]
+        if over is not None:
+            (a, at_a), (b, at_b) = (fits, peaks.get(fits, 0)), (over, peaks[over])
+        # A little less than the line says: to know what fits is worth more than to know what does not.
+        rows = int(a + (0.995 * args.budget - at_a) * (b - a) / max(1, at_b - at_a))
+        rows = min(max(rows, fits + 1), 4 * max(peaks) if over is None else over - 1)
+        peaks[rows] = measured(rows)
     fits = max((rows for rows, peak in peaks.items() if peak <= args.budget), default=0)
-    return {"budget_mb": args.budget / 1e6, "rows": fits,
+    return {"budget_mb": args.budget / 1e6, "rows": fits, "processes": len(peaks),
             "peaks_mb": {rows: peak / 1e6 for rows, peak in sorted(peaks.items())}}  # fmt: skip
 
 
 PARTS = {"held": held, "time": times, "batch": largest}
+INNER = {**PARTS, "peak": peak}
 
 
-def alone(part: str, args: argparse.Namespace, model: str, methods: list[str], budget: int = 0) -> dict[str, Any]:
+def alone(
+    part: str, args: argparse.Namespace, model: str, methods: list[str], budget: int = 0, rows: int = 0
+) -> dict[str, Any]:
     """One measurement in a process of its own."""
     malloc = args.malloc or ("kept" if part == "time" else "returned")
     command = [sys.executable, __file__, "--one", part, "--models", model, "--methods", *methods, "--quiet",
-               "--repeats", str(args.repeats), "--budget", str(budget), "--malloc", malloc]  # fmt: skip
+               "--repeats", str(args.repeats), "--budget", str(budget), "--rows", str(rows),
+               "--malloc", malloc]  # fmt: skip
     command += ["--autocast"] * args.autocast
     env = {**os.environ, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 40)}
     if malloc == "returned":  # what is measured should be what is needed, not what malloc keeps for later
@@ -344,8 +359,9 @@ def main() -> None:
     parser.add_argument("--malloc", metavar="HOW", help="kept: by keep_freed_memory(); default: glibc's as it is; or "
                         "a library to preload, for example libtcmalloc_minimal.so.4. Without: see above")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="measure again what is there")
-    parser.add_argument("--one", choices=[*PARTS, "step"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[*INNER, "step"], help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault(COMPILE, "1")
@@ -356,7 +372,7 @@ def main() -> None:
         if args.one == "step":
             steps(args)
         else:
-            print(json.dumps(PARTS[args.one](args)))
+            print(json.dumps(INNER[args.one](args)))
         return
     data = json.loads(PATH.read_text()) if PATH.is_file() else {}
 
