@@ -109,11 +109,23 @@ def section(record: dict[str, Any]) -> str:
         "held: median of three. step: time over that of the plain step of the same round and malloc, which keeps what "
         f"is freed, median of {' or '.join(map(str, n))} (quartiles); then over that with glibc's default. "
         "largest batch: rows whose step peaks at no more than the plain step of the batch in the first column. "
-        f"`{record['command']}`. Environment: {about}.",
+        f"{_searches(record)}`{record['command']}`. Environment: {about}.",
         limits(record),
         autocast(record),
         allocators(record),
     ) if part)  # fmt: skip
+
+
+def _searches(record: dict[str, Any]) -> str:
+    """Which batches were searched for in one process."""
+    own = [model for model in models(record) for method in methods(record, model)
+           if "processes" not in record.get(f"batch {model} {method}", {"processes": None})]  # fmt: skip
+    if not own:
+        return "Every size that was tried had its own process. "
+    return (
+        f"Every size that was tried had its own process, but for {', '.join(dict.fromkeys(own))}, where those of one "
+        "search shared theirs: sizes before leave traces, and what is found tends to be too small. "
+    )
 
 
 def limits(record: dict[str, Any]) -> str:
