@@ -11,8 +11,8 @@ after the forward pass); the peak of a whole step with AdamW, as tensors that li
 memory (VmHWM, with libraries); each in its own process, in which malloc returns what is freed.
 time: one step of every method in turn, each in its own process (which waits meanwhile), so that other load meets all
 alike and malloc's heap is as that method alone leaves it.  Malloc keeps what is freed, as it does where `saved` is
-attached, for every method; beside them the plain step and two more with glibc's default.  Multiples are of the plain
-step of the same round, that with the same malloc and that with the default.
+attached, for every method; beside them the plain step with glibc's default.  Multiples are of the plain step of the
+same round, that with the same malloc and that with the default.
 batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each size in its own
 process.
 Writes benchmarks/results/memory.json after every measurement; what is there is kept, --force measures again.
@@ -124,7 +124,6 @@ METHODS: dict[str, Callable[[torch.nn.Module], AbstractContextManager]] = {
 }
 UNTIMED = ("saved auto 0.07",)  # a measurement would fall into every timed step; between two it is like any other
 DEFAULT = " [default]"  # with glibc's malloc as it is
-ALSO_DEFAULT = ("none", "saved 4", "checkpointing")
 
 
 def trim() -> None:
@@ -245,10 +244,7 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
     plain, *others = args.methods
     most = max(2, int(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / args.budget))
     if args.malloc == "kept":
-        others.sort(key=lambda name: name not in ALSO_DEFAULT)
-        others.insert(0, plain + DEFAULT)
-        if len(others) + len(ALSO_DEFAULT) <= most:
-            others += [name + DEFAULT for name in ALSO_DEFAULT if name in others]
+        others = [plain + DEFAULT, *sorted(others, key=lambda name: name not in ("saved 4", "checkpointing"))]
     groups = [[plain, *others[k : k + most - 1]] for k in range(0, len(others), most - 1)]
     result: dict[str, Any] = {}
     for group in groups:
@@ -258,8 +254,7 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             beside = [other for other in group if other != name]
             result[name] = {"ms": 1e3 * statistics.median(own), "n": len(own), "beside": beside}
-            base = plain + DEFAULT if name.endswith(DEFAULT) else plain
-            for key, reference in (("multiple", base), ("of default", plain + DEFAULT)):
+            for key, reference in (("multiple", plain), ("of default", plain + DEFAULT)):
                 if reference in seconds:
                     ratios = sorted(a / b for a, b in zip(own, seconds[reference], strict=True))
                     quarter = len(ratios) // 4
@@ -366,9 +361,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault(COMPILE, "1")
     if args.one:
-        os.environ[VARIABLE] = "0"  # every method alike
-        if args.malloc == "kept" and not keep_freed_memory():
-            raise SystemExit("keep_freed_memory() does nothing here: malloc is not glibc's.")
+        if args.malloc != "kept":
+            os.environ[VARIABLE] = "0"  # every method alike
+        elif not keep_freed_memory():
+            raise SystemExit("keep_freed_memory() does nothing here: malloc is not glibc's, or is set already.")
         if args.one == "step":
             steps(args)
         else:

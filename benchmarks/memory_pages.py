@@ -123,7 +123,8 @@ def _searches(record: dict[str, Any]) -> str:
     if not own:
         return "Every size that was tried had its own process. "
     return (
-        f"Every size that was tried had its own process, but for {', '.join(dict.fromkeys(own))}, where those of one "
+        "Every size that was tried had its own process, but for some methods of "
+        f"{', '.join(dict.fromkeys(own))}, where those of one "
         "search shared theirs: sizes before leave traces, and what is found tends to be too small. "
     )
 

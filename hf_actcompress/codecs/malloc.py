@@ -1,8 +1,8 @@
 """What glibc's malloc does with large pieces that are freed.
 
 By default it gives them back to the system, and the next tensor touches new pages, each for the price of a fault.  A
-training step on a CPU frees and takes gigabytes.  With compressed saved tensors it frees its activations one by one,
-instead of all at its end, and pays most: up to half of a step of MobileNetV2 (docs/memory.md).
+training step on a CPU frees and takes gigabytes, and takes up to twice as long for it (docs/memory.md).  With
+compressed saved tensors it frees its activations one by one, instead of all at its end, and pays at least as much.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def keep_freed_memory() -> bool:
     A training step on a CPU frees and takes gigabytes, and each page given back costs a fault: a plain step of
     MobileNetV2 takes a third longer with them (docs/memory.md).  Holds until the process ends, whatever else runs
     in it; what lies free is counted as the process's own by the system.  `malloc_trim(0)` of libc gives it back once.
-    `saved` does the same on its own, for as long as it is attached.
+    `saved` does the same on its own, for as long as it is attached.  Settings of malloc in the environment (`TUNED`,
+    GLIBC_TUNABLES) and HF_ACTCOMPRESS_KEEP_FREED=0 stand: then nothing is done.
 
-    Returns whether malloc took it: not where there is no glibc (musl, macOS), and then nothing changes.  A malloc that
-    was preloaded may take it without effect.
+    Returns whether malloc took it: not then, nor where there is no glibc (musl, macOS), where nothing changes.  A
+    malloc that was preloaded may take it without effect.
     """
     global _for_good
     with _lock:
@@ -47,17 +48,14 @@ def keep_freed_memory() -> bool:
 class KeptMemory:
     """The same until `remove()`, which gives back what lies free; malloc is then about as it was.
 
-    Does nothing where the environment has settings of malloc (`TUNED`, GLIBC_TUNABLES) or says
-    HF_ACTCOMPRESS_KEEP_FREED=0.  Several may be there at a time: the last one that goes ends it.
+    Several may be there at a time: the last one that goes ends it.
     """
 
     def __init__(self) -> None:
         global _holders
-        self.held = False
-        if not chosen():
-            with _lock:
-                self.held = _keep()
-                _holders += self.held
+        with _lock:
+            self.held = _keep()
+            _holders += self.held
         if self.held:
             logger.info("malloc keeps what is freed (%s=0 turns this off)", VARIABLE)
 
@@ -76,8 +74,7 @@ class KeptMemory:
             libc.malloc_trim(0)
 
 
-def chosen() -> bool:
-    """Whether the environment says how malloc is to be."""
+def _set_by_environment() -> bool:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     return (
         os.environ.get(VARIABLE) == "0" or any(name in os.environ for name in TUNED) or "glibc.malloc." in tunables
@@ -85,7 +82,7 @@ def chosen() -> bool:
 
 
 def _keep() -> bool:
-    libc = _glibc()
+    libc = None if _set_by_environment() else _glibc()
     # No tensor has a mapping of its own, and the top of the heap is not cut off.
     return libc is not None and bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 

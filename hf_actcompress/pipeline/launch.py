@@ -65,7 +65,7 @@ def leave() -> None:
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
-        time.sleep(0.1)  # meshes in DTensor's caches hold theirs for good: idle threads do no harm
+        time.sleep(0.1)  # a group that something else holds, as DTensor's caches do: its threads come to rest
 
 
 def guarded(main: Callable[[], Any]) -> Any:

@@ -100,10 +100,10 @@ def train_and_report(
     from transformers import Trainer
 
     from hf_actcompress.callback import ActCompressCallback
-    from hf_actcompress.codecs import KeptMemory
+    from hf_actcompress.codecs import keep_freed_memory
 
     if training_args.device.type == "cpu":
-        KeptMemory()  # a step spends up to a quarter of its time on page faults otherwise
+        keep_freed_memory()  # a step spends up to half of its time on page faults otherwise
     config = compression.to_config()
     callback = None if config is None else ActCompressCallback(config)
     trainer = Trainer(
