@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress.codecs import parse_codec, representable
-from hf_actcompress.codecs.compiled import VARIABLE
+from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.recipes.results import environment
 from hf_actcompress.sites.boundary import Channel
 

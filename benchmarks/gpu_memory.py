@@ -24,7 +24,7 @@ import memory
 import torch
 from tqdm import tqdm
 
-from hf_actcompress.codecs.compiled import VARIABLE
+from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.recipes.results import environment
 
 PATH = Path(__file__).parent / "results" / "gpu_memory.json"

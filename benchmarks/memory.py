@@ -40,8 +40,8 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
-from hf_actcompress.codecs.compiled import VARIABLE as COMPILE
-from hf_actcompress.codecs.malloc import VARIABLE
+from hf_actcompress.ops.compiled import VARIABLE as COMPILE
+from hf_actcompress.ops.cpu.malloc import VARIABLE
 from hf_actcompress.recipes import load_image_model, load_text_model
 from hf_actcompress.recipes.results import environment
 

@@ -1,6 +1,6 @@
 """Six short trainings with fixed seeds: a restructured package has to give every loss again, bit for bit.
 
-    python benchmarks/reference_runs.py            # run all and compare with results/reference_runs.json; exit 1 if other
+    python benchmarks/reference_runs.py            # run all, compare with results/reference_runs.json
     python benchmarks/reference_runs.py --record   # write that file
     python benchmarks/reference_runs.py --only saved_4 auto_ratio
 
@@ -87,11 +87,15 @@ def child(script: str, arguments: list[str]) -> None:
 
 def losses_of(name: str, data: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
-        script, *arguments = (word.format(data=data, out=f"{folder}/run") if word[0] != '{' or word.startswith("{data}")
-                              or word == "{out}" else word for word in RUNS[name])  # fmt: skip
+        places = {"{data}": data, "{out}": f"{folder}/run"}
+        script, *arguments = RUNS[name]
+        for place, path in places.items():
+            arguments = [word.replace(place, path) for word in arguments]
         out = Path(folder) / "losses.json"
-        variables = {**os.environ, "HF_ACTCOMPRESS_COMPILE": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                     "PYTHONPATH": str(ROOT), "REFERENCE_OUT": str(out), "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+        variables = {
+            **os.environ, "HF_ACTCOMPRESS_COMPILE": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT), "REFERENCE_OUT": str(out), "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
         command = [sys.executable, __file__, "--child", script, *arguments]
         if name == "pipeline":
             with socket.socket() as free:

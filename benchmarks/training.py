@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.codecs.compiled import VARIABLE
+from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.recipes import load_image_model, load_text_model
 from hf_actcompress.recipes.results import environment
 

@@ -24,8 +24,8 @@ from typing import Any
 import memory
 import torch
 
-from hf_actcompress.codecs import memory as pools
-from hf_actcompress.codecs.compiled import VARIABLE
+from hf_actcompress.ops import memory as pools
+from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.recipes.results import environment
 from hf_actcompress.sites import saved as site
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import raw_nbytes
-from ..codecs.layout import dense
 from ..metering import Meter
+from ..ops.layout import dense
 from ..packed import Coded
 from ..sites.boundary import Channel
 from ..sites.saved import Record, SavedTensors

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..codecs import Codec, raw_nbytes
-from ..codecs.layout import dense
 from ..layers import Layer
+from ..ops.layout import dense
 from ..sites.boundary import roundtrip
 from ..trials import gradients, loss_of, undisturbed
 from .measures import Sums, compare, rms_error, sums_of

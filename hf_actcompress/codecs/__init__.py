@@ -1,5 +1,7 @@
 """Pure codecs: tensor -> payload -> tensor.  Nothing here knows modules, ranks or transports."""
 
+from ..ops.cpu.malloc import KeptMemory, keep_freed_memory
+from ..ops.memory import Pool, fresh
 from .base import Codec, CodecState, Payload, raw_nbytes, representable
 from .block import Block
 from .chain import Chain
@@ -9,9 +11,7 @@ from .float8 import Float8
 from .identity import Identity
 from .kmeans import KMeans
 from .lowrank import LowRank
-from .malloc import KeptMemory, keep_freed_memory
 from .masks import pack_flags, pack_two_values, unpack_flags
-from .memory import Pool, fresh
 from .registry import CODECS, codec_names, parse_codec
 from .slopes import decode_slopes, encode_slopes
 from .sort import Sort

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import as_it_lies, dense, elements
+from ..ops.layout import as_it_lies, dense, elements
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Beyond this magnitude sums of squares (norms, rotations) could overflow fp32: such tensors are treated like NaN and

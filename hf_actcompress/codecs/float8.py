@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.kernels import float8_decode, float8_encode, float8_roundtrip
+from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 from .base import Codec, CodecState, Payload, check_choice, extremes
-from .kernels import float8_decode, float8_encode, float8_roundtrip
-from .rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.kernels import nearest_encode, nearest_roundtrip
+from ..ops.lookup import decode_table
+from ..ops.rows import codes_nbytes, encode_parts, join, roundtrip_parts
 from .base import Codec, CodecState, Payload, check_int, ranked, strided_sample
-from .kernels import nearest_encode, nearest_roundtrip
-from .lookup import decode_table
-from .rows import codes_nbytes, encode_parts, join, roundtrip_parts
 
 SAMPLE = 1 << 14
 EXACT = 512  # up to this many weighted points the codebook is found by dynamic programming

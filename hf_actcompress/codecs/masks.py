@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import native
-from .bit_kernels import flags, two_flags, unflag
-from .rows import COLS, apply, decode_parts, encode_parts, join, parts
+from ..ops.bit_kernels import flags, two_flags, unflag
+from ..ops.cpu import native
+from ..ops.rows import COLS, apply, decode_parts, encode_parts, join, parts
 
 
 def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:

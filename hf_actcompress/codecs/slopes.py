@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import native
-from .bit_kernels import slope_encode
-from .lookup import decode_table
-from .rounding import RoundingState, next_key, noise_source
-from .rows import COLS, apply, counters, join, parts
+from ..ops.bit_kernels import slope_encode
+from ..ops.cpu import native
+from ..ops.lookup import decode_table
+from ..ops.rounding import RoundingState, next_key, noise_source
+from ..ops.rows import COLS, apply, counters, join, parts
 
 LARGEST = 8  # bits
 

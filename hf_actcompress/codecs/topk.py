@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.bit_kernels import keep_above, place
+from ..ops.layout import as_it_lies, restored
+from ..ops.rows import decode_parts, encode_parts, join
+from ..ops.selection import find_cut, ranks, runs_of_set_bits, set_bits
 from .base import Codec, CodecState, LeafShapes, Payload
-from .bit_kernels import keep_above, place
-from .layout import as_it_lies, restored
-from .rows import decode_parts, encode_parts, join
-from .selection import find_cut, ranks, runs_of_set_bits, set_bits
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .compiled import Kernel
+from ..ops.compiled import Kernel
+from ..ops.rows import apply
 from .levels import gauss_levels
-from .rows import apply
 
 STATES = 8
 LANES = 16  # rows that a vector register holds side by side

@@ -12,6 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.memory import fresh
+from ..ops.packing import pack, unpack
+from ..ops.rotated_kernels import (
+    butterflies_restored,
+    butterflies_steps,
+    equalized,
+    halves,
+    levels_decode,
+    levels_encode,
+    restored,
+    signed,
+    steps_decode,
+    steps_encode,
+)  # fmt: skip
+from ..ops.rounding import key_of, noise_source
+from ..ops.rows import Part, apply, blocks, counters
 from . import trellis
 from .allocation import Regions, allocate, distortion
 from .base import CodecState
@@ -27,22 +43,6 @@ from .hadamard import (
     turned_ones,
 )
 from .levels import bucket_edges, ceil16, level_table, safe_inverse
-from .memory import fresh
-from .packing import pack, unpack
-from .rounding import key_of, noise_source
-from .rows import Part, apply, blocks, counters
-from .turned_kernels import (
-    butterflies_restored,
-    butterflies_steps,
-    equalized,
-    halves,
-    levels_decode,
-    levels_encode,
-    restored,
-    signed,
-    steps_decode,
-    steps_encode,
-)
 
 if TYPE_CHECKING:
     from .block import Block

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.compiled import Kernel
+from ..ops.kernels import line_decode, line_encode, line_roundtrip
+from ..ops.layout import as_it_lies, restored
+from ..ops.packing import MAX_BITS
+from ..ops.rounding import RoundingState, key_of, noise_source
+from ..ops.rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
 from .base import Codec, CodecState, Payload, check_choice, check_int, extremes
-from .compiled import Kernel
-from .kernels import line_decode, line_encode, line_roundtrip
-from .layout import as_it_lies, restored
-from .packing import MAX_BITS
-from .rounding import RoundingState, key_of, noise_source
-from .rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
 
 
 @dataclass(frozen=True)

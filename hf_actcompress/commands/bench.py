@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from ..bench import DISTRIBUTIONS, TIMED, measure, sample
 from ..codecs import codec_names, parse_codec
-from ..codecs.compiled import SMALLEST, VARIABLE
+from ..ops.compiled import SMALLEST, VARIABLE
 from .common import make_console, make_table, shape_of, whole
 
 BENCH_CODECS = (

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, CodecState, Delta, Feedback, raw_nbytes, representable
-from ..codecs.layout import dense
 from ..layers import first_tensor, replace_first_tensor
 from ..metering import Meter, pick
+from ..ops.layout import dense
 
 
 class Channel:

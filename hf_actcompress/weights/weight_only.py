@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..codecs.packing import ceil8, pack, unpack
+from ..ops.packing import ceil8, pack, unpack
 from .manifest import INSTALL, apply_shapes, build, shape_manifest
 
 ABOUT, WEIGHTS = "few_bits.json", "few_bits.safetensors"

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from hf_actcompress.codecs import compiled, parse_codec
-from hf_actcompress.codecs.compiled import Kernel, compiler_for
+from hf_actcompress.codecs import parse_codec
+from hf_actcompress.ops import compiled
+from hf_actcompress.ops.compiled import Kernel, compiler_for
 
 needs_compiler = pytest.mark.skipif(compiler_for("cpu") is None, reason="there is no C++ compiler on this machine")
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from hf_actcompress.codecs import parse_codec, rows
-from hf_actcompress.codecs.compiled import Kernel
-from hf_actcompress.codecs.rows import apply, blocks, counters, parts
+from hf_actcompress.codecs import parse_codec
+from hf_actcompress.ops import rows
+from hf_actcompress.ops.compiled import Kernel
+from hf_actcompress.ops.rows import apply, blocks, counters, parts
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 100, 1000])

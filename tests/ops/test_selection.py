@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hf_actcompress.codecs import TopK, selection
-from hf_actcompress.codecs.selection import find_cut, ranks, set_bits
+from hf_actcompress.codecs import TopK
+from hf_actcompress.ops import selection
+from hf_actcompress.ops.selection import find_cut, ranks, set_bits
 
 N = 4 * selection.SAMPLE + 4321  # more than is ranked as a whole; with a short last row
 

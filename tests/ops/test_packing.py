@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_actcompress.codecs.packing import code_dtype, pack, pack_runs, packed_nbytes, planes, unpack
+from hf_actcompress.ops.packing import code_dtype, pack, pack_runs, packed_nbytes, planes, unpack
 
 BITS = range(1, 17)
 

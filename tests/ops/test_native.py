@@ -6,8 +6,9 @@ import subprocess
 import pytest
 import torch
 
-from hf_actcompress.codecs import decode_slopes, encode_slopes, native, pack_flags, parse_codec, unpack_flags
-from hf_actcompress.codecs.compiled import Kernel, compiler_for
+from hf_actcompress.codecs import decode_slopes, encode_slopes, pack_flags, parse_codec, unpack_flags
+from hf_actcompress.ops.compiled import Kernel, compiler_for
+from hf_actcompress.ops.cpu import native
 
 needs_compiler = pytest.mark.skipif(compiler_for("cpu") is None, reason="no C++ compiler")
 SHAPES = [(256,), (64, 768), (3, 5, 128), (2, 3, 40, 50), (7, 1000)]

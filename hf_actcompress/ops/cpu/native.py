@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compiled import SMALLEST, compiler_for, policy
-from .memory import fresh
+from ..compiled import SMALLEST, compiler_for, policy
+from ..memory import fresh
 
 logger = logging.getLogger(__name__)
 

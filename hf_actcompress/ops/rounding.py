@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import CodecState, site_hash
+from ..codecs.base import CodecState, site_hash
 
 
 def _signed(value: int) -> int:

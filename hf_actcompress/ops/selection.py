@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import LARGEST, strided_sample
+from ..codecs.base import LARGEST, strided_sample
 from .bit_kernels import band_bits
 from .layout import as_it_lies, positions
 from .rows import COLS, apply, join, parts

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from . import native
+from .cpu import native
 from .kernels import table_decode
 from .rows import decode_parts
 

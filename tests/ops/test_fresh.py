@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_actcompress.codecs import memory, parse_codec
-from hf_actcompress.codecs.memory import HUGE_PAGE, MAPPED, POOLED, UNIT, Pool, fresh
+from hf_actcompress.codecs import parse_codec
+from hf_actcompress.ops import memory
+from hf_actcompress.ops.memory import HUGE_PAGE, MAPPED, POOLED, UNIT, Pool, fresh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..codecs.levels import ceil16, floor16, safe_inverse
 from .compiled import Kernel
-from .levels import ceil16, floor16, safe_inverse
 from .packing import code_dtype, pack, unpack_parts
 from .rounding import noise
 

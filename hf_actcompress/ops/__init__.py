@@ -1,0 +1,1 @@
+"""What costs time: arithmetic on plain tensors and numbers.  Operators know no codec."""
