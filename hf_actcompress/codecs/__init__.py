@@ -2,7 +2,8 @@
 
 from ..ops.cpu.malloc import KeptMemory, keep_freed_memory
 from ..ops.memory import Pool, fresh
-from .base import Codec, CodecState, Payload, raw_nbytes, representable
+from ..ops.reductions import representable
+from .base import Codec, CodecState, Payload, raw_nbytes
 from .block import Block
 from .chain import Chain
 from .delta import Delta, sample_ids

@@ -15,16 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.layout import as_it_lies, dense, elements
+from ..ops.layout import dense
+from ..ops.reductions import representable
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Beyond this magnitude sums of squares (norms, rotations) could overflow fp32: such tensors are treated like NaN and
-# Inf and passed on as they are.
-LARGEST = 2.0**48
 # The shape and dtype of each payload tensor that a chain's second codec compresses.
 LeafShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -219,21 +216,6 @@ def raw_nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def representable(x: Tensor) -> bool:
-    """True if every value is finite and within +-2**48.  One read of `x`; on a GPU this synchronises."""
-    # In fp16 the bound itself would be Inf, hence fp32.
-    lo, hi = extremes(x)
-    # A comparison with NaN is False, and NaN propagates through aminmax.
-    return bool((lo >= -LARGEST) & (hi <= LARGEST))
-
-
-def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum in fp32, NaN if there is one."""
-    # In the order of the shape a tensor with channels last would be copied first, which takes ten times as long.
-    lo, hi = torch.aminmax(as_it_lies(x))
-    return lo.float(), hi.float()
-
-
 def check_int(codec: str, option: str, value: Any, low: int, high: int, remedy: str = "") -> None:
     """Raise the ValueError that every integer option shares."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -249,24 +231,3 @@ def check_choice(codec: str, option: str, value: Any, allowed: tuple) -> None:
 def site_hash(site: str) -> int:
     """A stable 32-bit number for a site's name (Python's own `hash` changes between processes)."""
     return zlib.crc32(site.encode())
-
-
-def strided_sample(x: Tensor, size: int) -> Tensor:
-    """About `size` values of a tensor in fp32 [about size], evenly spaced in the order of its shape; all of them if
-    there are not many more.
-
-    The stride is made odd, so that a period that is a power of two (features, groups) does not alias.
-    """
-    stride = x.numel() // size
-    if stride <= 1:
-        return x.reshape(-1).float()
-    if x.is_contiguous():
-        return x.view(-1)[:: stride | 1].float()
-    return elements(x, torch.arange(0, x.numel(), stride | 1, device=x.device)).float()
-
-
-def ranked(sample: Tensor) -> Tensor:
-    """An fp32 sample in ascending order."""
-    if sample.device.type == "cpu" and sample.dtype == torch.float32:  # numpy takes a quarter of the time of torch
-        return torch.from_numpy(np.sort(sample.numpy()))
-    return sample.sort().values

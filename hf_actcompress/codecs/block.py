@@ -12,12 +12,14 @@ from torch import Tensor
 from ..ops.cpu import native
 from ..ops.kernels import group_decode, group_encode, group_roundtrip
 from ..ops.packing import MAX_BITS, ceil8
-from ..ops.rounding import RoundingState, key_of, noise_source
+from ..ops.reductions import LARGEST, representable
+from ..ops.rounding import noise_source
 from ..ops.rows import Part, apply, counters, join, parts
 from . import prototypes, turned
-from .base import LARGEST, Codec, CodecState, Payload, check_choice, check_int, representable
+from .base import Codec, CodecState, Payload, check_choice, check_int
 from .equalize import applies, feature_dim, feature_scales, period, tables
 from .patches import from_frequencies, patch_size, to_frequencies
+from .rounding import RoundingState, key_of
 from .turned import DEFAULT_GROUP
 
 

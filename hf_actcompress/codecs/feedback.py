@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, representable
+from ..ops.reductions import representable
+from .base import Codec, CodecState, Payload
 
 
 class FeedbackState(CodecState):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..ops.kernels import float8_decode, float8_encode, float8_roundtrip
+from ..ops.reductions import extremes
 from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
-from .base import Codec, CodecState, Payload, check_choice, extremes
+from .base import Codec, CodecState, Payload, check_choice
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

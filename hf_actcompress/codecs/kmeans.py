@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..ops.kernels import nearest_encode, nearest_roundtrip
 from ..ops.lookup import decode_table
+from ..ops.reductions import ranked, strided_sample
 from ..ops.rows import codes_nbytes, encode_parts, join, roundtrip_parts
-from .base import Codec, CodecState, Payload, check_int, ranked, strided_sample
+from .base import Codec, CodecState, Payload, check_int
 
 SAMPLE = 1 << 14
 EXACT = 512  # up to this many weighted points the codebook is found by dynamic programming

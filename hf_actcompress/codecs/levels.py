@@ -1,4 +1,4 @@
-"""Reproduction levels for a unit Gaussian, and the 16-bit scales of the block codec.
+"""Reproduction levels for a unit Gaussian.
 
 Levels: J. Max, "Quantizing for minimum distortion", 1960; S. Lloyd, "Least squares quantization in PCM", 1982.
 """
@@ -49,22 +49,3 @@ def bucket_edges(bits: int, device: torch.device) -> Tensor:
     """fp32 [2**bits - 1]: halfway between neighbouring levels."""
     levels = level_table(bits, 1.0, device)
     return (levels[1:] + levels[:-1]) / 2
-
-
-def floor16(x: Tensor) -> Tensor:
-    """fp32 -> the largest bf16 value that is not above, as fp32."""
-    bits = x.view(torch.int32)
-    # Away from zero for negative values, towards zero for positive ones.
-    bits = torch.where(x < 0, bits + 0xFFFF, bits)
-    return ((bits >> 16) << 16).view(torch.float32)
-
-
-def ceil16(x: Tensor) -> Tensor:
-    """fp32 -> the smallest bf16 value that is not below, as fp32."""
-    return -floor16(-x)
-
-
-def safe_inverse(step: Tensor) -> Tensor:
-    """1 / step, and 0 where the step is 0 or too small to invert: such a group decodes to its minimum."""
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.where(step >= tiny, 1.0 / step.clamp_min(tiny), torch.zeros_like(step))

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, extremes, site_hash
+from ..ops.reductions import extremes
+from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, site_hash
 
 PART = 1 << 20  # elements of a tensor of another dtype that are taken to fp32 at once
 WORST = 1e-2  # smallest eigenvalue of the products of unit columns up to which fp32 sums are trusted

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..ops.kernels import sort_decode, sort_encode, sort_roundtrip
 from ..ops.lookup import decode_table
 from ..ops.packing import MAX_BITS
+from ..ops.reductions import extremes, ranked, strided_sample
 from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
-from .base import Codec, CodecState, Payload, check_choice, check_int, extremes, ranked, strided_sample
-from .levels import safe_inverse
+from ..ops.scales import safe_inverse
+from .base import Codec, CodecState, Payload, check_choice, check_int
 
 SAMPLE = 1 << 15
 FEW_SPLITS = 3  # up to here a chain of choices takes less time than a table

@@ -26,8 +26,9 @@ from ..ops.rotated_kernels import (
     steps_decode,
     steps_encode,
 )  # fmt: skip
-from ..ops.rounding import key_of, noise_source
+from ..ops.rounding import noise_source
 from ..ops.rows import Part, apply, blocks, counters
+from ..ops.scales import ceil16, safe_inverse
 from . import trellis
 from .allocation import Regions, allocate, distortion
 from .base import CodecState
@@ -42,7 +43,8 @@ from .hadamard import (
     turn_whole_runs,
     turned_ones,
 )
-from .levels import bucket_edges, ceil16, level_table, safe_inverse
+from .levels import bucket_edges, level_table
+from .rounding import key_of
 
 if TYPE_CHECKING:
     from .block import Block

@@ -13,9 +13,11 @@ from ..ops.compiled import Kernel
 from ..ops.kernels import line_decode, line_encode, line_roundtrip
 from ..ops.layout import as_it_lies, restored
 from ..ops.packing import MAX_BITS
-from ..ops.rounding import RoundingState, key_of, noise_source
+from ..ops.reductions import extremes
+from ..ops.rounding import noise_source
 from ..ops.rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
-from .base import Codec, CodecState, Payload, check_choice, check_int, extremes
+from .base import Codec, CodecState, Payload, check_choice, check_int
+from .rounding import RoundingState, key_of
 
 
 @dataclass(frozen=True)

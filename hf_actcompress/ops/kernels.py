@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codecs.levels import ceil16, floor16, safe_inverse
 from .compiled import Kernel
 from .packing import code_dtype, pack, unpack_parts
 from .rounding import noise
+from .scales import ceil16, floor16, safe_inverse
 
 SELECTED = 4  # bits up to which a table is looked up by choices
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codecs.levels import ceil16, safe_inverse
 from .compiled import Kernel
 from .kernels import chosen, joined, looked_up, rounded, units
 from .packing import code_dtype, pack, pack_runs, unpack_parts
+from .scales import ceil16, safe_inverse
 
 RUN = 16  # columns that a small matrix turns; the lanes of a vector register
 

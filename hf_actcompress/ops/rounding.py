@@ -7,12 +7,8 @@ The mixing function is a 32-bit finalizer of the murmur family (constants: C. We
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from ..codecs.base import CodecState, site_hash
 
 
 def _signed(value: int) -> int:
@@ -44,28 +40,6 @@ def noise(index: Tensor, key: Tensor | int) -> Tensor:
     """int32 counters (any shape) and an int32 key -> fp32, uniform on [0, 1) in steps of 2**-24."""
     h = _mix(index ^ key)
     return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24
-
-
-class RoundingState(CodecState):
-    """Counts the calls at one site, so that every step draws fresh noise."""
-
-    def __init__(self, site: str = "", seed: int = 0) -> None:
-        self.seed, self.site, self.step = seed, site_hash(site), 0
-
-    def next_key(self) -> int:
-        key = noise_key(self.seed, self.site, self.step)
-        self.step += 1
-        return key
-
-
-def next_key(state: CodecState | None) -> int:
-    """The key of this call; without state always the one of (0, 0, 0)."""
-    return state.next_key() if isinstance(state, RoundingState) else noise_key(0, 0, 0)
-
-
-def key_of(codec: Any, state: CodecState | None) -> int | None:
-    """The key of this call of a codec that rounds stochastically, else None."""
-    return next_key(state) if codec.round == "stochastic" else None
 
 
 def noise_source(key: int | None, cols: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

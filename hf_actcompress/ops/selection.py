@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs.base import LARGEST, strided_sample
 from .bit_kernels import band_bits
 from .layout import as_it_lies, positions
+from .reductions import LARGEST, strided_sample
 from .rows import COLS, apply, join, parts
 
 SAMPLE = 1 << 16

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import Identity, Payload, TopK, parse_codec, raw_nbytes, representable
-from hf_actcompress.codecs.base import LARGEST, check_choice, check_int, site_hash, strided_sample
+from hf_actcompress.codecs.base import check_choice, check_int, site_hash
 from hf_actcompress.codecs.lowrank import BasisState
-from hf_actcompress.ops.rounding import RoundingState
+from hf_actcompress.codecs.rounding import RoundingState
+from hf_actcompress.ops.reductions import LARGEST, strided_sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

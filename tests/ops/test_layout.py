@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.codecs.base import extremes, strided_sample
 from hf_actcompress.ops.layout import as_it_lies, dense, elements, positions, restored
+from hf_actcompress.ops.reductions import extremes, strided_sample
 
 PLAIN = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5)
 TENSORS = {

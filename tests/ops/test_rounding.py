@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hf_actcompress.ops.rounding import RoundingState, next_key, noise, noise_key
+from hf_actcompress.codecs.rounding import RoundingState, next_key
+from hf_actcompress.ops.rounding import noise, noise_key
 from hf_actcompress.ops.rows import Part, counters
 
 CPU = torch.device("cpu")

@@ -1,0 +1,25 @@
+"""Scales of groups in 16 bits, rounded outwards so that no value falls out of range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def floor16(x: Tensor) -> Tensor:
+    """fp32 -> the largest bf16 value that is not above, as fp32."""
+    bits = x.view(torch.int32)
+    # Away from zero for negative values, towards zero for positive ones.
+    bits = torch.where(x < 0, bits + 0xFFFF, bits)
+    return ((bits >> 16) << 16).view(torch.float32)
+
+
+def ceil16(x: Tensor) -> Tensor:
+    """fp32 -> the smallest bf16 value that is not below, as fp32."""
+    return -floor16(-x)
+
+
+def safe_inverse(step: Tensor) -> Tensor:
+    """1 / step, and 0 where the step is 0 or too small to invert: such a group decodes to its minimum."""
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(step >= tiny, 1.0 / step.clamp_min(tiny), torch.zeros_like(step))
