@@ -15,12 +15,13 @@ from ..ops.packing import MAX_BITS, ceil8
 from ..ops.reductions import LARGEST, representable
 from ..ops.rounding import noise_source
 from ..ops.rows import Part, apply, counters, join, parts
-from . import prototypes, turned
+from . import rotated as turned
 from .base import Codec, CodecState, Payload, check_choice, check_int
-from .equalize import applies, feature_dim, feature_scales, period, tables
-from .patches import from_frequencies, patch_size, to_frequencies
+from .rotated import DEFAULT_GROUP
 from .rounding import RoundingState, key_of
-from .turned import DEFAULT_GROUP
+from .transforms import prototypes
+from .transforms.equalize import applies, feature_dim, feature_scales, period, tables
+from .transforms.patches import from_frequencies, patch_size, to_frequencies
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops.compiled import Kernel
 from ..ops.rows import apply
-from .levels import gauss_levels
+from .transforms.levels import gauss_levels
 
 STATES = 8
 LANES = 16  # rows that a vector register holds side by side

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_actcompress.codecs import Block
-from hf_actcompress.codecs.hadamard import random_sign
-from hf_actcompress.codecs.levels import gauss_distortion, gauss_levels
+from hf_actcompress.codecs.transforms.hadamard import random_sign
+from hf_actcompress.codecs.transforms.levels import gauss_distortion, gauss_levels
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 2.0**-23}
 

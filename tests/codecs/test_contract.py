@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_actcompress.codecs import CODECS, parse_codec, raw_nbytes
-from hf_actcompress.codecs.hadamard import rotation_matrix
+from hf_actcompress.codecs.transforms.hadamard import rotation_matrix
 from hf_actcompress.ops.reductions import LARGEST
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec, trellis
-from hf_actcompress.codecs.allocation import distortion
-from hf_actcompress.codecs.levels import gauss_distortion
+from hf_actcompress.codecs.transforms.allocation import distortion
+from hf_actcompress.codecs.transforms.levels import gauss_distortion
 from hf_actcompress.codecs.trellis import DISTORTION, STRETCH, decode, encode, subset, trellis_levels
 
 

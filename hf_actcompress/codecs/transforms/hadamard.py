@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..ops.rotated_kernels import RUN, butterflies
-from ..ops.rows import apply
+from ...ops.rotated_kernels import RUN, butterflies
+from ...ops.rows import apply
 
 LARGEST = 1024
 BUTTERFLIES = 256

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.codecs.allocation import MOST, TOP, Regions, allocate, distortion
+from hf_actcompress.codecs.transforms.allocation import MOST, TOP, Regions, allocate, distortion
 
 SPEC = "block:bits={},rotate=hadamard,levels=gauss,allocate=energy"
 

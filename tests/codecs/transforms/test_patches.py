@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.codecs.patches import cosines, from_frequencies, patch_size, to_frequencies
+from hf_actcompress.codecs.transforms.patches import cosines, from_frequencies, patch_size, to_frequencies
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_actcompress.codecs.hadamard import random_sign, rotate, rotate_back
+from hf_actcompress.codecs.transforms.hadamard import random_sign, rotate, rotate_back
 
 
 def slow(rows):

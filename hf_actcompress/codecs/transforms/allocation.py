@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import trellis
+from .. import trellis
 from .levels import gauss_distortion
 
 MOST = 2  # bits that one group may win or lose

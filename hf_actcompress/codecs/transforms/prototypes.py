@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops.packing import ceil8, pack, packed_nbytes, unpack
-from ..ops.reductions import strided_sample
+from ...ops.packing import ceil8, pack, packed_nbytes, unpack
+from ...ops.reductions import strided_sample
 
 MIN_ROWS = 512  # below, three prototypes would weigh more than a twentieth of the payload of 2 bits
 MOST = 15

@@ -30,9 +30,10 @@ from ..ops.rounding import noise_source
 from ..ops.rows import Part, apply, blocks, counters
 from ..ops.scales import ceil16, safe_inverse
 from . import trellis
-from .allocation import Regions, allocate, distortion
 from .base import CodecState
-from .hadamard import (
+from .rounding import key_of
+from .transforms.allocation import Regions, allocate, distortion
+from .transforms.hadamard import (
     EXACT_BITS,
     averaging,
     in_runs,
@@ -42,9 +43,8 @@ from .hadamard import (
     turn_runs,
     turn_whole_runs,
     turned_ones,
-)
-from .levels import bucket_edges, level_table
-from .rounding import key_of
+)  # fmt: skip
+from .transforms.levels import bucket_edges, level_table
 
 if TYPE_CHECKING:
     from .block import Block

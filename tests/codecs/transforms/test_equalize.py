@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import Block
-from hf_actcompress.codecs.equalize import MIN_ROWS, SAMPLE, applies, feature_scales, period, tables
+from hf_actcompress.codecs.transforms.equalize import MIN_ROWS, SAMPLE, applies, feature_scales, period, tables
 
 
 def hidden_states(rows=400, features=64, outlier=40.0):

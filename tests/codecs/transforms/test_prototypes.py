@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_actcompress.codecs import parse_codec, prototypes
+from hf_actcompress.codecs import parse_codec
+from hf_actcompress.codecs.transforms import prototypes
 
 SPEC = "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy"
 WITH = SPEC + ",prototypes=3"
