@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .attach import Handle, compress_model, remove_compression
 from .codecs import Codec, CodecState, Payload, codec_names, keep_freed_memory, parse_codec
 from .config import ActCompressConfig, CompressionArguments
-from .layers import Layer, find_layers
+from .models.layers import Layer, find_layers
 
 if TYPE_CHECKING:
     from .callback import ActCompressCallback

@@ -20,7 +20,7 @@ from .analysis.probe import Probe
 from .budget import Auto
 from .codecs import Codec, KeptMemory, parse_codec
 from .config import ActCompressConfig
-from .layers import Layer, find_layers, match_layers, select_boundaries
+from .models.layers import Layer, find_layers, match_layers, select_boundaries
 from .saved_hooks import install, is_hook
 from .sites.boundary import Boundary, Channel
 from .sites.saved import COMPILED, SavedTensors
@@ -146,7 +146,7 @@ def compress_model(
     """Compress the activations that leave the first layers and enter the last ones, and their gradients.
 
     model: any transformers or timm model, also inside DistributedDataParallel or torch.compile; or any module whose
-        blocks `hf_actcompress.layers.find_layers` recognises.
+        blocks `hf_actcompress.models.layers.find_layers` recognises.
     config: an ActCompressConfig, or just a codec spec.
     example_inputs: inputs of one forward pass, for models whose input cannot be guessed.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .codecs import Codec
 from .codecs.base import raw_nbytes
 from .config import ActCompressConfig
-from .layers import Layer, find_layers, match_layers, select_boundaries
+from .models.layers import Layer, find_layers, match_layers, select_boundaries
 
 Build = Callable[[], nn.Module]
 Inputs = Callable[[int, Any], Any]

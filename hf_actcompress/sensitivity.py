@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .consumers import weight_of
+from .models.replay import few_rows, gradients, loss_of, normed, undisturbed
 from .packed import Slopes
-from .trials import few_rows, gradients, loss_of, normed, undisturbed
 
 REFERENCE = 4  # bits at which errors are measured
 COST = 5.0  # a measurement stops after about so many steps' worth of time

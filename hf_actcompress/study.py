@@ -17,8 +17,8 @@ from .analysis.sensitivity import DIRECTIONS, batches_mean, sensitivity
 from .attach import Handle, compress_model
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
-from .layers import find_layers, first_tensor
-from .trials import undisturbed
+from .models.layers import find_layers, first_tensor
+from .models.replay import undisturbed
 
 TASKS = {"cola": "glue/cola", "sst2": "glue/sst2", "rte": "glue/rte", "cifar10": "cifar10", "mnist": "mnist"}
 HUB = {"cola": "nyu-mll/glue", "sst2": "nyu-mll/glue", "rte": "nyu-mll/glue", "cifar10": "uoft-cs/cifar10",

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ..codecs import Codec, parse_codec
-from ..trials import on_the_side
+from ..models.replay import on_the_side
 from .sensitivity import DIRECTIONS, sensitivity
 from .target import Target
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..codecs import Codec, raw_nbytes
-from ..layers import Layer
+from ..models.layers import Layer
+from ..models.replay import gradients, loss_of, undisturbed
 from ..ops.layout import dense
 from ..sites.boundary import roundtrip
-from ..trials import gradients, loss_of, undisturbed
 from .measures import Sums, compare, rms_error, sums_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Layer, find_layers, first_tensor
+from ..models.layers import Layer, find_layers, first_tensor
 
 # What a transformers model takes in place of tokens, so that later stages need none.
 EMBEDDED = "inputs_embeds"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, CodecState, Delta, Feedback, raw_nbytes, representable
-from ..layers import first_tensor, replace_first_tensor
 from ..metering import Meter, pick
+from ..models.layers import first_tensor, replace_first_tensor
 from ..ops.layout import dense
 
 

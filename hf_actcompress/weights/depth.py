@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers import first_tensor
+from ..models.layers import first_tensor
 
 
 def drop_layers(model: nn.Module, drop: int | Sequence[int], path: str | None = None,

@@ -5,7 +5,7 @@ import torch
 from helpers import TEXT_MODELS, batch_of, build
 from torch import nn
 
-from hf_actcompress.layers import find_layers
+from hf_actcompress.models.layers import find_layers
 from hf_actcompress.pipeline import merge, split
 
 MODELS = [

@@ -13,7 +13,13 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
-from hf_actcompress.layers import find_layers, first_tensor, match_layers, replace_first_tensor, select_boundaries
+from hf_actcompress.models.layers import (
+    find_layers,
+    first_tensor,
+    match_layers,
+    replace_first_tensor,
+    select_boundaries,
+)  # fmt: skip
 
 SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
@@ -506,7 +512,7 @@ def test_outputs_without_a_hidden_state(output):
 
 
 def test_the_module_imports_neither_transformers_nor_timm():
-    code = ("import sys, torch, hf_actcompress.layers as layers\n"
+    code = ("import sys, torch, hf_actcompress.models.layers as layers\n"
             "try: layers.find_layers(torch.nn.Linear(1, 1))\nexcept ValueError: pass\n"
             "print([name for name in ('transformers', 'timm') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))

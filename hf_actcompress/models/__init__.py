@@ -1,0 +1,1 @@
+"""A model as layers in the order in which they run, and passes of it that leave no trace."""
