@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.analysis import auto
-from hf_actcompress.analysis.probe import EVERY
+from hf_actcompress.observe import auto
+from hf_actcompress.observe.probe import EVERY
 from hf_actcompress.study import load
 
 ROOT = Path(__file__).resolve().parents[1]

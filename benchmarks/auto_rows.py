@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.analysis.sensitivity import sensitivity
 from hf_actcompress.codecs import parse_codec
+from hf_actcompress.observe.sensitivity import sensitivity
 from hf_actcompress.recipes.results import environment
 from hf_actcompress.study import load
 

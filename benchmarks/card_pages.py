@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.plots import report_card
+from hf_actcompress.report.plots import report_card
 from hf_actcompress.weights.card import markdown
 
 ROOT = Path(__file__).resolve().parents[1]

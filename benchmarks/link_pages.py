@@ -9,7 +9,7 @@ from typing import Any
 from hf_actcompress.pipeline.advise import choose
 from hf_actcompress.pipeline.simulate import Cut, Link, Stage, Timeline, Traffic, simulate
 from hf_actcompress.pipeline.timeline import chart
-from hf_actcompress.plots import _figure, _save
+from hf_actcompress.report.plots import _figure, _save
 
 TORCH = "torch"
 # From the most faithful on, which is the order in which advise prefers them.

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.plots import _figure, _save
+from hf_actcompress.report.plots import _figure, _save
 
 # (model, method) -> how many times less has to be held; model -> what a step with "saved 4" may take, in plain steps.
 ASKED = {

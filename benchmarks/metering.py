@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.metering import Meter
+from hf_actcompress.observe.meter import Meter
 from hf_actcompress.recipes import load_text_model
 from hf_actcompress.recipes.results import environment
 from hf_actcompress.sites import boundary

@@ -24,8 +24,8 @@ import weights_pages
 
 from hf_actcompress.commands.report import TABLES as TABLE_MARKERS
 from hf_actcompress.commands.report import draw
-from hf_actcompress.comparison import comparison_section, find_indices, load_comparison
-from hf_actcompress.report import accuracy_table, load_records, write_results_page
+from hf_actcompress.report.comparison import comparison_section, find_indices, load_comparison
+from hf_actcompress.report.tables import accuracy_table, load_records, write_results_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

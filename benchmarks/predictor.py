@@ -26,7 +26,7 @@ import accuracy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hf_actcompress.analysis import read_records
+from hf_actcompress.observe import read_records
 
 RESULTS = Path(__file__).parent / "results" / "predictor"
 STEPS, EARLY, EVERY = 60, 6, 5  # of each run; those whose records count; one in so many of them is recorded

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from hf_actcompress.report import METRICS, codecs_of, load_records
+from hf_actcompress.report.tables import METRICS, codecs_of, load_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hf_actcompress.analysis.figures import error_against_bits, error_growth, histograms, sensitivity_map
 from hf_actcompress.commands.analyze import ANALYZE_CODECS
+from hf_actcompress.report.figures import error_against_bits, error_growth, histograms, sensitivity_map
 from hf_actcompress.study import load, study
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.plots import OTHER, STYLES, _figure, _save, family
+from hf_actcompress.report.plots import OTHER, STYLES, _figure, _save, family
 
 # What encode and decode may cost at 64 MiB in fp32, in clones.
 ALLOWED = {

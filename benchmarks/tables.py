@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.comparison import comparison_table, load_comparison
+from hf_actcompress.report.comparison import comparison_table, load_comparison
 
 RESULTS = accuracy.ROOT / "benchmarks" / "results" / "tables"
 SEEDS = {"smoke": (0,), "cpu": (0,), "full": (0, 1, 2)}

@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from hf_actcompress.analysis.warning import WARN_ERROR, warning_of
+from hf_actcompress.observe.warning import WARN_ERROR, warning_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = ROOT / "benchmarks" / "results" / "accuracy"

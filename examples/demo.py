@@ -33,7 +33,6 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from hf_actcompress.config import CompressionArguments
-from hf_actcompress.plots import accuracy_vs_ratio
 from hf_actcompress.recipes import (
     build_compute_metrics,
     collate_images,
@@ -46,7 +45,8 @@ from hf_actcompress.recipes import (
     write_results,
 )
 from hf_actcompress.recipes.run import train_and_report
-from hf_actcompress.report import accuracy_table, show
+from hf_actcompress.report.plots import accuracy_vs_ratio
+from hf_actcompress.report.tables import accuracy_table, show
 
 GRADIENT = "block:bits=8,round=stochastic"
 CODECS: tuple[tuple[str, str | None], ...] = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .codecs import Codec
-from .metering import distance
+from .observe.meter import distance
 
 DISTRIBUTIONS = ("gaussian", "heavy", "relu")
 TIMED = ("encode", "decode", "roundtrip")

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .analysis.records import FILE_NAME as ANALYSIS_NAME
-from .analysis.records import Writer
-from .analysis.warning import warning_of
 from .attach import Handle, compress_model, flatten_state, unflatten_state
 from .config import ActCompressConfig
-from .metering import Meter
+from .observe.meter import Meter
+from .observe.records import FILE_NAME as ANALYSIS_NAME
+from .observe.records import Writer
+from .observe.warning import warning_of
 from .sites.saved import COMPILED, Record
 from .trainers import go_first, resumed_from
 

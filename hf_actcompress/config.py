@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .analysis.target import START, Target, is_auto
-from .analysis.warning import WARN_ERROR
 from .budget import Auto
 from .codecs import Codec, parse_codec
+from .observe.target import START, Target, is_auto
+from .observe.warning import WARN_ERROR
 
 CONFIG_NAME = "actcompress_config.json"
 PLACEMENTS = ("every", "cuts")

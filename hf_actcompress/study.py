@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .analysis.records import rounded
-from .analysis.sensitivity import DIRECTIONS, batches_mean, sensitivity
 from .attach import Handle, compress_model
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
 from .models.layers import find_layers, first_tensor
 from .models.replay import undisturbed
+from .observe.records import rounded
+from .observe.sensitivity import DIRECTIONS, batches_mean, sensitivity
 
 TASKS = {"cola": "glue/cola", "sst2": "glue/sst2", "rte": "glue/rte", "cifar10": "cifar10", "mnist": "mnist"}
 HUB = {"cola": "nyu-mll/glue", "sst2": "nyu-mll/glue", "rte": "nyu-mll/glue", "cifar10": "uoft-cs/cifar10",

@@ -228,7 +228,7 @@ def test_learning_compression_on_the_gpu(tmp_path):
 
 
 def test_sensitivities_are_measured_on_the_gpu():
-    from hf_actcompress.analysis.sensitivity import sensitivity
+    from hf_actcompress.observe.sensitivity import sensitivity
 
     model, batch = build("bert").cuda(), on_gpu(batch_of("bert"))
     codecs = [parse_codec("block:bits=8"), parse_codec("block:bits=2")]

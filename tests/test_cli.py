@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 
-from hf_actcompress import parse_codec, plots, report
+from hf_actcompress import parse_codec
 from hf_actcompress.cli import main
 from hf_actcompress.codecs import codec_names
 from hf_actcompress.commands.bench import BENCH_CODECS
+from hf_actcompress.report.tables import plots
+from hf_actcompress.report.tables import tables as report
 
 SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}

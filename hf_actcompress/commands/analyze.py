@@ -80,13 +80,13 @@ def write(record: dict[str, Any], folder: Path) -> list[Path]:
     except ImportError:
         print("note: no figures without matplotlib: pip install hf_actcompress[plots]", file=sys.stderr)
         return [path]
-    from ..analysis.figures import all_figures
+    from ..report.figures import all_figures
 
     return [path, *all_figures(record, folder)]
 
 
 def _print(record: dict[str, Any]) -> None:
-    from ..analysis.figures import label
+    from ..report.figures import label
 
     console, rows = make_console(), record["map"]
     layers = list(dict.fromkeys((row["layer"], row["name"]) for row in rows))

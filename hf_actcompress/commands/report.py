@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..comparison import comparison_section, find_indices, load_comparison
-from ..plots import accuracy_vs_ratio, accuracy_vs_throughput, loss_curves
-from ..report import BEGIN, END, Record, accuracy_section, accuracy_table, load_records, write_results_page
-from ..webpage import build_page
+from ..report.comparison import comparison_section, find_indices, load_comparison
+from ..report.page import build_page
+from ..report.plots import accuracy_vs_ratio, accuracy_vs_throughput, loss_curves
+from ..report.tables import BEGIN, END, Record, accuracy_section, accuracy_table, load_records, write_results_page
 
 EXAMPLES = f"""examples:
   hf-actcompress report outputs                              # the tables, as Markdown

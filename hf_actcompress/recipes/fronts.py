@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from hf_actcompress.plots import _figure, _save
+from hf_actcompress.report.plots import _figure, _save
 
 Point = tuple[float, float, str]  # compression ratio, error in %, what it is
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")

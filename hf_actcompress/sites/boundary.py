@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, CodecState, Delta, Feedback, raw_nbytes, representable
-from ..metering import Meter, pick
 from ..models.layers import first_tensor, replace_first_tensor
+from ..observe.meter import Meter, pick
 from ..ops.layout import dense
 
 

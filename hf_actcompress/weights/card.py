@@ -340,7 +340,7 @@ def save_cards(cards: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str
     paths[0].write_text(json.dumps({**(about or {}), "models": list(cards)}, indent=2) + "\n")
     paths[1].write_text(markdown(cards) + "\n")
     with contextlib.suppress(ImportError):
-        from ..plots import report_card
+        from ..report.plots import report_card
 
         paths.append(report_card(cards, folder / "card.png"))
     return paths

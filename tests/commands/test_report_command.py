@@ -10,7 +10,7 @@ from helpers.records import RECORDS, record, table
 from hf_actcompress.cli import main
 from hf_actcompress.commands.report import TABLES
 from hf_actcompress.recipes.results import write_results
-from hf_actcompress.report import BEGIN, END
+from hf_actcompress.report.tables import BEGIN, END
 
 
 @pytest.fixture

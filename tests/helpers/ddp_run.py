@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa: E402
 from helpers.trainers import STEPS, make_trainer, weights  # noqa: E402
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model  # noqa: E402
-from hf_actcompress.analysis import read_records  # noqa: E402
+from hf_actcompress.observe import read_records  # noqa: E402
 from hf_actcompress.pipeline.launch import leave  # noqa: E402
 
 

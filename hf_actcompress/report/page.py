@@ -9,10 +9,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from .. import plots
-from ..comparison import drop_text, ours_text, records_of, speed_text
-from ..report import PERCENT, Record, Row, accuracy_table, codecs_of, mean_std, settings_of, show
+from . import plots
 from .charts import Point, Series, curves, legend, scatter
+from .comparison import drop_text, ours_text, records_of, speed_text
+from .tables import PERCENT, Record, Row, accuracy_table, codecs_of, mean_std, settings_of, show
 
 # As in plots.STYLES; what is too dark for a dark page is lighter there.
 DARK = {"uniform": "#4FA8E0", "block": "#F08A4B", "sort": "#33C29A", "kmeans": "#DE9CC0", "topk": "#F0B93A",

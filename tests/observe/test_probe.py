@@ -9,8 +9,8 @@ from helpers.trainers import STEPS, Stumble, make_trainer, same, weights
 from torch import nn
 
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model, remove_compression
-from hf_actcompress.analysis import COLUMNS, FILE_NAME, read_records
-from hf_actcompress.analysis.probe import Probe, identity_of
+from hf_actcompress.observe import COLUMNS, FILE_NAME, read_records
+from hf_actcompress.observe.probe import Probe, identity_of
 
 CODECS = ("block:bits=2,round=stochastic", "ef+kmeans:bits=2", "ef+lowrank:rank=2", "ef+topk:ratio=0.2")
 NUMBERS = ("calls", "raw_bytes", "payload_bytes", "rel_error", "cosine", "nonfinite")

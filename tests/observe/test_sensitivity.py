@@ -8,7 +8,7 @@ from helpers import batch_of, build, loss_of
 from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model, parse_codec
-from hf_actcompress.analysis.sensitivity import DIRECTIONS, batches_mean, sensitivity
+from hf_actcompress.observe.sensitivity import DIRECTIONS, batches_mean, sensitivity
 
 CODECS = [parse_codec(spec) for spec in ("identity", "uniform:bits=3", "block:bits=2,round=stochastic")]
 LAYERS = [f"bert.encoder.layer.{i}" for i in range(4)]

@@ -11,11 +11,11 @@ from helpers import batch_of, build, differing, loss_of, train_steps
 from helpers.trainers import Stumble, make_trainer, same, weights
 
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model
-from hf_actcompress.analysis import auto
-from hf_actcompress.analysis.auto import Option, choose
-from hf_actcompress.analysis.sensitivity import sensitivity
-from hf_actcompress.analysis.target import Target
 from hf_actcompress.codecs import parse_codec
+from hf_actcompress.observe import auto
+from hf_actcompress.observe.auto import Option, choose
+from hf_actcompress.observe.sensitivity import sensitivity
+from hf_actcompress.observe.target import Target
 
 FEW = ("identity", "block:bits=8", "block:bits=4", "rotated:bits=2", "topk:ratio=0.1|block:bits=8")
 

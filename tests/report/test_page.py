@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from helpers.records import RECORDS, record, table
 
-from hf_actcompress.comparison import load_comparison
-from hf_actcompress.webpage import build_page
-from hf_actcompress.webpage.charts import Frame, ticks
+from hf_actcompress.report import build_page
+from hf_actcompress.report.charts import Frame, ticks
+from hf_actcompress.report.comparison import load_comparison
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 VOID = {"meta", "link", "input", "wbr"}

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import raw_nbytes
-from ..metering import Meter
 from ..models.replay import few_rows, gradients, loss_of, on_the_side, undisturbed
 from ..ops.layout import dense
 from ..packed import Coded
 from ..sites.boundary import Channel
 from ..sites.saved import Record, SavedTensors
 from .measures import Sums, compare, sums_of
+from .meter import Meter
 from .records import row
 from .sensitivity import by_layer
 

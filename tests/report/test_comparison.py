@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.records import record, table
 
-from hf_actcompress.comparison import comparison_section, comparison_table, find_indices, load_comparison
+from hf_actcompress.report.comparison import comparison_section, comparison_table, find_indices, load_comparison
 
 
 def test_rows_by_hand(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from helpers.trainers import make_trainer
 
 from hf_actcompress import ActCompressCallback, ActCompressConfig
-from hf_actcompress.analysis.warning import WARN_ERROR, warning_of
+from hf_actcompress.observe.warning import WARN_ERROR, warning_of
 
 CODECS = {(name, way): "uniform:bits=4" for name in ("a", "b") for way in ("forward", "backward")}
 

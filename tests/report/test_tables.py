@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from helpers.records import RECORDS, record
 
-from hf_actcompress.plots import accuracy_vs_ratio, loss_curves
 from hf_actcompress.recipes.results import write_results
-from hf_actcompress.report import (
+from hf_actcompress.report.plots import accuracy_vs_ratio, loss_curves
+from hf_actcompress.report.tables import (
     BEGIN,
     END,
     accuracy_table,
@@ -157,7 +157,7 @@ def test_figures(tmp_path):
 
 
 def test_labels_do_not_cover_each_other():
-    from hf_actcompress import plots
+    from hf_actcompress.report.tables import plots
 
     points = [record(f"{name}:bits=4", compressed=0.80 + 0.001 * i, payload=(125 + i, 125 + i))
               for i, name in enumerate(("uniform", "sort", "kmeans", "block", "topk"))]  # fmt: skip
@@ -198,7 +198,7 @@ def test_demo_runs_every_codec(tmp_path, monkeypatch, capsys):
 
 
 def test_labels_tell_codecs_apart():
-    from hf_actcompress.plots import _short
+    from hf_actcompress.report.plots import _short
 
     rotated = "block:bits=3,rotate=hadamard,levels=gauss,allocate=energy"
     patched, trellis = rotated + ",patch=dct", rotated.replace("gauss", "trellis") + ",patch=dct,prototypes=3"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_actcompress import parse_codec
-from hf_actcompress.analysis import measures
-from hf_actcompress.analysis.measures import MEASURES, Sums, compare, rms_error, sums_of
+from hf_actcompress.observe import measures
+from hf_actcompress.observe.measures import MEASURES, Sums, compare, rms_error, sums_of
 
 
 def by_hand(xs, ys):

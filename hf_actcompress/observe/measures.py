@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..metering import pick
+from .meter import pick
 
 SAMPLE = 1 << 17  # values that stand for a larger tensor, evenly spaced; the extremes are those of the whole tensor
 

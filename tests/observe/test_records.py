@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_actcompress.analysis.records import COLUMNS, FILE_NAME, Writer, read_records, row
+from hf_actcompress.observe.records import COLUMNS, FILE_NAME, Writer, read_records, row
 
 
 def rows(*steps, model="A-1"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_actcompress.metering import SAMPLE, Meter, distance, pick
+from hf_actcompress.observe.meter import SAMPLE, Meter, distance, pick
 
 
 def test_a_meter_without_calls_has_no_ratio_and_no_error():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .report import PERCENT, Record, markdown_table, read_records, settings_of, show, summarize
+from .tables import PERCENT, Record, markdown_table, read_records, settings_of, show, summarize
 
 NEEDED = ("table", "title", "budget", "theirs", "rows")
 BUDGETS = ("full", "cpu", "smoke")  # the most telling first

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import PERCENT, Record, Row, accuracy_table, codecs_of
+from .tables import PERCENT, Record, Row, accuracy_table, codecs_of
 
 WIDTH, DPI = 8.0, 200
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the markers say the same once more.
