@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hf_actcompress.boundary.boundary import Channel
 from hf_actcompress.codecs import parse_codec, representable
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.recipes.results import environment
-from hf_actcompress.sites.boundary import Channel
 
 PATH = Path(__file__).parent / "results" / "boundary_profile.json"
 CODECS = ("identity", "uniform:bits=8", "block:bits=8", "block:bits=4", "sort:bits=8", "kmeans:bits=4",

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.boundary import boundary
 from hf_actcompress.observe.meter import Meter
 from hf_actcompress.recipes import load_text_model
 from hf_actcompress.recipes.results import environment
-from hf_actcompress.sites import boundary
 
 PATH = Path(__file__).parent / "results" / "metering.json"
 STEPS = 20

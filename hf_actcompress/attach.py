@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .boundary.boundary import Boundary, Channel
 from .budget import Auto
 from .codecs import Codec, KeptMemory, parse_codec
 from .config import ActCompressConfig
@@ -22,7 +23,6 @@ from .models.layers import Layer, find_layers, match_layers, select_boundaries
 from .observe.auto import AutoCodec
 from .observe.probe import Probe
 from .saved_hooks import install, is_hook
-from .sites.boundary import Boundary, Channel
 from .sites.saved import COMPILED, SavedTensors
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..boundary.boundary import Channel
 from ..codecs import raw_nbytes
 from ..models.replay import few_rows, gradients, loss_of, on_the_side, undisturbed
 from ..ops.layout import dense
 from ..packed import Coded
-from ..sites.boundary import Channel
 from ..sites.saved import Record, SavedTensors
 from .measures import Sums, compare, sums_of
 from .meter import Meter

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ..boundary.boundary import roundtrip
 from ..codecs import Codec, raw_nbytes
 from ..models.layers import Layer
 from ..models.replay import gradients, loss_of, undisturbed
 from ..ops.layout import dense
-from ..sites.boundary import roundtrip
 from .measures import Sums, compare, rms_error, sums_of
 
 if TYPE_CHECKING:

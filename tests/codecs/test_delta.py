@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_actcompress.boundary.boundary import Boundary
 from hf_actcompress.codecs import Block, parse_codec, sample_ids
-from hf_actcompress.sites.boundary import Boundary
 from hf_actcompress.sites.wire import WireFormat
 
 SHAPE = (3, 50)  # of a sample: 150 values, a group of 128 and a part of one

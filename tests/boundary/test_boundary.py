@@ -8,8 +8,8 @@ import torch
 from helpers import stack
 from torch import nn
 
+from hf_actcompress.boundary.boundary import Boundary, Channel
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.sites.boundary import Boundary, Channel
 
 SPECS = [
     "identity", "uniform:bits=3", "block:bits=4,group=16", "block:bits=2,round=stochastic", "sort:bits=4,splits=2",
