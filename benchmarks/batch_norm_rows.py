@@ -18,8 +18,9 @@ import saved_gradient_error as data
 import torch
 from torch import Tensor, nn
 
-from hf_actcompress import ActCompressConfig, compress_model, sensitivity
+from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.recipes.results import environment
+from hf_actcompress.saved import sensitivity
 
 PATH = Path(__file__).parent / "results" / "batch_norm_rows.json"
 ALL, FEW = 64, 4

@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress.boundary.boundary import Channel
-from hf_actcompress.codecs import parse_codec, representable
+from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
+from hf_actcompress.ops.reductions import representable
 from hf_actcompress.recipes.results import environment
 
 PATH = Path(__file__).parent / "results" / "boundary_profile.json"

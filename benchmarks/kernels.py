@@ -18,11 +18,12 @@ from unittest import mock
 
 import torch
 
-from hf_actcompress.codecs import encode_slopes, parse_codec
+from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.ops.cpu import native
 from hf_actcompress.ops.memory import fresh
 from hf_actcompress.recipes.results import environment
+from hf_actcompress.saved.slopes import encode_slopes
 
 PATH = Path(__file__).parent / "results" / "kernels.json"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .attach import Handle, compress_model, remove_compression
-from .codecs import Codec, CodecState, Payload, codec_names, keep_freed_memory, parse_codec
+from .codecs import Codec, CodecState, Payload, codec_names, parse_codec
 from .config import ActCompressConfig, CompressionArguments
 from .models.layers import Layer, find_layers
+from .ops.cpu.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from .callback import ActCompressCallback

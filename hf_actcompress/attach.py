@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from .boundary.boundary import Boundary, Channel
-from .budget import Auto
-from .codecs import Codec, KeptMemory, parse_codec
+from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
 from .models.layers import Layer, find_layers, match_layers, select_boundaries
 from .observe.auto import AutoCodec
 from .observe.probe import Probe
-from .saved_hooks import install, is_hook
-from .sites.saved import COMPILED, SavedTensors
+from .ops.cpu.malloc import KeptMemory
+from .saved.budget import Auto
+from .saved.hooks import install, is_hook
+from .saved.tensors import COMPILED, SavedTensors
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from .observe.meter import Meter
 from .observe.records import FILE_NAME as ANALYSIS_NAME
 from .observe.records import Writer
 from .observe.warning import warning_of
-from .sites.saved import COMPILED, Record
+from .saved.tensors import COMPILED, Record
 from .trainers import go_first, resumed_from
 
 logger = logging.getLogger(__name__)

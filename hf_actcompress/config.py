@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .budget import Auto
 from .codecs import Codec, parse_codec
 from .observe.target import START, Target, is_auto
 from .observe.warning import WARN_ERROR
+from .saved.budget import Auto
 
 CONFIG_NAME = "actcompress_config.json"
 PLACEMENTS = ("every", "cuts")

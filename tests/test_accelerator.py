@@ -13,7 +13,7 @@ from helpers.trainers import make_trainer, same, weights
 
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.sites import saved as site
+from hf_actcompress.saved import tensors as site
 from hf_actcompress.weights import LCCallback, load_compressed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -158,7 +158,7 @@ def test_without_compression(tmp_path, options):
 
 def test_on_a_cpu_malloc_keeps_what_is_freed(options, monkeypatch):
     calls = []
-    monkeypatch.setattr("hf_actcompress.codecs.keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr("hf_actcompress.ops.cpu.malloc.keep_freed_memory", lambda: calls.append("kept"))
     main(GLUE, options({**TEXT, "codec": "none", "max_steps": 1, "do_eval": False, "use_cpu": True}))
     assert calls == ["kept"]
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, CodecState, Delta, Feedback, raw_nbytes, representable
+from ..codecs import Codec, CodecState, Delta, Feedback, raw_nbytes
 from ..models.layers import first_tensor, replace_first_tensor
 from ..observe.meter import Meter, pick
 from ..ops.layout import dense
+from ..ops.reductions import representable
 
 
 class Channel:

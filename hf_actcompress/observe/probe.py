@@ -24,8 +24,8 @@ from ..boundary.boundary import Channel
 from ..codecs import raw_nbytes
 from ..models.replay import few_rows, gradients, loss_of, on_the_side, undisturbed
 from ..ops.layout import dense
-from ..packed import Coded
-from ..sites.saved import Record, SavedTensors
+from ..saved.forms import Coded
+from ..saved.tensors import Record, SavedTensors
 from .measures import Sums, compare, sums_of
 from .meter import Meter
 from .records import row

@@ -100,7 +100,7 @@ def train_and_report(
     from transformers import Trainer
 
     from hf_actcompress.callback import ActCompressCallback
-    from hf_actcompress.codecs import keep_freed_memory
+    from hf_actcompress.ops.cpu.malloc import keep_freed_memory
 
     if training_args.device.type == "cpu":
         keep_freed_memory()  # a step spends up to half of its time on page faults otherwise

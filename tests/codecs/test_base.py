@@ -3,11 +3,11 @@ import zlib
 import pytest
 import torch
 
-from hf_actcompress.codecs import Identity, Payload, TopK, parse_codec, raw_nbytes, representable
+from hf_actcompress.codecs import Identity, Payload, TopK, parse_codec, raw_nbytes
 from hf_actcompress.codecs.base import check_choice, check_int, site_hash
 from hf_actcompress.codecs.lowrank import BasisState
 from hf_actcompress.codecs.rounding import RoundingState
-from hf_actcompress.ops.reductions import LARGEST, strided_sample
+from hf_actcompress.ops.reductions import LARGEST, representable, strided_sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -27,7 +27,7 @@ from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa:
 from helpers.trainers import make_trainer, weights  # noqa: E402
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model  # noqa: E402
 from hf_actcompress.pipeline.launch import leave  # noqa: E402
-from hf_actcompress.sites import saved as site  # noqa: E402
+from hf_actcompress.saved import tensors as site  # noqa: E402
 
 CODECS = ("identity", "block:bits=4", "auto:budget=0.2")
 

@@ -6,8 +6,7 @@ import pytest
 from helpers.processes import run
 
 from hf_actcompress import keep_freed_memory
-from hf_actcompress.codecs import KeptMemory
-from hf_actcompress.ops.cpu.malloc import TUNED, VARIABLE
+from hf_actcompress.ops.cpu.malloc import TUNED, VARIABLE, KeptMemory
 
 BEGIN = """
 import ctypes, resource, torch

@@ -6,9 +6,11 @@ import subprocess
 import pytest
 import torch
 
-from hf_actcompress.codecs import decode_slopes, encode_slopes, pack_flags, parse_codec, unpack_flags
+from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import Kernel, compiler_for
 from hf_actcompress.ops.cpu import native
+from hf_actcompress.saved.masks import pack_flags, unpack_flags
+from hf_actcompress.saved.slopes import decode_slopes, encode_slopes
 
 needs_compiler = pytest.mark.skipif(compiler_for("cpu") is None, reason="no C++ compiler")
 SHAPES = [(256,), (64, 768), (3, 5, 128), (2, 3, 40, 50), (7, 1000)]

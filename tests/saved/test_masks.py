@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_actcompress.codecs import masks, pack_flags, pack_two_values, unpack_flags
+from hf_actcompress.saved import masks
+from hf_actcompress.saved.masks import pack_flags, pack_two_values, unpack_flags
 
 SHAPES = [(1,), (7,), (128,), (3, 5, 43), (1000, 129), (2, 70_000)]
 # Compiling takes seconds for each dtype.

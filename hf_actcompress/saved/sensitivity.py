@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .consumers import weight_of
-from .models.replay import few_rows, gradients, loss_of, normed, undisturbed
-from .packed import Slopes
+from ..models.replay import few_rows, gradients, loss_of, normed, undisturbed
+from .forms import Slopes
+from .rules import weight_of
 
 REFERENCE = 4  # bits at which errors are measured
 COST = 5.0  # a measurement stops after about so many steps' worth of time

@@ -5,9 +5,10 @@ import torch
 from helpers import batch_of, build, loss_of
 from torch import nn
 
-from hf_actcompress import ActCompressConfig, compress_model, sensitivity
-from hf_actcompress.consumers import weight_of
-from hf_actcompress.sites import saved as site
+from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.saved import sensitivity
+from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved.rules import weight_of
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from .sites.saved import SavedTensors
+    from .tensors import SavedTensors
 
 
 class Enter:

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from hf_actcompress import ActCompressConfig, compress_model, parse_codec, remove_compression
-from hf_actcompress.codecs.slopes import SLOPES, extreme
-from hf_actcompress.consumers import slopes_of
 from hf_actcompress.ops import memory
-from hf_actcompress.packed import flatten, narrowest
-from hf_actcompress.sites import saved as site
-from hf_actcompress.sites.saved import SavedTensors, stochastic
+from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved.forms import flatten, narrowest
+from hf_actcompress.saved.rules import slopes_of
+from hf_actcompress.saved.slopes import SLOPES, extreme
+from hf_actcompress.saved.tensors import SavedTensors, stochastic
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_actcompress.codecs import decode_slopes, encode_slopes
 from hf_actcompress.codecs.rounding import RoundingState
-from hf_actcompress.codecs.slopes import SLOPES, extreme, places
+from hf_actcompress.saved.slopes import SLOPES, decode_slopes, encode_slopes, extreme, places
 
 FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 

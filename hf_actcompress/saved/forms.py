@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec, Payload, Pool, decode_slopes, fresh, unpack_flags
+from ..codecs import Codec, Payload
+from ..ops.memory import Pool, fresh
+from .masks import unpack_flags
+from .slopes import decode_slopes
 
 
 class Kept:

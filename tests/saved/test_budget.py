@@ -9,10 +9,11 @@ import torch
 from helpers import batch_of, build, loss_of
 from torch import nn
 
-from hf_actcompress import ActCompressConfig, budget, compress_model, sensitivity
-from hf_actcompress.budget import CHOICES, Auto, allot
-from hf_actcompress.sensitivity import REFERENCE, Slot, Trial
-from hf_actcompress.sites import saved as site
+from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.saved import budget, sensitivity
+from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved.budget import CHOICES, Auto, allot
+from hf_actcompress.saved.sensitivity import REFERENCE, Slot, Trial
 
 
 @pytest.fixture(autouse=True)

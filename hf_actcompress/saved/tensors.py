@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..budget import Auto
-from ..codecs import Block, Codec, Pool, encode_slopes, pack_flags, pack_two_values, raw_nbytes
-from ..consumers import asks, slopes_of
-from ..packed import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten, narrowest
+from ..codecs import Block, Codec, raw_nbytes
+from ..ops.memory import Pool
+from .budget import Auto
+from .forms import Bits, Coded, Integers, Kept, Sharded, Slopes, View, flatten, narrowest
+from .masks import pack_flags, pack_two_values
+from .rules import asks, slopes_of
+from .slopes import encode_slopes
 
 # Elements; smaller tensors are a thousandth of the bytes.  What a pooler or a classifier takes is among them, and half
 # of the error of all gradients would come from there.

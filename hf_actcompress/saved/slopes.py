@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..codecs.rounding import RoundingState, next_key
 from ..ops.bit_kernels import slope_encode
 from ..ops.cpu import native
 from ..ops.lookup import decode_table
 from ..ops.rounding import noise_source
 from ..ops.rows import COLS, apply, counters, join, parts
-from .rounding import RoundingState, next_key
 
 LARGEST = 8  # bits
 
