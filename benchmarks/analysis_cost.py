@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.observe import auto
 from hf_actcompress.observe.probe import EVERY
-from hf_actcompress.study import load
+from hf_actcompress.plan.study import load
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "analysis_cost.json"

@@ -20,7 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.study import load
+from hf_actcompress.plan.study import load
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "auto_error.json"

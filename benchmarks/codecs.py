@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hf_actcompress.bench import measure, sample
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
+from hf_actcompress.plan.bench import measure, sample
 from hf_actcompress.recipes.results import environment
 
 PATH = Path(__file__).parent / "results" / "codecs.json"

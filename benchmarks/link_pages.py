@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.pipeline.advise import choose
-from hf_actcompress.pipeline.simulate import Cut, Link, Stage, Timeline, Traffic, simulate
-from hf_actcompress.pipeline.timeline import chart
+from hf_actcompress.plan.advise import choose
+from hf_actcompress.plan.simulate import Cut, Link, Stage, Timeline, Traffic, simulate
+from hf_actcompress.plan.timeline import chart
 from hf_actcompress.report.plots import _figure, _save
 
 TORCH = "torch"

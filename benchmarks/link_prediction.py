@@ -19,10 +19,10 @@ import torch
 from slow_link import BF16, CHUNKS, CODECS, CUTS, MODELS, RATES, ROWS, TORCH, batch_of, load_model, row_name
 
 from hf_actcompress.pipeline import split
-from hf_actcompress.pipeline.advise import measure_codec, measure_stages, predict
-from hf_actcompress.pipeline.beside import Work, company
-from hf_actcompress.pipeline.cluster import Cluster
-from hf_actcompress.pipeline.simulate import Link
+from hf_actcompress.plan.advise import measure_codec, measure_stages, predict
+from hf_actcompress.plan.cluster import Cluster
+from hf_actcompress.plan.contention import Work, company
+from hf_actcompress.plan.simulate import Link
 from hf_actcompress.recipes.results import environment
 
 PATH = Path(__file__).parent / "results" / "link_prediction.json"

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress.commands.analyze import ANALYZE_CODECS
+from hf_actcompress.plan.study import load, study
 from hf_actcompress.report.figures import error_against_bits, error_growth, histograms, sensitivity_map
-from hf_actcompress.study import load, study
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sensitivity"

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from ..inspection import build_model
 from ..pipeline import split
-from ..pipeline.advise import NEAR, Prediction, choose, measure_stages, predict, verdict
-from ..pipeline.beside import Work, company
-from ..pipeline.cluster import CODECS, Cluster, bandwidth, parse_codecs, read_cluster, seconds
-from ..pipeline.orders import SCHEDULES, orders, place
-from ..pipeline.simulate import Link, Stage
-from ..pipeline.timeline import chart, text
+from ..plan.advise import NEAR, Prediction, choose, measure_stages, predict, verdict
+from ..plan.cluster import CODECS, Cluster, bandwidth, parse_codecs, read_cluster, seconds
+from ..plan.contention import Work, company
+from ..plan.inspection import build_model
+from ..plan.schedules import SCHEDULES, orders, place
+from ..plan.simulate import Link, Stage
+from ..plan.timeline import chart, text
 from .common import make_console, make_table, whole
 
 EXAMPLES = """examples:

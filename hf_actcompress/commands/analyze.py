@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 def _analyze(args: argparse.Namespace) -> None:
     specs = [str(parse_codec(spec)) for spec in args.codec or ANALYZE_CODECS]
-    from ..study import load, study
+    from ..plan.study import load, study
 
     options = {name: getattr(args, name) for name in ("batches", "batch_size", "image_size", "max_length", "seed")}
     model, batches, about = load(args.model, args.data, root=args.data_root, **options)

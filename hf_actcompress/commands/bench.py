@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ..bench import DISTRIBUTIONS, TIMED, measure, sample
 from ..codecs import codec_names, parse_codec
 from ..ops.compiled import SMALLEST, VARIABLE
+from ..plan.bench import DISTRIBUTIONS, TIMED, measure, sample
 from .common import make_console, make_table, shape_of, whole
 
 BENCH_CODECS = (

@@ -134,7 +134,7 @@ def _kind(where: str) -> str:
 
     folder = Path(where).expanduser()
     if not folder.is_dir() and "/" in where and not where.startswith((".", "/", "~")):
-        from ..inspection import _classifier
+        from ..plan.inspection import _classifier
 
         return "images" if _classifier(where)[1].__name__.endswith("ImageClassification") else "texts"
     if not folder.is_dir():

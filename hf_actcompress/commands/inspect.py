@@ -9,7 +9,7 @@ from typing import Any
 
 from ..codecs import parse_codec
 from ..config import PLACEMENTS, CompressionArguments
-from ..inspection import Inspected, cut_sizes, describe, inspect_model
+from ..plan.inspection import Inspected, cut_sizes, describe, inspect_model
 from .common import make_console, make_table, whole
 
 INSPECT_CODECS = (

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..sites.wire import WireError
 from .links import LinkError, report
+from .wire import WireError
 
 logger = logging.getLogger(__name__)
 

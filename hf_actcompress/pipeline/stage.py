@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, CodecState, Delta, raw_nbytes
 from ..codecs.delta import DeltaState, Plan
-from ..sites.wire import UNCODABLE, WireError, WireFormat
 from .engine import BACKWARD, DIRECTIONS, FORWARD, LinkedStage
 from .links import Links, exchange
+from .wire import UNCODABLE, WireError, WireFormat
 
 # Bits of a tag: place of the tensor, micro-batch, direction and link.
 PLACES, CHUNKS = 8, 4096

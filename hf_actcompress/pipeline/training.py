@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from ..codecs import Identity, parse_codec
 from . import checkpoints
 from .arguments import PipelineArguments
+from .batch_metadata import Batch, Feed
 from .engine import EarlySchedule1F1B, Shapes, forward_only
-from .feed import Batch, Feed
 from .launch import join, share
 from .links import LinkError, Links, reason
 from .split import merge, split

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_actcompress.boundary.boundary import Boundary
 from hf_actcompress.codecs import Block, parse_codec, sample_ids
-from hf_actcompress.sites.wire import WireFormat
+from hf_actcompress.pipeline.wire import WireFormat
 
 SHAPE = (3, 50)  # of a sample: 150 values, a group of 128 and a part of one
 

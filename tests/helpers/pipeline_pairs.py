@@ -35,7 +35,7 @@ from helpers.processes import ROOT  # noqa: E402
 from hf_actcompress import parse_codec  # noqa: E402
 from hf_actcompress.pipeline import CompressedPipelineStage, split  # noqa: E402
 from hf_actcompress.pipeline.arguments import PipelineArguments  # noqa: E402
-from hf_actcompress.sites.wire import HEADER, WireFormat  # noqa: E402
+from hf_actcompress.pipeline.wire import HEADER, WireFormat  # noqa: E402
 
 ROWS, DEADLINE = 20, 60.0
 COMMON = {"batch_size": 8, "num_train_epochs": 4, "logging_steps": 1, "learning_rate": 1e-3, "disable_tqdm": True,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.processes import ROOT, torchrun
 
-from hf_actcompress.sites.wire import HEADER
+from hf_actcompress.pipeline.wire import HEADER
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
 KINDS = ("linear", "client-server")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.sites.wire import HEADER, WireError, WireFormat
+from hf_actcompress.pipeline.wire import HEADER, WireError, WireFormat
 
 SPECS = [
     "identity", "uniform:bits=4", "block:bits=3", "block:bits=4,round=stochastic", "rotated:bits=2", "trellis:bits=2",

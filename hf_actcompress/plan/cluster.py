@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..codecs import parse_codec
-from .orders import SCHEDULES, orders, place
+from .schedules import SCHEDULES, orders, place
 from .simulate import Link, Stage
 
 BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}

@@ -8,11 +8,11 @@ from helpers import build, text_batch
 
 from hf_actcompress import parse_codec
 from hf_actcompress.pipeline import split
-from hf_actcompress.pipeline.advise import choose, measure_codec, measure_stages, predict, verdict
-from hf_actcompress.pipeline.beside import company
-from hf_actcompress.pipeline.cluster import parse_cluster
-from hf_actcompress.pipeline.simulate import Traffic
-from hf_actcompress.sites.wire import HEADER
+from hf_actcompress.pipeline.wire import HEADER
+from hf_actcompress.plan.advise import choose, measure_codec, measure_stages, predict, verdict
+from hf_actcompress.plan.cluster import parse_cluster
+from hf_actcompress.plan.contention import company
+from hf_actcompress.plan.simulate import Traffic
 
 SHAPE = (2, 16, 32)
 FAST, SLOW = "10gbit", "1mbit"

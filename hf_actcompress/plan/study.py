@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import Handle, compress_model
-from .codecs import Codec, parse_codec
-from .config import ActCompressConfig
-from .models.layers import find_layers, first_tensor
-from .models.replay import undisturbed
-from .observe.records import rounded
-from .observe.sensitivity import DIRECTIONS, batches_mean, sensitivity
+from ..attach import Handle, compress_model
+from ..codecs import Codec, parse_codec
+from ..config import ActCompressConfig
+from ..models.layers import find_layers, first_tensor
+from ..models.replay import undisturbed
+from ..observe.records import rounded
+from ..observe.sensitivity import DIRECTIONS, batches_mean, sensitivity
 
 TASKS = {"cola": "glue/cola", "sst2": "glue/sst2", "rte": "glue/rte", "cifar10": "cifar10", "mnist": "mnist"}
 HUB = {"cola": "nyu-mll/glue", "sst2": "nyu-mll/glue", "rte": "nyu-mll/glue", "cifar10": "uoft-cs/cifar10",
@@ -78,8 +78,8 @@ def _where(data: str, root: Path) -> tuple[str, str | None]:
 
 
 def _takes_images(model: str) -> bool:
+    from ..recipes import models
     from .inspection import classifier_of, timm_or_none
-    from .recipes import models
 
     if model in (models.MINILM, models.TINY_BERT, models.EFFICIENTNET):
         return model == models.EFFICIENTNET
@@ -93,7 +93,7 @@ def _takes_images(model: str) -> bool:
 def _texts(model: str, name: str, task: str | None, rows: int, max_length: int, seed: int) -> Any:
     from transformers import DataCollatorWithPadding
 
-    from .recipes import load_text, load_text_model, tokenize_splits
+    from ..recipes import load_text, load_text_model, tokenize_splits
 
     data = load_text(name, task, max_train=rows, max_eval=1, seed=seed)
     built, tokenizer = load_text_model(model, data.num_labels, label_names=data.label_names, texts=data.texts())
@@ -102,7 +102,7 @@ def _texts(model: str, name: str, task: str | None, rows: int, max_length: int, 
 
 
 def _images(model: str, name: str, task: str | None, rows: int, size: int, seed: int) -> Any:
-    from .recipes import collate_images, load_image_model, load_images, prepare_images
+    from ..recipes import collate_images, load_image_model, load_images, prepare_images
 
     data = load_images(name, task, max_train=rows, max_eval=1, seed=seed)
     built, wants = load_image_model(model, data.num_labels, size, label_names=data.label_names)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..codecs import parse_codec
-from ..sites.wire import WireFormat
+from ..pipeline.wire import WireFormat
 from .cluster import BF16, Cluster
-from .orders import place
+from .schedules import place
 from .simulate import Cut, Stage, Timeline, Traffic, bound, simulate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

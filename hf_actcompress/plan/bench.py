@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec
-from .observe.meter import distance
+from ..codecs import Codec
+from ..observe.meter import distance
 
 DISTRIBUTIONS = ("gaussian", "heavy", "relu")
 TIMED = ("encode", "decode", "roundtrip")

@@ -8,8 +8,8 @@ from helpers import batch_of, build
 
 from hf_actcompress import parse_codec
 from hf_actcompress.cli import main
+from hf_actcompress.plan.study import BINS, histogram, load, study
 from hf_actcompress.report.tables import figures
-from hf_actcompress.study import BINS, histogram, load, study
 
 SPECS = ["block:bits=4", "block:bits=2", "uniform:bits=2"]
 

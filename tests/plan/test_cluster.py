@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_actcompress.pipeline.cluster import CODECS, bandwidth, parse_cluster, read_cluster, seconds
-from hf_actcompress.pipeline.simulate import Link, Stage
+from hf_actcompress.plan.cluster import CODECS, bandwidth, parse_cluster, read_cluster, seconds
+from hf_actcompress.plan.simulate import Link, Stage
 
 WHOLE = """
 microbatches: 16

@@ -7,9 +7,9 @@ import pytest
 from torch.distributed.pipelining import schedules
 
 from hf_actcompress.pipeline import EarlySchedule1F1B
-from hf_actcompress.pipeline.orders import SCHEDULES, Action, orders, place
-from hf_actcompress.pipeline.simulate import Cut, Link, Stage, Traffic, bound, simulate
-from hf_actcompress.pipeline.timeline import chart, rows, text
+from hf_actcompress.plan.schedules import SCHEDULES, Action, orders, place
+from hf_actcompress.plan.simulate import Cut, Link, Stage, Traffic, bound, simulate
+from hf_actcompress.plan.timeline import chart, rows, text
 
 FREE = Link(1e30)
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codecs import Codec
-from .codecs.base import raw_nbytes
-from .config import ActCompressConfig
-from .models.layers import Layer, find_layers, match_layers, select_boundaries
+from ..codecs import Codec
+from ..codecs.base import raw_nbytes
+from ..config import ActCompressConfig
+from ..models.layers import Layer, find_layers, match_layers, select_boundaries
 
 Build = Callable[[], nn.Module]
 Inputs = Callable[[int, Any], Any]
@@ -156,7 +156,7 @@ def _warnings() -> Iterator[list[str]]:
 
 def _model(name: str, seq_len: int, image_size: int) -> tuple[Build, Inputs, str]:
     """(builds the model with random weights, makes inputs for a batch size and a device, one example in words)."""
-    from .recipes import models
+    from ..recipes import models
 
     pixels = f"{image_size}x{image_size} pixels"
 
@@ -207,8 +207,8 @@ def classifier_of(name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
     from transformers.models.auto import modeling_auto as auto
 
-    from .recipes import models
-    from .recipes.hub import hub_state
+    from ..recipes import models
+    from ..recipes.hub import hub_state
 
     state = hub_state()
     try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from .orders import BACKWARD, FORWARD, INPUT, SCHEDULES, WEIGHT, Action, orders, place
+from .schedules import BACKWARD, FORWARD, INPUT, SCHEDULES, WEIGHT, Action, orders, place
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""Sites: the places where training keeps or moves a tensor."""
