@@ -179,7 +179,7 @@ def main() -> None:
 
 def save(run: Run, record: dict[str, Any]) -> None:
     """Written beside its place and renamed: a killed run leaves no half file."""
-    from hf_actcompress.recipes.results import FILE_NAME, write_results
+    from hf_actcompress.workloads.results import FILE_NAME, write_results
 
     run.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run.path.parent) as folder:

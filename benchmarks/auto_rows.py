@@ -16,7 +16,7 @@ from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.observe.sensitivity import sensitivity
 from hf_actcompress.plan.study import load
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads.results import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "auto_rows.json"

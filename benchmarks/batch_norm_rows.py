@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.recipes.results import environment
 from hf_actcompress.saved import sensitivity
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "batch_norm_rows.json"
 ALL, FEW = 64, 4

@@ -23,9 +23,9 @@ import torch
 from accuracy import claimed
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-from hf_actcompress.recipes import build_compute_metrics, environment, load_text, load_text_model, tokenize_splits
-from hf_actcompress.recipes.arithmetic import bf16_is_fast
 from hf_actcompress.weights import DistillationTrainer, LCCallback, LearningCompression, load_compressed
+from hf_actcompress.workloads import build_compute_metrics, environment, load_text, load_text_model, tokenize_splits
+from hf_actcompress.workloads.arithmetic import bf16_is_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bert_codebook"

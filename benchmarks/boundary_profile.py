@@ -23,7 +23,7 @@ from hf_actcompress.boundary.boundary import Channel
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.ops.reductions import representable
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "boundary_profile.json"
 CODECS = ("identity", "uniform:bits=8", "block:bits=8", "block:bits=4", "sort:bits=8", "kmeans:bits=4",

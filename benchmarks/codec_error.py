@@ -21,8 +21,8 @@ from hf_actcompress import find_layers, parse_codec
 from hf_actcompress.codecs.transforms.hadamard import random_sign, rotation_matrix
 from hf_actcompress.codecs.transforms.levels import gauss_levels
 from hf_actcompress.models.tracing import first_tensor
-from hf_actcompress.recipes import load_image_model, load_images, load_text, load_text_model, prepare_images
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads import load_image_model, load_images, load_text, load_text_model, prepare_images
+from hf_actcompress.workloads.results import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "codec_error.json"

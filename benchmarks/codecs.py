@@ -29,7 +29,7 @@ from tqdm import tqdm
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.plan.bench import measure, sample
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "codecs.json"
 SIZES = ("16K", "256K", "1M", "16M", "64M", "256M", "1G")

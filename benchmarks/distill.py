@@ -23,7 +23,7 @@ from typing import Any
 
 from accuracy import claimed, save
 
-from hf_actcompress.recipes.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.arithmetic import bf16_is_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "distill"
@@ -64,8 +64,8 @@ def student_folder(teacher: Path) -> Path:
     """The untrained student: three layers of the packaged model; its classifier is made anew in each run."""
     folder = teacher.with_name("student")
     if not folder.is_dir():
-        from hf_actcompress.recipes import load_text_model
         from hf_actcompress.weights.depth import drop_layers
+        from hf_actcompress.workloads import load_text_model
 
         model, tokenizer = load_text_model("minilm", 2)
         drop_layers(model, 3)

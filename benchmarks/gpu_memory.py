@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress.ops.compiled import VARIABLE
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "gpu_memory.json"
 

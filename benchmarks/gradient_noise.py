@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.recipes import collate_images, load_image_model, load_images, prepare_images
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads import collate_images, load_image_model, load_images, prepare_images
+from hf_actcompress.workloads.results import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "gradient_noise.json"

@@ -22,8 +22,8 @@ from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.ops.cpu import native
 from hf_actcompress.ops.memory import fresh
-from hf_actcompress.recipes.results import environment
 from hf_actcompress.saved.slopes import encode_slopes
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "kernels.json"
 

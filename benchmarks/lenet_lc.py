@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT / "examples" / "mnist"))
 
 from run_lc import CODEBOOK, LOWRANK, MIXES, PRUNE, compress, reference  # noqa: E402
 
-from hf_actcompress.recipes.lenet import load_digits  # noqa: E402
-from hf_actcompress.recipes.results import environment  # noqa: E402
+from hf_actcompress.workloads.lenet import load_digits  # noqa: E402
+from hf_actcompress.workloads.results import environment  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "lenet_lc"
 

@@ -23,7 +23,7 @@ from hf_actcompress.plan.advise import measure_codec, measure_stages, predict
 from hf_actcompress.plan.cluster import Cluster
 from hf_actcompress.plan.contention import Work, company
 from hf_actcompress.plan.simulate import Link
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "link_prediction.json"
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.recipes import load_text, tokenize_splits
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads import load_text, tokenize_splits
+from hf_actcompress.workloads.results import environment
 
 PATH = ROOT / "benchmarks" / "results" / "logit_noise.json"
 DATA = ROOT.parent / "shared" / "data" / "glue" / "cola"

@@ -42,8 +42,8 @@ from tqdm import tqdm
 from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
 from hf_actcompress.ops.compiled import VARIABLE as COMPILE
 from hf_actcompress.ops.cpu.malloc import VARIABLE
-from hf_actcompress.recipes import load_image_model, load_text_model
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads import load_image_model, load_text_model
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "memory.json"
 Batch = dict[str, torch.Tensor]

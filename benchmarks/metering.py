@@ -18,8 +18,8 @@ import torch
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.boundary import boundary
 from hf_actcompress.observe.meter import Meter
-from hf_actcompress.recipes import load_text_model
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads import load_text_model
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "metering.json"
 STEPS = 20

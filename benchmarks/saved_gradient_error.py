@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model, find_layers
-from hf_actcompress.recipes import (
+from hf_actcompress.workloads import (
     collate_images,
     load_image_model,
     load_images,
@@ -29,8 +29,8 @@ from hf_actcompress.recipes import (
     load_text_model,
     prepare_images,
     tokenize_splits,
-)
-from hf_actcompress.recipes.results import environment
+)  # fmt: skip
+from hf_actcompress.workloads.results import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "saved_gradient_error.json"

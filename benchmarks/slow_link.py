@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_actcompress import parse_codec
 from hf_actcompress.pipeline import CompressedPipelineStage, EarlySchedule1F1B, split
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "slow_link.json"
 DATA = Path(__file__).parents[1] / "../shared/data"
@@ -55,7 +55,7 @@ CODECS: dict[str, tuple[str, str | None]] = {
 
 
 def load_model(model: str) -> nn.Module:
-    from hf_actcompress import recipes
+    from hf_actcompress import workloads as recipes
 
     torch.manual_seed(0)
     if model == "tiny":
@@ -68,7 +68,7 @@ def load_model(model: str) -> nn.Module:
 
 def batch_of(model: str) -> dict[str, Tensor]:
     """The first rows of the real training set, the same on every rank."""
-    from hf_actcompress import recipes
+    from hf_actcompress import workloads as recipes
 
     rows = ROWS[model]
     if model == "tiny":

@@ -205,7 +205,7 @@ def throughput(table: str, budget: str, args: argparse.Namespace) -> None:
     """Samples per second of each codec of a table, in turn in one process, as benchmarks/training.py measures them."""
     import training
 
-    from hf_actcompress.recipes.results import environment
+    from hf_actcompress.workloads.results import environment
 
     first_last = TABLES[table].throughput
     path = RESULTS / table / f"{budget}.throughput.json"

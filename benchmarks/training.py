@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.ops.compiled import VARIABLE
-from hf_actcompress.recipes import load_image_model, load_text_model
-from hf_actcompress.recipes.results import environment
+from hf_actcompress.workloads import load_image_model, load_text_model
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "training.json"
 CODECS = (

@@ -26,8 +26,8 @@ import torch
 
 from hf_actcompress.ops import memory as pools
 from hf_actcompress.ops.compiled import VARIABLE
-from hf_actcompress.recipes.results import environment
 from hf_actcompress.saved import tensors as site
+from hf_actcompress.workloads.results import environment
 
 PATH = Path(__file__).parent / "results" / "unpacking.json"
 KINDS = ("pool", "malloc")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.recipes.fronts import Point, pareto, plot, table
+from hf_actcompress.workloads.fronts import Point, pareto, plot, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "mnist"))
 

@@ -33,7 +33,9 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from hf_actcompress.config import CompressionArguments
-from hf_actcompress.recipes import (
+from hf_actcompress.report.plots import accuracy_vs_ratio
+from hf_actcompress.report.tables import accuracy_table, show
+from hf_actcompress.workloads import (
     build_compute_metrics,
     collate_images,
     load_image_model,
@@ -43,10 +45,8 @@ from hf_actcompress.recipes import (
     prepare_images,
     tokenize_splits,
     write_results,
-)
-from hf_actcompress.recipes.run import train_and_report
-from hf_actcompress.report.plots import accuracy_vs_ratio
-from hf_actcompress.report.tables import accuracy_table, show
+)  # fmt: skip
+from hf_actcompress.workloads.run import train_and_report
 
 GRADIENT = "block:bits=8,round=stochastic"
 CODECS: tuple[tuple[str, str | None], ...] = (

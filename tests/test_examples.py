@@ -207,7 +207,7 @@ def test_errors_say_what_to_do(options, script, values, message):
 def parse():
     from transformers import TrainingArguments
 
-    from hf_actcompress.recipes.run import parse_arguments
+    from hf_actcompress.workloads.run import parse_arguments
 
     return lambda *argv: parse_arguments([TrainingArguments], list(argv), {"learning_rate": 0.5, "output_dir": "x"})
 

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from hf_actcompress.recipes import (
+from hf_actcompress.workloads import (
     build_compute_metrics,
     collate_images,
     load_image_model,
     load_images,
     prepare_images,
-)
-from hf_actcompress.recipes.arguments import ImageDataArguments as DataArguments
-from hf_actcompress.recipes.arguments import ImageModelArguments as ModelArguments
-from hf_actcompress.recipes.run import leave_process_group, parse_arguments, train_and_report
+)  # fmt: skip
+from hf_actcompress.workloads.arguments import ImageDataArguments as DataArguments
+from hf_actcompress.workloads.arguments import ImageModelArguments as ModelArguments
+from hf_actcompress.workloads.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
     "output_dir": "outputs/cifar",

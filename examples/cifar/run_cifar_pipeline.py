@@ -18,16 +18,16 @@ import torch
 from transformers import set_seed
 
 from hf_actcompress.pipeline.launch import guarded, join, share
-from hf_actcompress.recipes import (
+from hf_actcompress.workloads import (
     build_compute_metrics,
     collate_images,
     load_image_model,
     load_images,
     prepare_images,
-)
-from hf_actcompress.recipes.arguments import ImageDataArguments as DataArguments
-from hf_actcompress.recipes.arguments import ImageModelArguments as ModelArguments
-from hf_actcompress.recipes.pipelined import parse_pipeline_arguments, train_pipeline_and_report
+)  # fmt: skip
+from hf_actcompress.workloads.arguments import ImageDataArguments as DataArguments
+from hf_actcompress.workloads.arguments import ImageModelArguments as ModelArguments
+from hf_actcompress.workloads.pipelined import parse_pipeline_arguments, train_pipeline_and_report
 
 DEFAULTS = {"output_dir": "outputs/cifar_pipeline", "batch_size": 64, "eval_batch_size": 128, "learning_rate": 1e-3}
 

@@ -26,19 +26,19 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_actcompress.cli import main as command_line
-from hf_actcompress.recipes import (
+from hf_actcompress.weights.manifest import is_pruned, load_pruned, save_pruned
+from hf_actcompress.weights.quantize import quantize_static, save_quantized
+from hf_actcompress.weights.structured import prune
+from hf_actcompress.workloads import (
     TaskData,
     build_compute_metrics,
     collate_images,
     load_image_model,
     load_images,
     prepare_images,
-)
-from hf_actcompress.recipes.arithmetic import bf16_is_fast
-from hf_actcompress.recipes.run import parse_plain
-from hf_actcompress.weights.manifest import is_pruned, load_pruned, save_pruned
-from hf_actcompress.weights.quantize import quantize_static, save_quantized
-from hf_actcompress.weights.structured import prune
+)  # fmt: skip
+from hf_actcompress.workloads.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.run import parse_plain
 
 STEPS = ("dense", "unstructured", "structured", "int8", "card")
 DEFAULTS = {

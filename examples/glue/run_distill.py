@@ -17,18 +17,18 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-from hf_actcompress.recipes import (
+from hf_actcompress.weights.depth import drop_layers
+from hf_actcompress.weights.distillation import DistillationTrainer
+from hf_actcompress.weights.structured import count
+from hf_actcompress.workloads import (
     build_compute_metrics,
     load_text,
     load_text_model,
     print_results,
     tokenize_splits,
     write_results,
-)
-from hf_actcompress.recipes.run import parse_plain
-from hf_actcompress.weights.depth import drop_layers
-from hf_actcompress.weights.distillation import DistillationTrainer
-from hf_actcompress.weights.structured import count
+)  # fmt: skip
+from hf_actcompress.workloads.run import parse_plain
 
 DEFAULTS = {
     "output_dir": "outputs/distill",

@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from hf_actcompress.recipes import build_compute_metrics, load_text, load_text_model, tokenize_splits
-from hf_actcompress.recipes.run import leave_process_group, parse_arguments, train_and_report
+from hf_actcompress.workloads import build_compute_metrics, load_text, load_text_model, tokenize_splits
+from hf_actcompress.workloads.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
     "output_dir": "outputs/glue",

@@ -19,8 +19,8 @@ from typing import Any
 from transformers import DataCollatorWithPadding, set_seed
 
 from hf_actcompress.pipeline.launch import guarded, join, share
-from hf_actcompress.recipes import build_compute_metrics, load_text, load_text_model, tokenize_splits
-from hf_actcompress.recipes.pipelined import parse_pipeline_arguments, train_pipeline_and_report
+from hf_actcompress.workloads import build_compute_metrics, load_text, load_text_model, tokenize_splits
+from hf_actcompress.workloads.pipelined import parse_pipeline_arguments, train_pipeline_and_report
 
 DEFAULTS = {"output_dir": "outputs/glue_pipeline"}
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import set_seed
 
-from hf_actcompress.recipes.lenet import Digits, LeNet5, load_digits, make_trainer
-from hf_actcompress.recipes.results import environment, print_results, write_results
 from hf_actcompress.weights import LCCallback, LearningCompression, distillation_loss, load_compressed
+from hf_actcompress.workloads.lenet import Digits, LeNet5, load_digits, make_trainer
+from hf_actcompress.workloads.results import environment, print_results, write_results
 
 CODEBOOK, PRUNE, LOWRANK = "codebook:k=2", "prune:keep={}", "lowrank:rank=auto,alpha={}"
 # Convolutions and linear layers, as in the reference report.

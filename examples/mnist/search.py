@@ -19,9 +19,9 @@ from typing import Any
 from run_lc import Distill, reference
 from torch import nn
 
-from hf_actcompress.recipes.fronts import Point, pareto, plot, table
-from hf_actcompress.recipes.lenet import LeNet5, load_digits, make_trainer
 from hf_actcompress.weights import LCCallback, parse_scheme
+from hf_actcompress.workloads.fronts import Point, pareto, plot, table
+from hf_actcompress.workloads.lenet import LeNet5, load_digits, make_trainer
 
 SAMPLERS = ("tpe", "random")
 

@@ -51,8 +51,8 @@ def add_parser(commands: Any) -> None:
 def _card(args: argparse.Namespace) -> None:
     import torch
 
-    from ..recipes import environment
     from ..weights import card
+    from ..workloads import environment
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -97,8 +97,8 @@ def _card(args: argparse.Namespace) -> None:
 
 def load(where: str, data: Any, kind: str) -> tuple[Any, Path | None, int | None]:
     """(model, its folder, bits that its file counts) of a folder or a name.  Raises ValueError."""
-    from ..recipes import load_image_model, load_text_model
     from ..weights import checkpoint, manifest, quantize, weight_only
+    from ..workloads import load_image_model, load_text_model
 
     folder, loader = Path(where).expanduser(), load_image_model if kind == "images" else load_text_model
     if not folder.is_dir():
@@ -129,8 +129,8 @@ def _kind(where: str) -> str:
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
-    from ..recipes import models
     from ..weights.manifest import register_vision
+    from ..workloads import models
 
     folder = Path(where).expanduser()
     if not folder.is_dir() and "/" in where and not where.startswith((".", "/", "~")):
@@ -148,7 +148,7 @@ def _kind(where: str) -> str:
 
 
 def _data(kind: str, args: argparse.Namespace) -> Any:
-    from ..recipes import load_images, load_text
+    from ..workloads import load_images, load_text
 
     load_data = load_images if kind == "images" else load_text
     return load_data(args.data, args.task, max_train=1, max_eval=args.max_samples)
@@ -157,8 +157,8 @@ def _data(kind: str, args: argparse.Namespace) -> Any:
 def _images(data: Any, candidates: Sequence[Any], args: argparse.Namespace) -> tuple[list[Any], Any]:
     import dataclasses
 
-    from ..recipes import collate_images, prepare_images
-    from ..recipes.models import _stored_preprocessing
+    from ..workloads import collate_images, prepare_images
+    from ..workloads.models import _stored_preprocessing
 
     first = candidates[0]
     wants = _stored_preprocessing(first.model.config, str(first.folder))
@@ -173,8 +173,8 @@ def _texts(data: Any, candidates: Sequence[Any], args: argparse.Namespace) -> tu
 
     from transformers import AutoTokenizer, DataCollatorWithPadding
 
-    from ..recipes import build_compute_metrics, tokenize_splits
-    from ..recipes.models import _packaged_minilm
+    from ..workloads import build_compute_metrics, tokenize_splits
+    from ..workloads.models import _packaged_minilm
 
     folders = [c.folder for c in candidates if c.folder is not None and any(c.folder.glob("tokenizer*"))]
     tokenizer = AutoTokenizer.from_pretrained(folders[0] if folders else _packaged_minilm())

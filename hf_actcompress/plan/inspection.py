@@ -156,7 +156,7 @@ def _warnings() -> Iterator[list[str]]:
 
 def _model(name: str, seq_len: int, image_size: int) -> tuple[Build, Inputs, str]:
     """(builds the model with random weights, makes inputs for a batch size and a device, one example in words)."""
-    from ..recipes import models
+    from ..workloads import models
 
     pixels = f"{image_size}x{image_size} pixels"
 
@@ -207,8 +207,8 @@ def classifier_of(name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
     from transformers.models.auto import modeling_auto as auto
 
-    from ..recipes import models
-    from ..recipes.hub import hub_state
+    from ..workloads import models
+    from ..workloads.hub import hub_state
 
     state = hub_state()
     try:

@@ -78,7 +78,7 @@ def _where(data: str, root: Path) -> tuple[str, str | None]:
 
 
 def _takes_images(model: str) -> bool:
-    from ..recipes import models
+    from ..workloads import models
     from .inspection import classifier_of, timm_or_none
 
     if model in (models.MINILM, models.TINY_BERT, models.EFFICIENTNET):
@@ -93,7 +93,7 @@ def _takes_images(model: str) -> bool:
 def _texts(model: str, name: str, task: str | None, rows: int, max_length: int, seed: int) -> Any:
     from transformers import DataCollatorWithPadding
 
-    from ..recipes import load_text, load_text_model, tokenize_splits
+    from ..workloads import load_text, load_text_model, tokenize_splits
 
     data = load_text(name, task, max_train=rows, max_eval=1, seed=seed)
     built, tokenizer = load_text_model(model, data.num_labels, label_names=data.label_names, texts=data.texts())
@@ -102,7 +102,7 @@ def _texts(model: str, name: str, task: str | None, rows: int, max_length: int, 
 
 
 def _images(model: str, name: str, task: str | None, rows: int, size: int, seed: int) -> Any:
-    from ..recipes import collate_images, load_image_model, load_images, prepare_images
+    from ..workloads import collate_images, load_image_model, load_images, prepare_images
 
     data = load_images(name, task, max_train=rows, max_eval=1, seed=seed)
     built, wants = load_image_model(model, data.num_labels, size, label_names=data.label_names)

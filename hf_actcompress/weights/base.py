@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .theta import Several, Theta
+from .compressed_form import Several, Theta
 
 SWEEPS = 30  # of an alternating minimisation, at most
 GAIN = 1e-3  # relative gain below which it ends

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .compressed_form import Reader, Theta, Writer, restore
 from .scheme import Scheme, find_tasks
-from .theta import Reader, Theta, Writer, restore
 
 FILE_NAME = "compressed.safetensors"
 TENSOR = "lc2"  # the format's version

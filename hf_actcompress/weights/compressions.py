@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..codecs import Codec, codec_names, parse_codec
 from .base import GAIN, SWEEPS, Compression, check, flatten, shapes_of
+from .compressed_form import Coded, Codes, Dense, Factors, Sum, Theta
 from .partition import assign, codebook
 from .pruning import Prune
-from .theta import Coded, Codes, Dense, Factors, Sum, Theta
 
 
 @dataclass(frozen=True)

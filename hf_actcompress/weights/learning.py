@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import count_bits, save_compressed
+from .compressed_form import Reader, Theta, Writer, restore
 from .scheme import Scheme, Task, find_tasks
-from .theta import Reader, Theta, Writer, restore
 from .tuning import Structure, project, structure
 
 

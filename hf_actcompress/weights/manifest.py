@@ -174,7 +174,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def register_vision() -> None:
     """Makes transformers know torchvision's models, where torchvision is there."""
     if importlib.util.find_spec("torchvision"):
-        from ..recipes import vision  # noqa: F401
+        from ..workloads import vision  # noqa: F401
 
 
 def build(folder: Path) -> nn.Module:

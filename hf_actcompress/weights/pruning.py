@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .base import GAIN, SWEEPS, Compression, check, flatten, shapes_of
+from .compressed_form import Sparse, Theta
 from .partition import assign, codebook
-from .theta import Sparse, Theta
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .theta import LEVELS, Coded, Codes, Dense, Factors, Several, Sparse, Sum, Theta, split
+from .compressed_form import LEVELS, Coded, Codes, Dense, Factors, Several, Sparse, Sum, Theta, split
 
 SWEEPS = 3  # over the parts of a sum; where they overlap little, each reduces what is left by that share
 

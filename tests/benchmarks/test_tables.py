@@ -7,7 +7,7 @@ import pytest
 from helpers.records import record
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.recipes.results import write_results
+from hf_actcompress.workloads.results import write_results
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_recipes_know_the_options_of_every_budget(bench, budget, tmp_path):
     """No run is started: the recipes' own parsers read what they would be given."""
     from transformers import TrainingArguments
 
-    from hf_actcompress.recipes.run import parse_arguments
+    from hf_actcompress.workloads.run import parse_arguments
 
     for table in ("vision", "text", "sort", "kmeans", "scratch"):
         run = bench.tables.plan(table, budget)[-1]

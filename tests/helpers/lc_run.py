@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.trainers import make_trainer, weights  # noqa: E402
-from hf_actcompress.recipes.run import leave_process_group  # noqa: E402
 from hf_actcompress.weights import LCCallback  # noqa: E402
+from hf_actcompress.workloads.run import leave_process_group  # noqa: E402
 
 
 def main(folder: Path) -> None:

@@ -177,7 +177,7 @@ def example(kind: str, rank: int, folder: Path) -> None:
         "cifar": "--model resnet10t --image_size 32 --bf16 True --codec block:bits=4 --channels_last False",
     }[kind]
     if kind == "glue":
-        from hf_actcompress.recipes import load_text, load_text_model
+        from hf_actcompress.workloads import load_text, load_text_model
 
         own += f" --dataset {folder}/data"
         if rank == 0:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from helpers.records import RECORDS, record
 
-from hf_actcompress.recipes.results import write_results
 from hf_actcompress.report.plots import accuracy_vs_ratio, loss_curves
 from hf_actcompress.report.tables import (
     BEGIN,
@@ -17,6 +16,7 @@ from hf_actcompress.report.tables import (
     markdown_table,
     write_results_page,
 )
+from hf_actcompress.workloads.results import write_results
 
 
 def test_table_by_hand():

@@ -8,7 +8,6 @@ from helpers.small_models import Net, images, inputs
 from torch import nn
 
 from hf_actcompress.cli import main
-from hf_actcompress.recipes import load_image_model
 from hf_actcompress.weights import card
 from hf_actcompress.weights.card import (
     Candidate,
@@ -24,6 +23,7 @@ from hf_actcompress.weights.card import (
 from hf_actcompress.weights.checkpoint import save_compressed
 from hf_actcompress.weights.manifest import save_pruned, shape_manifest
 from hf_actcompress.weights.structured import prune
+from hf_actcompress.workloads import load_image_model
 
 
 class Fixed(nn.Module):

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_actcompress.recipes.lenet import LeNet5
 from hf_actcompress.weights import (
     LearningCompression,
     checkpoint,
@@ -17,6 +16,7 @@ from hf_actcompress.weights import (
     save_compressed,
 )
 from hf_actcompress.weights.checkpoint import FILE_NAME
+from hf_actcompress.workloads.lenet import LeNet5
 
 SCHEMES = {
     "codebook": "codebook:k=2",

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_actcompress.recipes.lenet import LeNet5
 from hf_actcompress.weights import find_tasks, parse_scheme
 from hf_actcompress.weights.compressions import Codebook
 from hf_actcompress.weights.pruning import Prune
+from hf_actcompress.workloads.lenet import LeNet5
 
 
 class Block(nn.Module):

@@ -8,7 +8,6 @@ from helpers.small_models import Net, bert, distilbert, images, inputs, texts, v
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_actcompress.recipes import load_image_model
 from hf_actcompress.weights.depth import drop_layers, layer_influence
 from hf_actcompress.weights.manifest import MANIFEST, WEIGHTS, load_pruned, save_pruned
 from hf_actcompress.weights.structured import (
@@ -18,6 +17,7 @@ from hf_actcompress.weights.structured import (
     count,
     prune,
 )
+from hf_actcompress.workloads import load_image_model
 
 
 def test_channels_of_least_norm_go_and_a_zero_channel_changes_nothing():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_actcompress.recipes.hub import cached_only_when_offline
+from hf_actcompress.workloads.hub import cached_only_when_offline
 
 logger = logging.getLogger(__name__)
 

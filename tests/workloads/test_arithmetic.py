@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_actcompress.recipes.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.arithmetic import bf16_is_fast
 
 
 @pytest.mark.parametrize(("amx", "avx512", "fast"), [(True, False, True), (False, True, True), (False, False, False)])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_actcompress.recipes import embedded, hub, load_images, load_text
+from hf_actcompress.workloads import embedded, hub, load_images, load_text
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from hf_actcompress.recipes.data import TaskData
+    from hf_actcompress.workloads.data import TaskData
 
 logger = logging.getLogger(__name__)
 

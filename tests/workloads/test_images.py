@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_actcompress.recipes import Preprocessing, TaskData, collate_images, image_transforms, images, prepare_images
+from hf_actcompress.workloads import Preprocessing, TaskData, collate_images, image_transforms, images, prepare_images
 
 pytest.importorskip("torchvision")
 

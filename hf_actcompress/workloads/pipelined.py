@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_actcompress.pipeline.arguments import PipelineArguments
-from hf_actcompress.recipes.results import print_results, write_results
+from hf_actcompress.workloads.results import print_results, write_results
 
 
 def parse_pipeline_arguments(

@@ -31,6 +31,6 @@ def no_hub(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="session")
 def docstring_task():
     pytest.importorskip("sklearn")
-    from hf_actcompress.recipes import docstrings
+    from hf_actcompress.workloads import docstrings
 
     return docstrings()

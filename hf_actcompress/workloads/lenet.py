@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_actcompress.recipes.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.arithmetic import bf16_is_fast
 
 MEAN, STD = 0.1307, 0.3081
 
@@ -79,7 +79,7 @@ def load_digits(
     name_or_path: str, *, shift: int = 0, max_train: int | None = None, max_eval: int | None = None
 ) -> tuple[Digits, Digits]:
     """(train, evaluation) of MNIST or another set of 28 x 28 grey pictures with 10 classes: a folder or a hub id."""
-    from hf_actcompress.recipes.data import load_images
+    from hf_actcompress.workloads.data import load_images
 
     data = load_images(name_or_path, max_train=max_train, max_eval=max_eval)
     train, evaluation = (_decode(split, data) for split in (data.train, data.eval))

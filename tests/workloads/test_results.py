@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_actcompress.recipes import environment, print_results, results, write_results
+from hf_actcompress.workloads import environment, print_results, results, write_results
 
 ROW = {
     "boundary": "encoder.layer.0",

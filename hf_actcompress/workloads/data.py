@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_actcompress.recipes import columns, embedded
-from hf_actcompress.recipes.hub import cached_only_when_offline
+from hf_actcompress.workloads import columns, embedded
+from hf_actcompress.workloads.hub import cached_only_when_offline
 
 if TYPE_CHECKING:
     import datasets

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_actcompress.config import CompressionArguments
-from hf_actcompress.recipes.results import print_results, write_results
+from hf_actcompress.workloads.results import print_results, write_results
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hf_actcompress.recipes import build_compute_metrics, metrics
+from hf_actcompress.workloads import build_compute_metrics, metrics
 
 pytest.importorskip("sklearn")
 

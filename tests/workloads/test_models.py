@@ -5,8 +5,8 @@ import builtins
 import pytest
 import torch
 
-from hf_actcompress.recipes import Preprocessing, load_image_model, load_text_model
-from hf_actcompress.recipes.models import _packaged_efficientnet
+from hf_actcompress.workloads import Preprocessing, load_image_model, load_text_model
+from hf_actcompress.workloads.models import _packaged_efficientnet
 
 TEXTS = ["the cat sat on the mat", "a dog ran over the hill", "the hill is over there"] * 4
 

@@ -5,19 +5,19 @@ machine without a network (`embedded`, "minilm", "tiny-bert", "efficientnet-lite
 where they are used: importing this package loads none of them.
 """
 
-from hf_actcompress.recipes.data import TaskData, load_images, load_text, tokenize_splits
-from hf_actcompress.recipes.embedded import digits, docstrings
-from hf_actcompress.recipes.images import (
+from hf_actcompress.workloads.data import TaskData, load_images, load_text, tokenize_splits
+from hf_actcompress.workloads.embedded import digits, docstrings
+from hf_actcompress.workloads.images import (
     CachedImages,
     Preprocessing,
     collate_images,
     image_transforms,
     prepare_images,
     with_transform,
-)
-from hf_actcompress.recipes.metrics import build_compute_metrics
-from hf_actcompress.recipes.models import load_image_model, load_text_model
-from hf_actcompress.recipes.results import environment, print_results, write_results
+)  # fmt: skip
+from hf_actcompress.workloads.metrics import build_compute_metrics
+from hf_actcompress.workloads.models import load_image_model, load_text_model
+from hf_actcompress.workloads.results import environment, print_results, write_results
 
 __all__ = [
     "CachedImages",
