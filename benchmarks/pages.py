@@ -22,8 +22,8 @@ import predictor_pages
 import speed
 import weights_pages
 
-from hf_actcompress.commands.report import TABLES as TABLE_MARKERS
-from hf_actcompress.commands.report import draw
+from hf_actcompress.cli.report import TABLES as TABLE_MARKERS
+from hf_actcompress.cli.report import draw
 from hf_actcompress.report.comparison import comparison_section, find_indices, load_comparison
 from hf_actcompress.report.tables import accuracy_table, load_records, write_results_page
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hf_actcompress.commands.analyze import ANALYZE_CODECS
+from hf_actcompress.cli.analyze import ANALYZE_CODECS
 from hf_actcompress.plan.study import load, study
 from hf_actcompress.report.figures import error_against_bits, error_growth, histograms, sensitivity_map
 

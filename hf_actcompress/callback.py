@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from .observe.records import FILE_NAME as ANALYSIS_NAME
 from .observe.records import Writer
 from .observe.warning import warning_of
 from .saved.tensors import COMPILED, Record
-from .trainers import go_first, resumed_from
 
 logger = logging.getLogger(__name__)
 
@@ -313,3 +313,32 @@ def _epoch(state: TrainerState) -> int:
 
 def _state_file() -> str:
     return f"actcompress_state_rank{os.environ.get('RANK', 0)}.safetensors"
+
+
+# What a Trainer does not hand its callbacks, itself and where it was resumed from, is found by a look at who is calling.
+def go_first(callback: Any) -> Any:
+    """Move a callback before those that report, so that they see what its `on_log` adds; the Trainer, or None.
+
+    To be called within one of the callback's own events.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if hasattr(caller, "callback_handler"):
+            handler = caller.callback_handler
+            # A new list: the handler is iterating over the old one.
+            handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def resumed_from(args: Any, state: Any) -> Path:
+    """The checkpoint folder that the calling run was resumed from."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(folder, (str, os.PathLike)):
+            return Path(folder)
+        frame = frame.f_back
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

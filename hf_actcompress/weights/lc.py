@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..trainers import go_first, resumed_from
+from ..callback import go_first, resumed_from
 from .learning import LearningCompression
 from .scheme import Scheme, parse_scheme
 

@@ -11,8 +11,8 @@ import transformers
 
 from hf_actcompress import parse_codec
 from hf_actcompress.cli import main
+from hf_actcompress.cli.bench import BENCH_CODECS
 from hf_actcompress.codecs import codec_names
-from hf_actcompress.commands.bench import BENCH_CODECS
 from hf_actcompress.report.tables import plots
 from hf_actcompress.report.tables import tables as report
 

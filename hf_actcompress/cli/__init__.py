@@ -1,6 +1,6 @@
 """`hf-actcompress`: look at models, codecs, links and results before and after training.
 
-Each subcommand is a module of `commands/`; this file only lists them and turns a ValueError into a line of text.
+Each subcommand is a file of this folder; this file only lists them and turns a ValueError into a line of text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from . import __version__
+from .. import __version__
 
 COMMANDS = ("inspect", "bench", "analyze", "advise", "card", "report")
 EXAMPLES = """examples:
@@ -46,9 +46,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf_actcompress {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
-        import_module(f".commands.{name}", __package__).add_parser(commands)
+        import_module(f".{name}", __package__).add_parser(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ import pytest
 from helpers.records import RECORDS, record, table
 
 from hf_actcompress.cli import main
-from hf_actcompress.commands.report import TABLES
+from hf_actcompress.cli.report import TABLES
 from hf_actcompress.report.tables import BEGIN, END
 from hf_actcompress.workloads.results import write_results
 
