@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .attach import Handle, compress_model, remove_compression
-from .codecs import Codec, CodecState, Payload, codec_names, parse_codec
-from .config import ActCompressConfig, CompressionArguments
-from .models.layers import Layer, find_layers
-from .ops.cpu.malloc import keep_freed_memory
-
 if TYPE_CHECKING:
+    from .attach import Handle, compress_model, remove_compression
     from .callback import ActCompressCallback
+    from .codecs import Codec, CodecState, Payload, codec_names, parse_codec
+    from .config import ActCompressConfig, CompressionArguments
+    from .models.layers import Layer, find_layers
+    from .ops.cpu.malloc import keep_freed_memory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+# Where each public name lives.  They are loaded when first asked for, so that `hf-actcompress --help` needs no torch
+# and a loop without a Trainer no transformers.
+_HOMES = {
+    "ActCompressCallback": "callback", "ActCompressConfig": "config", "Codec": "codecs", "CodecState": "codecs",
+    "CompressionArguments": "config", "Handle": "attach", "Layer": "models.layers", "Payload": "codecs",
+    "codec_names": "codecs", "compress_model": "attach", "find_layers": "models.layers",
+    "keep_freed_memory": "ops.cpu.malloc", "parse_codec": "codecs", "remove_compression": "attach",
+}  # fmt: skip
 __all__ = [
     "ActCompressCallback", "ActCompressConfig", "Codec", "CodecState", "CompressionArguments", "Handle", "Layer",
     "Payload", "codec_names", "compress_model", "find_layers", "keep_freed_memory", "parse_codec",
@@ -22,9 +30,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import; loops without a Trainer do not need it.
-    if name == "ActCompressCallback":
-        from .callback import ActCompressCallback
-
-        return ActCompressCallback
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

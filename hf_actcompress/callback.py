@@ -315,7 +315,7 @@ def _state_file() -> str:
     return f"actcompress_state_rank{os.environ.get('RANK', 0)}.safetensors"
 
 
-# What a Trainer does not hand its callbacks, itself and where it was resumed from, is found by a look at who is calling.
+# A Trainer hands its callbacks neither itself nor the folder that it resumes from: the calling frames tell.
 def go_first(callback: Any) -> Any:
     """Move a callback before those that report, so that they see what its `on_log` adds; the Trainer, or None.
 
