@@ -1,4 +1,4 @@
-"""What every rank of tests/sites/test_saved_distributed.py runs, under torchrun on gloo."""
+"""What every rank of tests/saved/test_distributed.py runs, under torchrun on gloo."""
 
 from __future__ import annotations
 

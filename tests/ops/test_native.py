@@ -18,7 +18,7 @@ SHAPES = [(256,), (64, 768), (3, 5, 128), (2, 3, 40, 50), (7, 1000)]
 
 @pytest.fixture(autouse=True)
 def _nothing_else_is_compiled(monkeypatch):
-    """Every combination of bits and dtypes would take seconds; tests/codecs/test_compiled.py is about that."""
+    """Every combination of bits and dtypes would take seconds; tests/ops/test_compiled.py is about that."""
     monkeypatch.setattr(Kernel, "choose", lambda *args, **kwargs: None)
 
 
