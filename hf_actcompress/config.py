@@ -86,14 +86,10 @@ class ActCompressConfig:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
             auto = isinstance(self.saved, str) and self.saved.strip().lower().startswith("auto")
-            self.saved = str(Auto.parse(self.saved) if auto else _spec(self.saved, "saved"))
-            if self.saved.startswith("delta"):
-                raise ValueError(f"saved={self.saved!r}: delta is for boundaries and links alone.")
-            if self.saved.startswith("ef+"):
-                raise ValueError(
-                    f"saved={self.saved!r}: error feedback would add what one tensor lost to another one. Use "
-                    f"{self.saved[3:]!r}."
-                )
+            codec = Auto.parse(self.saved) if auto else _spec(self.saved, "saved")
+            self.saved = str(codec)
+            if not auto and "saved" in codec.traits.unfit:
+                raise ValueError(f"saved={self.saved!r}: {codec.traits.unfit['saved']}")
         for name in ("first", "last", "meter_every", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:

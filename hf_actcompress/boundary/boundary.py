@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, CodecState, Delta, Feedback, raw_nbytes
+from ..codecs import Codec, CodecState, raw_nbytes
 from ..models.layers import first_tensor, replace_first_tensor
 from ..observe.meter import Meter, pick
 from ..ops.layout import dense
@@ -55,7 +55,7 @@ class Channel:
                 )
             self.meter.count(raw := raw_nbytes(x.shape, x.dtype), raw, 0.0)
             return x.clone()
-        codec, state = (self.codec, self._state_for(x, remember)) if learn else self._borrowed()
+        codec, state = (self.codec, self._state_for(x, remember)) if learn else self.codec.for_evaluation(self.state)
         y = roundtrip(codec, x, state)
         seconds = time.perf_counter() - began
         if self.meter.due():
@@ -70,21 +70,11 @@ class Channel:
         state = self._replays.get(_fingerprint(x)) or self.state
         return roundtrip(self.codec, x, None if state is None else state.snapshot(), check=True)
 
-    def _borrowed(self) -> tuple[Codec, CodecState | None]:
-        """Codec and a copy of its state.  The error of a training batch is none of evaluation's data."""
-        if isinstance(self.codec, Delta):  # evaluation has other samples
-            return self.codec.first, None
-        state = None if self.state is None else self.state.snapshot()
-        if isinstance(self.codec, Feedback):
-            return self.codec.inner, getattr(state, "inner", None)
-        return self.codec, state
-
     def _state_for(self, x: Tensor, remember: bool) -> CodecState | None:
         if self.state is not None and remember:
             # A recomputation sees the same input; the state it needs is the one before this call.
             self._replays[_fingerprint(x)] = self.state.snapshot()
-            # Error feedback keeps whole tensors, hence fewer of them.
-            while len(self._replays) > (2 if isinstance(self.codec, Feedback) else 32):
+            while len(self._replays) > (2 if self.codec.traits.keeps_tensors else 32):
                 del self._replays[next(iter(self._replays))]
         return self.state
 
@@ -109,7 +99,7 @@ class Boundary:
         _hide_from_compiler()
         self.name = name
         self.forward = Channel(f"{name}/forward", codec, seed, meter_every, nonfinite)
-        self.backward = Channel(f"{name}/backward", _of_gradients(grad_codec), seed, meter_every, nonfinite)
+        self.backward = Channel(f"{name}/backward", grad_codec.for_gradients(), seed, meter_every, nonfinite)
         self.evaluate = evaluate
         self.enabled = True
 
@@ -117,7 +107,7 @@ class Boundary:
         """Change codecs between steps; state starts afresh for a codec that differs."""
         if codec != self.forward.codec:
             self.forward.set_codec(codec)
-        if (grad_codec := _of_gradients(grad_codec)) != self.backward.codec:
+        if (grad_codec := grad_codec.for_gradients()) != self.backward.codec:
             self.backward.set_codec(grad_codec)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,11 +151,6 @@ class _Compress(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.boundary.backward(grad), None, None
-
-
-def _of_gradients(codec: Codec) -> Codec:
-    """Gradients do not stay near those of the last epoch."""
-    return codec.inner if isinstance(codec, Delta) else codec
 
 
 def roundtrip(codec: Codec, x: Tensor, state: CodecState | None, check: bool = False) -> Tensor:

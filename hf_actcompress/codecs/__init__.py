@@ -1,6 +1,6 @@
 """Pure codecs: tensor -> payload -> tensor.  Nothing here knows modules, ranks or transports."""
 
-from .base import Codec, CodecState, Payload, raw_nbytes
+from .base import Codec, CodecState, Payload, Traits, raw_nbytes
 from .block import Block
 from .chain import Chain
 from .delta import Delta, sample_ids
@@ -16,5 +16,5 @@ from .uniform import Uniform
 
 __all__ = [
     "CODECS", "Block", "Chain", "Codec", "CodecState", "Delta", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
-    "Payload", "Sort", "TopK", "Uniform", "codec_names", "parse_codec", "raw_nbytes", "sample_ids",
+    "Payload", "Sort", "TopK", "Traits", "Uniform", "codec_names", "parse_codec", "raw_nbytes", "sample_ids",
 ]  # fmt: skip

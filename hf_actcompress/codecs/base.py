@@ -7,10 +7,11 @@ changes during training lives in a `CodecState` that the caller keeps, copies an
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -82,15 +83,76 @@ class CodecState:
             )
 
 
+SITES = ("boundary", "saved", "wire", "weights")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a site has to know of a codec.
+
+    stateful: `init_state` returns a state, which the site keeps and hands in.
+    stochastic: it draws random numbers, so that two calls give different values.
+    per_sample: it remembers samples.  Both sides of a link keep a state, which has to be told the samples of a batch
+        (`state.plan(ids, shape)`, then `state.current`).
+    keeps_tensors: its state holds whole tensors, so copies of it are large.
+    bits: bits of a code; None where a value has no fixed number of them.
+    unfit: {site: why} for the sites where it cannot be used.
+    """
+
+    stateful: bool = False
+    stochastic: bool = False
+    per_sample: bool = False
+    keeps_tensors: bool = False
+    bits: int | None = None
+    unfit: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """Where the codec may be used: of "boundary", "saved", "wire" and "weights"."""
+        return frozenset(SITES) - frozenset(self.unfit)
+
+
 class Codec:
-    """Base class.  Subclasses are frozen dataclasses that set `name` and implement the underscore methods."""
+    """Base class of codecs: a frozen dataclass whose fields are its options.
+
+    A subclass implements `_encode`, `_decode` and `_payload_nbytes`; one that remembers something returns a
+    `CodecState` from `init_state`.  `register_codec` makes its name known to specs.
+    """
 
     name: ClassVar[str] = ""
     # Names of the payload tensors that hold floats a second codec of a chain can compress further.
     leaves: ClassVar[tuple[str, ...]] = ()
 
-    # Whether a state is needed on both sides, which has to be told the samples of a batch (delta).
-    needs_ids: ClassVar[bool] = False
+    # -- what sites ask ------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def traits(self) -> Traits:
+        stochastic = getattr(self, "round", None) == "stochastic"
+        return Traits(
+            stateful=self.init_state() is not None, stochastic=stochastic, bits=getattr(self, "bits", None)
+        )
+
+    def for_gradients(self) -> "Codec":
+        """The codec of the gradients that come back, where this one is given for activations."""
+        return self
+
+    def for_evaluation(self, state: CodecState | None) -> tuple["Codec", CodecState | None]:
+        """Codec and state for data that training must not remember: a copy of `state`, which may be changed."""
+        return self, None if state is None else state.snapshot()
+
+    def for_saved(self) -> "Codec":
+        """The codec for tensors that autograd saves; options that the user named stay as they are."""
+        return self.stochastic()
+
+    def stochastic(self) -> "Codec":
+        """With stochastic rounding, if the codec has a field `round` and the user named no rounding (None)."""
+        unnamed = any(f.name == "round" for f in fields(self)) and self.round is None  # type: ignore
+        return dataclasses.replace(self, round="stochastic") if unnamed else self  # type: ignore[type-var]
+
+    def with_bits(self, bits: int) -> "Codec":
+        """The same codec with another number of bits.  Raises ValueError for a codec that has no bits to choose."""
+        if not any(f.name == "bits" for f in fields(self)):  # type: ignore[arg-type]
+            raise ValueError(f"{self} has no option bits; use a codec that has, such as block:bits=4.")
+        return dataclasses.replace(self, bits=bits)  # type: ignore[type-var]
 
     # -- what users call ---------------------------------------------------------------------------------------
     def encode(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Payload:
@@ -113,7 +175,7 @@ class Codec:
     def decode(self, payload: Payload, state: CodecState | None = None) -> Tensor:
         """The tensor again: original shape, dtype and device, contiguous.
 
-        state: the receiver's own, for codecs with `needs_ids`; others need none.
+        state: the receiver's own, for codecs whose `traits.per_sample` is set; others need none.
         """
         if payload.raw:
             return payload.tensors["raw"].clone()

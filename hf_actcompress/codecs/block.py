@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class Block(Codec):
     group: elements per group (a multiple of 8; default 128), or splits: number of equal parts of the tensor, or
         dim="channel": one group per channel (dimension 1 of [B, C, H, W], else the last;
         tensors of fewer than two dimensions fall back to groups of 128).
-    round: "nearest" or "stochastic" (unbiased; equal levels only).
+    round: "nearest", "stochastic" (unbiased; equal levels only), or None: what suits the site, which is stochastic
+        for saved tensors and nearest elsewhere.
     rotate: None or "hadamard": the group's mean is taken out and kept, the rest is turned by a randomised
         Walsh-Hadamard transform, which spreads outliers.  The group must be a power of two.
     levels: "uniform" (equal steps), "gauss" (Lloyd-Max levels of a Gaussian of the group's variance), or "trellis"
@@ -50,7 +51,8 @@ class Block(Codec):
     clip: the share of the range that equal steps cover (nearest only); below 1 the tails are cut for a finer step.
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
         first, and both are kept (4 bytes per feature); tensors of fewer than 256 rows stay as they are.  On the
-        hidden states of a BERT this divides the error of 4 bits by five.  None leaves features alone.
+        hidden states of a BERT this divides the error of 4 bits by five.  "none" leaves features alone.  None: what
+        suits the site, which is "none" for saved tensors and "feature" elsewhere.
     scale: 16 (bf16, rounded outwards, so that no value falls out of range) or 32 bits per scale.
 
     Payload: bits / 8 bytes per element, rounded up to 8 elements in the last group (to the whole group when
@@ -64,7 +66,7 @@ class Block(Codec):
     group: int | None = None
     splits: int | None = None
     dim: str | None = None
-    round: str = "nearest"
+    round: str | None = None
     rotate: str | None = None
     levels: str = "uniform"
     fit: str | None = None
@@ -72,20 +74,20 @@ class Block(Codec):
     patch: str | None = None
     prototypes: int = 0
     clip: float = 1.0
-    equalize: str | None = "feature"
+    equalize: Literal["feature", "none"] | None = None
     scale: int = 16
     name: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
         check_int(self.name, "bits", self.bits, 1, MAX_BITS, "To leave a tensor alone use identity.")
-        check_choice(self.name, "round", self.round, ("nearest", "stochastic"))
+        check_choice(self.name, "round", self.round, (None, "nearest", "stochastic"))
         check_choice(self.name, "rotate", self.rotate, (None, "hadamard"))
         check_choice(self.name, "levels", self.levels, ("uniform", "gauss", "trellis"))
         check_choice(self.name, "fit", self.fit, (None, "unbiased", "error"))
         check_choice(self.name, "allocate", self.allocate, (None, "energy"))
         check_choice(self.name, "patch", self.patch, (None, "dct"))
         check_choice(self.name, "dim", self.dim, (None, "channel"))
-        check_choice(self.name, "equalize", self.equalize, (None, "feature"))
+        check_choice(self.name, "equalize", self.equalize, (None, "feature", "none"))
         check_choice(self.name, "scale", self.scale, (16, 32))
         if sum(v is not None for v in (self.group, self.splits, self.dim)) > 1:
             raise ValueError(
@@ -119,11 +121,11 @@ class Block(Codec):
         if self.patch and not self.allocate:
             raise ValueError(f"block: patch={self.patch} needs allocate=energy, which gives frequencies their bits.")
         check_int(self.name, "prototypes", self.prototypes, 0, prototypes.MOST)
-        if self.prototypes and not (self.allocate and self.equalize):
+        if self.prototypes and not (self.allocate and self.equalize != "none"):
             raise ValueError(
                 f"block: prototypes={self.prototypes} needs allocate=energy, which gives the bits that they save to "
                 f"others, and equalize=feature; got allocate={str(self.allocate).lower()}, "
-                f"equalize={str(self.equalize).lower()}."
+                f"equalize={self.equalize}."
             )
         if self.levels != "uniform" and self.bits > 8:
             raise ValueError(
@@ -132,6 +134,14 @@ class Block(Codec):
 
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return RoundingState(site, seed) if self.round == "stochastic" else None
+
+    def for_saved(self) -> Codec:
+        """Scales of features pay for themselves on a wire only: they cost a pass over each tensor."""
+        codec = self.stochastic()
+        return replace(codec, equalize="none") if self.equalize is None and not self._turned else codec
+
+    def stochastic(self) -> Codec:
+        return self if self.levels != "uniform" or self.clip != 1 else super().stochastic()
 
     # -- groups -----------------------------------------------------------------------------------------------
     def _channels(self, shape: tuple[int, ...]) -> bool:
@@ -147,7 +157,7 @@ class Block(Codec):
         return self.group or DEFAULT_GROUP
 
     def _equalizes(self, shape: tuple[int, ...]) -> bool:
-        if self.equalize is None or not applies(shape) or self._channels(shape) or self._patch(shape) > 1:
+        if self.equalize == "none" or not applies(shape) or self._channels(shape) or self._patch(shape) > 1:
             return False
         # A group within one feature is coded the same either way; only shares of bits would differ.
         return bool(self.allocate) or len(shape) != 4 or shape[2] * shape[3] % self._cols(shape) != 0

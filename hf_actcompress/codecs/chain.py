@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, LeafShapes, Payload
+from .base import Codec, CodecState, LeafShapes, Payload, Traits
 
 
 class ChainState(CodecState):
@@ -54,12 +55,32 @@ class Chain(Codec):
                 f"{self.first}|{self.second}: {self.first.name} leaves only integer codes, so nothing is left for "
                 f"{self.second.name} to compress. Chains start with topk, lowrank or identity."
             )
-
-        if self.second.needs_ids:
+        if self.second.traits.per_sample:
             raise ValueError(f"{self.first}|{self.second}: delta goes around all: write delta+{self.first}|...")
 
     def __str__(self) -> str:
         return f"{self.first}|{self.second}"
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        one, two = self.first.traits, self.second.traits
+        return Traits(
+            stateful=one.stateful or two.stateful, stochastic=one.stochastic or two.stochastic,
+            keeps_tensors=one.keeps_tensors or two.keeps_tensors, bits=two.bits, unfit={**one.unfit, **two.unfit},
+        )  # fmt: skip
+
+    def for_evaluation(self, state: CodecState | None) -> tuple[Codec, CodecState | None]:
+        states = state.states if isinstance(state, ChainState) else {}
+        first, own = self.first.for_evaluation(states.get("first"))
+        second = self.second.for_evaluation(None)[0]
+        found = {leaf: self.second.for_evaluation(states.get(leaf))[1] for leaf in self.first.leaves}
+        return Chain(first, second), ChainState({"first": own, **found}) if states else None
+
+    def stochastic(self) -> Codec:
+        return Chain(self.first, self.second.stochastic())
+
+    def with_bits(self, bits: int) -> Codec:
+        return Chain(self.first, self.second.with_bits(bits))
 
     @property
     def leaves(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -12,17 +12,18 @@ this file knows neither data sets nor links.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, check_choice, check_int
+from .base import Codec, CodecState, Payload, Traits, check_choice, check_int
 from .block import Block
 
 GROUP = 128  # values of the cache that share a minimum and a step
@@ -227,7 +228,6 @@ class Delta(Codec):
     cache: int = 1024
     evict: str = "keep"
     name: ClassVar[str] = "delta"
-    needs_ids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for role, codec in (("the change", self.inner), ("the first value", self.first)):
@@ -248,6 +248,29 @@ class Delta(Codec):
 
     def init_state(self, site: str = "", seed: int = 0) -> CodecState:
         return DeltaState(self, site, seed)
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        reason = "delta compares activations of the same samples in two epochs; it is for boundaries and links alone."
+        stochastic = self.inner.traits.stochastic or self.first.traits.stochastic
+        return Traits(
+            stateful=True, per_sample=True, stochastic=stochastic, bits=self.inner.traits.bits,
+            unfit={"saved": reason, "weights": reason},
+        )  # fmt: skip
+
+    def for_gradients(self) -> Codec:
+        """Gradients do not stay near those of the last epoch."""
+        return self.inner
+
+    def for_evaluation(self, state: CodecState | None) -> tuple[Codec, CodecState | None]:
+        """Evaluation has other samples."""
+        return self.first, None
+
+    def stochastic(self) -> Codec:
+        return replace(self, inner=self.inner.stochastic())
+
+    def with_bits(self, bits: int) -> Codec:
+        return replace(self, inner=self.inner.with_bits(bits))
 
     def example_plan(self, shape: tuple[int, ...], new: int | None, state: DeltaState) -> Plan:
         """A plan for a batch of `shape` of which `new` rows are sent in full, and a cache that suits it."""

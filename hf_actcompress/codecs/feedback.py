@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.reductions import representable
-from .base import Codec, CodecState, Payload
+from .base import Codec, CodecState, Payload, Traits
 
 
 class FeedbackState(CodecState):
@@ -57,12 +59,27 @@ class Feedback(Codec):
     def __post_init__(self) -> None:
         if isinstance(self.inner, Feedback):
             raise ValueError(f"ef+{self.inner}: error feedback is applied once; write {self.inner}.")
-
-        if self.inner.needs_ids:
+        if self.inner.traits.per_sample:
             raise ValueError(f"ef+{self.inner}: the next change contains what the last one lost; write {self.inner}.")
 
     def __str__(self) -> str:
         return f"ef+{self.inner}"
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        inner = self.inner.traits
+        reason = f"error feedback would add what one saved tensor lost to another one. Use {str(self.inner)!r}."
+        return dataclasses.replace(inner, stateful=True, keeps_tensors=True, unfit={**inner.unfit, "saved": reason})
+
+    def for_evaluation(self, state: CodecState | None) -> tuple[Codec, CodecState | None]:
+        """The error of a training batch is none of evaluation's data."""
+        return self.inner.for_evaluation(getattr(state, "inner", None))
+
+    def stochastic(self) -> Codec:
+        return Feedback(self.inner.stochastic())
+
+    def with_bits(self, bits: int) -> Codec:
+        return Feedback(self.inner.with_bits(bits))
 
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return FeedbackState(self.inner.init_state(site, seed))

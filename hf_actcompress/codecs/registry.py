@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
 from typing import Any
 
 from .base import Codec
@@ -18,6 +14,7 @@ from .identity import Identity
 from .kmeans import KMeans
 from .lowrank import LowRank
 from .sort import Sort
+from .spec import build, did_you_mean, split_spec
 from .topk import TopK
 from .uniform import Uniform
 
@@ -61,33 +58,20 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
     if "|" in text:
         first, rest = text.split("|", 1)
         return Chain(parse_codec(first), parse_codec(rest))
-    name, _, tail = text.partition(":")
-    options = {}
-    for item in filter(None, (t.strip() for t in tail.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals or not value:
-            raise ValueError(f"'{item}' in the codec spec '{spec}' is not option=value. Example: block:bits=4.")
-        if key.strip() in options:
-            raise ValueError(f"The codec spec '{spec}' gives {key.strip()} twice.")
-        options[key.strip()] = value.strip()
-    return _build(name.strip(), options, spec)
+    return _build(*split_spec(text), spec)
 
 
 def _delta(spec: str) -> Codec:
     head, plus, inner = spec.partition("+")
     if not plus or not inner.strip():
         raise ValueError(f"'{spec}': delta stands before the codec of the changes, as in delta+block:bits=4.")
-    name, _, tail = head.partition(":")
-    options: dict[str, Any] = {"inner": parse_codec(inner)}
-    for item in filter(None, (t.strip() for t in tail.split(","))):
-        key, equals, value = item.partition("=")
-        if name != "delta" or not equals or key not in ("first", "cache", "evict"):
-            raise ValueError(f"'{item}' in '{spec}' is not an option of delta: first=, cache=, evict=.")
-        if key == "first":
-            options[key] = parse_codec(value.replace("/", ":").replace(";", ","))
-        else:
-            options[key] = _convert("delta", key, value, int if key == "cache" else str)
-    return Delta(**options)
+    name, options = split_spec(head)
+    if name != "delta" or "inner" in options:
+        raise ValueError(f"'{spec}': delta stands before the codec of the changes, as in delta+block:bits=4.")
+    values: dict[str, Any] = {"inner": parse_codec(inner), **options}
+    if "first" in options:
+        values["first"] = parse_codec(options["first"].replace("/", ":").replace(";", ","))
+    return build(Delta, name, values, spec)
 
 
 def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
@@ -97,33 +81,6 @@ def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
     cls = CODECS.get(name)
     if cls is None:
         names = [*CODECS, *PRESETS]
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
         known = f"{', '.join(names)}; also a|b, ef+a and delta+a"
-        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{hint} Codecs: {known}.")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    values = {}
-    for key, value in options.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            options_text = ", ".join(known) or "none"
-            raise ValueError(f"{name} has no option '{key}' (in '{spec}').{hint} Options: {options_text}.")
-        values[key] = _convert(name, key, value, hints[key]) if isinstance(value, str) else value
-    return cls(**values)
-
-
-def _convert(codec: str, key: str, text: str, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    for kind in kinds:
-        if kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                raise ValueError(
-                    f"{codec}: {key}={text!r} is not {'an integer' if kind is int else 'a number'}."
-                ) from None
-    return text
+        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{did_you_mean(name, names)} Codecs: {known}.")
+    return build(cls, name, options, spec)

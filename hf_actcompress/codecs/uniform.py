@@ -24,18 +24,20 @@ from .rounding import RoundingState, key_of
 class Uniform(Codec):
     """One minimum and one step for the whole tensor; x is rounded to min + code * step.
 
-    bits: 1 to 16.  round: "nearest" (error at most half a step) or "stochastic" (unbiased).
+    bits: 1 to 16.
+    round: "nearest" (error at most half a step), "stochastic" (unbiased), or None: what suits the site, which is
+        stochastic for saved tensors and nearest elsewhere.
     Payload: bits / 8 bytes per element (rounded up to 8 elements) + 8 bytes.
     Source: the affine scheme of Jacob et al., 2018, in the per-tensor form of the reference system.
     """
 
     bits: int = 8
-    round: str = "nearest"
+    round: str | None = None
     name: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
         check_int(self.name, "bits", self.bits, 1, MAX_BITS, "To leave a tensor alone use identity.")
-        check_choice(self.name, "round", self.round, ("nearest", "stochastic"))
+        check_choice(self.name, "round", self.round, (None, "nearest", "stochastic"))
 
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return RoundingState(site, seed) if self.round == "stochastic" else None

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, CodecState, Delta, raw_nbytes
-from ..codecs.delta import DeltaState, Plan
+from ..codecs import Codec, CodecState, raw_nbytes
 from .engine import BACKWARD, DIRECTIONS, FORWARD, LinkedStage
 from .links import Links, exchange
 from .wire import UNCODABLE, WireError, WireFormat
@@ -55,19 +54,16 @@ class CompressedPipelineStage(LinkedStage):
     ) -> None:
         super().__init__(submodule, stage_index, num_stages, device, **options)
         if grad_codec is None:
-            grad_codec = codec.inner if isinstance(codec, Delta) else codec
-        if isinstance(grad_codec, Delta):
-            raise ValueError(
-                f"grad_codec={grad_codec}: gradients do not stay near those of the last epoch; use "
-                f"{grad_codec.inner} for them and delta for activations alone."
-            )
+            grad_codec = codec.for_gradients()
+        if grad_codec != grad_codec.for_gradients():
+            raise ValueError(f"grad_codec={grad_codec} is for activations alone; use {grad_codec.for_gradients()}.")
         self.codecs = {FORWARD: codec, BACKWARD: grad_codec}
         self.seed, self.steps, self.agree = seed, 0, dict(agree or {})
         self.bytes, self.raw_bytes, self.seconds = Counter(), Counter(), Counter()
         self.links = Links(self.group, timeout)
         self._greeted = False
         self._ids: list[Tensor] | None = None
-        self._plans: dict[tuple[str, int], Plan | None] = {}
+        self._plans: dict[tuple[str, int], Any] = {}
         self._formats: dict[tuple, WireFormat] = {}
         self._states: dict[str, CodecState | None] = {}
         self._buffers: dict[tuple, Tensor] = {}
@@ -162,7 +158,7 @@ class CompressedPipelineStage(LinkedStage):
             buffer = self._buffers[role, tag] = wire.buffer()
         return buffer
 
-    def _format(self, direction: str, shape: Sequence[int], dtype: torch.dtype, plan: Plan | None) -> WireFormat:
+    def _format(self, direction: str, shape: Sequence[int], dtype: torch.dtype, plan: Any) -> WireFormat:
         new = None if plan is None else len(plan.new)
         key = (direction, tuple(shape), dtype, new)
         if key not in self._formats:
@@ -193,9 +189,9 @@ class CompressedPipelineStage(LinkedStage):
                 )
 
     # -- state -----------------------------------------------------------------------------------------------------
-    def _plan(self, direction: str, chunk: int, shape: Sequence[int], state: CodecState | None) -> Plan | None:
+    def _plan(self, direction: str, chunk: int, shape: Sequence[int], state: CodecState | None) -> Any:
         """Which rows are known to both sides; made in the order of the micro-batches, and set for the next call."""
-        if not isinstance(state, DeltaState):
+        if not self.codecs[direction].traits.per_sample:
             return None
         key = (state.site, chunk)
         if key not in self._plans:
@@ -213,9 +209,9 @@ class CompressedPipelineStage(LinkedStage):
         return state.current
 
     def _state(self, role: str, direction: str, chunk: int, place: int) -> CodecState | None:
-        """Only `delta` has a state on the receiving side."""
+        """Only codecs that remember samples have a state on the receiving side."""
         codec = self.codecs[direction]
-        if isinstance(codec, Delta):
+        if codec.traits.per_sample:
             name = f"{direction}/{role}/all/{place}"
         elif role == "receive":
             return None

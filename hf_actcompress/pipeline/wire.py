@@ -53,7 +53,7 @@ class WireFormat:
 
     codec: its payloads have the same tensors for every input of that shape (all codecs of this package do).
     checksum: whether the body is summed (crc32, about a millisecond per MB).
-    new: for codecs with `needs_ids` (delta), how many rows travel in full; all of them if not given.
+    new: for codecs that remember samples (delta), how many rows travel in full; all of them if not given.
 
     `nbytes` is the size of the buffer.  Raises ValueError for a codec that cannot take such a tensor.
     """
@@ -72,7 +72,7 @@ class WireFormat:
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(self.shape, generator=generator).to(dtype)
         state = codec.init_state("wire")
-        if codec.needs_ids:
+        if codec.traits.per_sample:
             state.current = codec.example_plan(self.shape, new, state)  # type: ignore[attr-defined, union-attr]
         self._template = codec.encode(example, state)
         found = sorted(_tensors(self._template), key=lambda item: -item[1].element_size())

@@ -93,16 +93,16 @@ def measure_codec(spec: str, shape: tuple[int, ...], dtype: str, *, repeats: int
     here, there = codec.init_state("advise"), codec.init_state("advise")
     times = []
     for turn in range(repeats + 1):
-        if not turn or codec.needs_ids:  # what was seen is sent in another form
-            new = (0 if turn else shape[0]) if codec.needs_ids else None
+        if not turn or codec.traits.per_sample:  # what was seen is sent in another form
+            new = (0 if turn else shape[0]) if codec.traits.per_sample else None
             wire = WireFormat(codec, shape, torch.bfloat16 if cast else x.dtype, new=new)
             buffer = wire.buffer()
-        if codec.needs_ids:
+        if codec.traits.per_sample:
             here.current, there.current = (state.plan(range(shape[0]), shape) for state in (here, there))
         began = time.perf_counter()
         wire.encode(x.bfloat16() if cast else x, here, buffer)
         middle = time.perf_counter()
-        y = wire.decode(buffer, state=there if codec.needs_ids else None)
+        y = wire.decode(buffer, state=there if codec.traits.per_sample else None)
         if cast:
             y = y.to(x.dtype)
         times.append((middle - began, time.perf_counter() - middle))

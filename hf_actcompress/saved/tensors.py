@@ -43,14 +43,14 @@ COMPILED = (
 class SavedTensors:
     """What is done with the saved tensors of one model.
 
-    codec: for floating point activations; made stochastic where it can be (`round`).  Or an `Auto`, which gives every
-        tensor its own number of bits.
+    codec: for floating point activations, rounded stochastically unless the user named a rounding.  Or an
+        `Auto`, which gives every tensor its own number of bits.
     nonfinite: "pass" keeps tensors with NaN or Inf as they are and counts them; "raise" stops.
     """
 
     def __init__(self, codec: Codec | Auto, *, seed: int = 0, nonfinite: str = "pass") -> None:
         self.auto = codec if isinstance(codec, Auto) else None
-        self.codec = Block(equalize=None, round="stochastic") if self.auto else stochastic(codec)
+        self.codec = (Block() if self.auto else codec).for_saved()
         self.nonfinite = nonfinite
         self.state = self.codec.init_state("saved", seed)
         self.enabled = True
@@ -207,10 +207,10 @@ class SavedTensors:
         if self.trial is not None:
             return self.trial.hold(slot, run, lambda codec: self._coded(codec, run, use))
         bits = None if self.auto is None else self.auto.bits_of(slot)
-        return self._coded(self.codec if bits is None else dataclasses.replace(self.codec, bits=bits), run, use)
+        return self._coded(self.codec if bits is None else self.codec.with_bits(bits), run, use)
 
     def _coded(self, codec: Codec, run: Tensor, use: nn.Module | None) -> Coded | Slopes | None:
-        slopes, bits = slopes_of(use), getattr(codec, "bits", None)
+        slopes, bits = slopes_of(use), codec.traits.bits
         if slopes is not None and bits is not None and run.dtype != torch.float64:
             # Three bits of a slope are worth four of a value: nothing of the error is multiplied on the way back.
             bits = 3 if bits == 4 and self.auto is None else min(bits, 8)
@@ -268,19 +268,6 @@ class Record:
 
 def unpack(packed: Kept | View | Sharded) -> Tensor:
     return packed.unpack()
-
-
-def stochastic(codec: Codec) -> Codec:
-    """The same codec with stochastic rounding, where it has that and no option that forbids it.
-
-    A plain block codec also does without scales of features, which pay for themselves on a wire only.
-    """
-    names = {f.name for f in dataclasses.fields(codec)}  # type: ignore[arg-type]
-    if "round" not in names or getattr(codec, "levels", "uniform") != "uniform" or getattr(codec, "clip", 1) != 1:
-        return codec
-    plain = isinstance(codec, Block) and codec == Block(bits=codec.bits, round=codec.round)
-    more = {"equalize": None} if plain else {}
-    return dataclasses.replace(codec, round="stochastic", **more)  # type: ignore[type-var]
 
 
 def _address(x: Tensor) -> int:

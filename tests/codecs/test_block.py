@@ -131,7 +131,7 @@ def test_nothing_shrinks_after_a_rotation(bits):
     """The decoded tensor's product with the original is the original's square; least squares loses the error."""
     x = sample((1000, 128), offset=0.5)
     for fit, kept in {None: 1.0, "error": 1 - gauss_distortion(bits)}.items():
-        codec = Block(bits, rotate="hadamard", levels="gauss", equalize=None, scale=32, fit=fit)
+        codec = Block(bits, rotate="hadamard", levels="gauss", equalize="none", scale=32, fit=fit)
         payload = codec.encode(x)
         center = payload.tensors["scales"][:, :1]
         before, after = (x - center).double(), (codec.decode(payload) - center).double()
@@ -199,7 +199,7 @@ def test_finite_fp16_stays_finite():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -(2.0**49), 2.0**47.5])
 @pytest.mark.parametrize("options", [
     dict(), dict(clip=0.01), dict(rotate="hadamard"), dict(levels="gauss"), dict(round="stochastic"),
-    dict(rotate="hadamard", levels="gauss", allocate="energy"), dict(equalize=None), dict(dim="channel"),
+    dict(rotate="hadamard", levels="gauss", allocate="energy"), dict(equalize="none"), dict(dim="channel"),
 ])  # fmt: skip
 def test_one_value_that_cannot_be_coded_passes_the_tensor_on(value, options):
     """The scales tell; where they leave a doubt, a pass over the tensor does."""

@@ -212,7 +212,7 @@ def test_specs():
         assert str(parse_codec(spec)) == spec and parse_codec(str(parse_codec(spec))) == parse_codec(spec)
     for spec, words in {
         "delta": "stands before the codec", "delta:cache=0+block": "cache=0", "delta:evict=new+block": "evict='new'",
-        "delta:bits=4+block": "not an option of delta", "delta+ef+block": "no feedback is needed",
+        "delta:bits=4+block": "delta has no option 'bits'", "delta+ef+block": "no feedback is needed",
         "ef+delta+block": "write delta", "topk|delta+block": "delta goes around all",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):

@@ -19,7 +19,7 @@ from hf_actcompress.saved import tensors as site
 from hf_actcompress.saved.forms import flatten, narrowest
 from hf_actcompress.saved.rules import slopes_of
 from hf_actcompress.saved.slopes import SLOPES, extreme
-from hf_actcompress.saved.tensors import SavedTensors, stochastic
+from hf_actcompress.saved.tensors import SavedTensors
 
 
 @pytest.fixture(autouse=True)
@@ -216,15 +216,17 @@ def test_every_pass_draws_fresh_noise_and_the_state_goes_on():
         assert handle.load_state_dict(state) == ["saved"]
 
 
-def test_codecs_become_stochastic_where_they_can():
+def test_rounding_is_stochastic_unless_another_is_named():
     for spec, found in {
         "block:bits=4": "block:bits=4,round=stochastic,equalize=none",
-        "block:bits=4,group=64": "block:bits=4,group=64,round=stochastic",
+        "block:bits=4,group=64": "block:bits=4,group=64,round=stochastic,equalize=none",
+        "block:bits=4,equalize=feature": "block:bits=4,round=stochastic,equalize=feature",
+        "block:bits=4,round=nearest": "block:bits=4,round=nearest,equalize=none",
         "uniform:bits=4": "uniform:bits=4,round=stochastic",
     }.items():
-        assert str(stochastic(parse_codec(spec))) == found
-    for spec in ("block:bits=4,clip=0.9", "rotated:bits=2", "kmeans:bits=4"):
-        assert stochastic(parse_codec(spec)) == parse_codec(spec)
+        assert str(parse_codec(spec).for_saved()) == found
+    for spec in ("rotated:bits=2", "kmeans:bits=4", "uniform:bits=4,round=nearest"):
+        assert parse_codec(spec).for_saved() == parse_codec(spec)
 
 
 # Memory

@@ -71,7 +71,7 @@ def test_a_feature_that_only_looks_constant_in_the_sample_is_kept():
 @pytest.mark.parametrize("bits", [2, 4])
 def test_an_outlier_feature_no_longer_drowns_the_others(bits):
     x = hidden_states()
-    assert error(Block(bits), x) < error(Block(bits, equalize=None), x) / 5
+    assert error(Block(bits), x) < error(Block(bits, equalize="none"), x) / 5
 
 
 @pytest.mark.parametrize("shape", [(400, 64), (300, 100), (20, 33, 129), (9, 5, 6, 7)])
@@ -79,7 +79,7 @@ def test_an_outlier_feature_no_longer_drowns_the_others(bits):
 def test_the_codec_equalizes_as_by_hand(shape, options):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * torch.linspace(1, 9, shape[-1])
     mean, root = (t.view(shape) for t in tables(feature_scales(x), shape, x.numel()))
-    inner = Block(4, equalize=None, **options).roundtrip((x - mean) * (1 / root))
+    inner = Block(4, equalize="none", **options).roundtrip((x - mean) * (1 / root))
     assert torch.equal(Block(4, **options).roundtrip(x), inner * root + mean)
 
 
@@ -87,7 +87,7 @@ def test_dividing_by_the_root_beats_dividing_by_the_deviation():
     """The claim of the module: of all powers of the deviation the root has the least total error."""
     x = hidden_states(2000, 64, 10.0) * torch.logspace(-1, 1, 64)
     scales = feature_scales(x).float()
-    codec = Block(4, equalize=None, rotate="hadamard", levels="gauss")
+    codec = Block(4, equalize="none", rotate="hadamard", levels="gauss")
     total = {}
     for power in (0.0, 0.5, 1.0):
         weight = (scales[1] ** 2) ** power
@@ -101,7 +101,7 @@ def test_only_tensors_with_enough_rows_and_their_bytes():
     assert applies((4, 8, 8, 8)) and not applies((3, 8, 8, 8))
     for rows, extra in ((MIN_ROWS - 1, 0), (MIN_ROWS, 4 * 8)):
         x = torch.randn(rows, 8)
-        with_, without = Block(4).encode(x), Block(4, equalize=None).encode(x)
+        with_, without = Block(4).encode(x), Block(4, equalize="none").encode(x)
         assert with_.nbytes - without.nbytes == extra
         assert with_.nbytes == Block(4).payload_nbytes((rows, 8), torch.float32)
 
