@@ -101,6 +101,11 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor] | tuple[Tensor, Tensor]) 
     return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
 
 
+def logits_of(model: nn.Module, batch: dict[str, Tensor] | tuple[Tensor, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits if isinstance(batch, dict) else model(batch[0])
+
+
 def train_steps(model: nn.Module, batches: list, optimizer: str = "AdamW", autocast: bool = False) -> list:
     """Trains one step on each batch, with dropout, and returns every loss, gradient and final parameter or buffer."""
     torch.manual_seed(1)

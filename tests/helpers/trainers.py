@@ -8,9 +8,13 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_actcompress import ActCompressCallback, ActCompressConfig
+
 from . import build, text_batch
 
 STEPS = 4  # per epoch
+COARSE = "uniform:bits=1"
+FIRST, LAST = "bert.encoder.layer.0", "bert.encoder.layer.3"
 
 
 def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
@@ -46,6 +50,27 @@ def make_trainer(folder: Any, *callbacks: Any, model: Any = None, data: Any = No
         callbacks=list(callbacks),
         **{"eval_dataset": rows(8), **own},
     )
+
+
+def callback(codec=COARSE, **options):
+    return ActCompressCallback(ActCompressConfig(codec, **options))
+
+
+def trained(folder, *callbacks, resume=None, **options):
+    trainer = make_trainer(folder, *callbacks, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def calls(compression):
+    return {row["direction"]: row["calls"] for row in compression.stats}
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -1,0 +1,191 @@
+"""A boundary without gradients, in evaluation, with NaN and Inf, and its meter."""
+
+
+import pytest
+import torch
+from helpers.boundaries import SPECS, STATEFUL, attach, values
+from torch import nn
+
+from hf_actcompress.boundary.boundary import Channel
+from hf_actcompress.codecs import parse_codec
+
+# What has no gradient
+
+
+@pytest.mark.parametrize("spec", ["block:bits=4", "kmeans:bits=2"])
+def test_frozen_parameters_and_inputs_without_gradient(spec):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).train()
+    model[0].requires_grad_(False)
+    boundary = attach(model[0], spec, spec)
+    model(values(4, 8)).sum().backward()
+    assert model[1].weight.grad is not None
+    assert boundary.forward.meter.calls == 1
+    assert boundary.backward.meter.calls == 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_without_gradients(mode):
+    layer = nn.Identity().eval()
+    attach(layer, "uniform:bits=1")
+    with mode():
+        assert layer(values(4, 8)).unique().numel() == 2
+
+
+def test_evaluate_off_leaves_evaluation_alone():
+    layer = nn.Identity().eval()
+    attach(layer, "uniform:bits=1", evaluate=False)
+    x = values(4, 8)
+    assert layer(x) is x
+    assert layer.train()(x).unique().numel() == 2
+
+
+def test_a_boundary_that_is_switched_off_does_nothing():
+    layer = nn.Identity().train()
+    boundary = attach(layer, "uniform:bits=1")
+    boundary.enabled = False
+    x = values(4, 8)
+    assert layer(x) is x
+    assert boundary.forward.meter.calls == 0
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_evaluation_does_not_change_training(spec):
+    """However often a run is evaluated, it must train in the same way."""
+
+    def train(evaluations):
+        layer, outputs = nn.Identity(), []
+        attach(layer, spec, spec)
+        for step in range(3):
+            x = values(6, 16, seed=step).requires_grad_()
+            y = layer.train()(x)
+            y.backward(values(6, 16, seed=10 + step))
+            outputs += [y.detach(), x.grad]
+            with torch.no_grad():
+                for i in range(evaluations):
+                    layer.eval()(values(6, 16, seed=100 + i))
+        return outputs
+
+    assert all(torch.equal(a, b) for a, b in zip(train(0), train(2), strict=True))
+
+
+def test_error_feedback_of_a_training_batch_is_not_added_to_evaluation_data():
+    layer, codec = nn.Identity(), parse_codec("topk:ratio=0.1")
+    attach(layer, "ef+topk:ratio=0.1")
+    layer.train()(values(6, 16).requires_grad_())
+    x = values(6, 16, seed=1)
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), codec.roundtrip(x))
+
+
+def test_a_layer_kept_in_eval_mode_still_learns_its_state():
+    """Batch norms are often frozen so, inside a model that trains."""
+    layer = nn.Identity().eval()
+    boundary = attach(layer, "kmeans:bits=2")
+    layer(values(6, 16).requires_grad_())
+    assert boundary.forward.state.centroids is not None
+
+
+# NaN and Inf
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38 * 2])
+@pytest.mark.parametrize("spec", SPECS)
+def test_nonfinite_values_pass_uncompressed_and_are_counted(bad, spec):
+    layer = nn.Identity().train()
+    boundary = attach(layer, spec, spec)
+    twin = attach(nn.Identity(), spec, spec)
+    x, g = values(4, 16), values(4, 16, seed=1)
+    x[1, 2], g[3, 1] = bad, bad
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    y.backward(g)
+    assert torch.equal(y.detach().nan_to_num(nan=7), x.nan_to_num(nan=7))
+    assert torch.equal(leaf.grad.nan_to_num(nan=7), g.nan_to_num(nan=7))
+    for channel in (boundary.forward, boundary.backward):
+        assert (channel.meter.nonfinite, channel.meter.calls) == (1, 1)
+        assert channel.meter.raw_bytes == channel.meter.payload_bytes == 256
+        assert channel.meter.samples == 0
+    # The state has not seen it: the next value is that of a fresh boundary.
+    x = values(4, 16, seed=2)
+    assert torch.equal(boundary.forward(x), twin.forward(x))
+    assert boundary.forward.meter.nonfinite == 1
+
+
+def test_nonfinite_raise_names_the_layer_and_the_direction():
+    layer = nn.Identity().train()
+    attach(layer, "block:bits=4", nonfinite="raise")
+    x = values(4, 16)
+    layer(x)
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the\.layer/forward: NaN, Inf .* shape \(4, 16\).*nonfinite='pass'"):
+        layer(bad)
+    y = layer(x.requires_grad_())
+    with pytest.raises(FloatingPointError, match="the.layer/backward"):
+        y.backward(bad)
+
+
+# Metering
+
+
+def test_bytes_and_errors_by_hand():
+    codec = parse_codec("block:bits=4,group=16")
+    layer = nn.Identity().train()
+    boundary = attach(layer, str(codec), meter_every=2)
+    xs = [values(4, 16, seed=s) for s in range(3)]
+    ys = [layer(x) for x in xs]
+    record = boundary.forward.meter.record()
+    assert (record["calls"], record["raw_bytes"]) == (3, 3 * 64 * 4)
+    assert record["payload_bytes"] == 3 * codec.encode(xs[0]).nbytes == 3 * (64 // 2 + 4 * 4)
+    assert record["ratio"] == pytest.approx(256 / 48)
+    sampled = [((y - x).norm() / x.norm()).item() for x, y in ((xs[0], ys[0]), (xs[2], ys[2]))]
+    assert record["rel_error"] == pytest.approx(sum(sampled) / 2, rel=1e-5)
+    cosines = [torch.cosine_similarity(xs[i].flatten(), ys[i].flatten(), dim=0).item() for i in (0, 2)]
+    assert record["cosine"] == pytest.approx(sum(cosines) / 2, rel=1e-5)
+    assert boundary.backward.meter.record() == Channel("", codec, 0, 2, "pass").meter.record()
+
+
+def make_layouts():
+    base = values(40, 64, 24)
+    return {
+        "contiguous": base,
+        "transposed": base.transpose(0, 2),
+        "channels_last": values(8, 16, 20, 20).to(memory_format=torch.channels_last),
+        "sliced": values(40, 64, 50)[:, :, ::2],
+        "sliced and transposed": values(40, 64, 50)[:, :, ::2].transpose(1, 2),
+        "expanded": values(40, 1, 24).expand(40, 64, 24),
+        "expanded from one value": torch.tensor(2.0).expand(40, 64, 24),
+    }
+
+
+@pytest.mark.parametrize("layout", make_layouts())
+def test_the_error_compares_the_same_places_in_any_layout(layout):
+    """The gradient of a sum over tokens is an expanded tensor, with strides of zero."""
+    x = make_layouts()[layout]
+    assert x.numel() > 1 << 14
+    channel = Channel("c", parse_codec("identity"), 0, 1, "pass")
+    assert torch.equal(channel(x), x)
+    assert channel.meter.record()["rel_error"] == 0
+    channel = Channel("c", parse_codec("uniform:bits=3"), 0, 1, "pass")
+    y = channel(x)
+    exact = ((y - x).double().norm() / x.double().norm()).item()
+    assert channel.meter.record()["rel_error"] == pytest.approx(exact, rel=0.05, abs=1e-9)
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_metering_changes_no_value(spec):
+    def run(every):
+        layer = nn.Identity().train()
+        boundary = attach(layer, spec, spec, meter_every=every)
+        outputs = []
+        for step in range(3):
+            x = values(6, 16, seed=step).requires_grad_()
+            y = layer(x)
+            y.backward(x.detach())
+            outputs += [y.detach(), x.grad]
+        return outputs, boundary.forward.meter
+
+    (never, silent), (always, loud) = run(0), run(1)
+    assert (silent.samples, loud.samples) == (0, 3)
+    assert silent.payload_bytes == loud.payload_bytes
+    assert all(torch.equal(a, b) for a, b in zip(never, always, strict=True))

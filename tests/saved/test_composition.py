@@ -1,0 +1,133 @@
+"""Saved tensors together with checkpointing, boundaries, autocast, user hooks, second derivatives, copies."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from helpers import batch_of, build, differing, hooks_on, loss_of, points, stack, train_steps
+from helpers.saved import Wrapped, backward_of, gradients, only
+from torch import nn
+from torch.nn import functional as F
+
+from hf_actcompress import ActCompressConfig, compress_model, remove_compression
+
+pytestmark = pytest.mark.usefixtures("small_tensors")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_inputs_are_coded_and_recomputation_is_not(reentrant):
+    model, (x, y) = stack(segments=2, reentrant=reentrant, dropout=0.0), points(64, 8)
+    plain = copy.deepcopy(model).train()
+    F.cross_entropy(plain(x), y.repeat(1)[: len(x)]).backward()
+    model.train()
+    with compress_model(model, only("block:bits=8")) as handle:
+        F.cross_entropy(model(x), y).backward()
+        held = handle.saved.record.raw_bytes
+    # two checkpoints of two blocks: their inputs, and the head's
+    assert held == 3 * 64 * 8 * 4
+    change = gradients(model) - gradients(plain)
+    assert 0 < change.norm() < 0.05 * gradients(plain).norm()
+
+
+def test_with_boundaries_and_under_bf16():
+    model = build("bert")
+    batches = [batch_of("bert", seed) for seed in range(2)]
+    plain = train_steps(copy.deepcopy(model), batches, autocast=True)
+    config = ActCompressConfig("identity", first=1, last=1, saved="identity")
+    with compress_model(model, config) as handle:
+        assert not differing(plain, train_steps(model, batches, autocast=True))
+        assert [row["direction"] for row in handle.stats()] == ["forward", "backward"] * 2 + ["saved"]
+
+
+def test_nested_hooks_of_a_user_are_theirs():
+    seen = []
+
+    def function(x):
+        y = x.sin()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+            z = y.cos()
+        return z.tanh()
+
+    x = torch.randn(64, 64)
+    _, grad, record = backward_of(function, x, "block:bits=12")
+    expected = x.clone().requires_grad_()
+    function(expected).sum().backward()
+    assert len(seen) == 2 and record.raw_bytes == 2 * 64 * 64 * 4
+    torch.testing.assert_close(grad, expected.grad, rtol=0, atol=1e-2)
+
+
+def test_a_tensor_that_is_kept_and_changed_in_place_raises_as_without():
+    def function(x):
+        w = torch.ones(8, requires_grad=True)  # small: kept as it is
+        y = w * 1.0
+        z = (y * x.sum()).exp()
+        with torch.no_grad():
+            z.add_(1.0)
+        return z
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation.*shape .8,.*is at version 1, expected"):
+        backward_of(function, 0.01 * torch.randn(64))
+
+
+def test_backward_twice_and_second_derivatives():
+    x = torch.randn(64, 64, requires_grad=True)
+    model = Wrapped(lambda x: (x.sin() * x).sum())
+    with compress_model(model, only("block:bits=16")):
+        y = model(x)
+        one, = torch.autograd.grad(y, x, retain_graph=True)
+        two, = torch.autograd.grad(y, x, create_graph=True)
+        assert torch.equal(one, two)
+        second, = torch.autograd.grad(two.sum(), x)
+    torch.testing.assert_close(second, 2 * x.cos() - x * x.sin(), rtol=0, atol=1e-2)
+
+
+def test_functional_transforms_are_refused_by_torch_itself():
+    model = nn.Linear(64, 64)
+    with compress_model(model, only("block:bits=4")), pytest.raises(RuntimeError, match="saved tensor hooks"):
+        torch.func.grad(lambda x: model(x).sum())(torch.randn(32, 64))
+    assert not hooks_on(model)
+
+
+def test_compiled_models_are_refused():
+    model = build("bert")
+    with pytest.raises(ValueError, match="does not work inside torch.compile.*Train without torch_compile"):
+        compress_model(torch.compile(model), only("block:bits=4"))
+    assert not hooks_on(model)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_cannot_be_coded(bad):
+    x = torch.randn(64, 64)
+    x[3, 4] = bad
+    _, grad, record = backward_of(lambda x: x.square(), x)
+    assert record.nonfinite == 1
+    torch.testing.assert_close(grad, 2 * x, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(FloatingPointError, match=r"saved: NaN, Inf.*shape \(64, 64\)"):
+        backward_of(lambda x: x.square(), x, nonfinite="raise")
+    # the hooks were popped although the forward raised
+    y = torch.randn(64, 64, requires_grad=True)
+    y.square().sum().backward()
+    assert torch.equal(y.grad, 2 * y)
+
+
+def test_no_hooks_without_gradients():
+    model = build("bert")
+    with compress_model(model, only("block:bits=4")) as handle, torch.no_grad():
+        loss_of(model, batch_of("bert"))
+        assert handle.saved.record.passes == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_compressed_and_cleaned(duplicate):
+    model = build("resnet18")
+    with compress_model(model, only("block:bits=4")) as handle:
+        twin = duplicate(model)
+        loss_of(twin, batch_of("resnet18")).backward()
+        assert handle.saved.record.passes == 0
+        with pytest.raises(ValueError, match="compressed already"):
+            compress_model(twin, only("block:bits=4"))
+    assert not hooks_on(model) and hooks_on(twin)
+    assert "" in remove_compression(twin) and not hooks_on(twin)
+    assert not any(m._forward_hooks_always_called for m in twin.modules())
