@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attach import Handle, compress_model, remove_compression
     from .callback import ActCompressCallback
-    from .codecs import Codec, CodecState, Payload, codec_names, parse_codec
+    from .codecs import Codec, CodecState, Payload, codec_names, parse_codec, register_codec
     from .config import ActCompressConfig, CompressionArguments
     from .models.layers import Layer, find_layers
     from .ops.cpu.malloc import keep_freed_memory
@@ -20,12 +20,13 @@ _HOMES = {
     "ActCompressCallback": "callback", "ActCompressConfig": "config", "Codec": "codecs", "CodecState": "codecs",
     "CompressionArguments": "config", "Handle": "attach", "Layer": "models.layers", "Payload": "codecs",
     "codec_names": "codecs", "compress_model": "attach", "find_layers": "models.layers",
-    "keep_freed_memory": "ops.cpu.malloc", "parse_codec": "codecs", "remove_compression": "attach",
+    "keep_freed_memory": "ops.cpu.malloc", "parse_codec": "codecs", "register_codec": "codecs",
+    "remove_compression": "attach",
 }  # fmt: skip
 __all__ = [
     "ActCompressCallback", "ActCompressConfig", "Codec", "CodecState", "CompressionArguments", "Handle", "Layer",
     "Payload", "codec_names", "compress_model", "find_layers", "keep_freed_memory", "parse_codec",
-    "remove_compression",
+    "register_codec", "remove_compression",
 ]  # fmt: skip
 
 

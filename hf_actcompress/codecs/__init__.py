@@ -1,4 +1,7 @@
-"""Pure codecs: tensor -> payload -> tensor.  Nothing here knows modules, ranks or transports."""
+"""Codecs: tensor -> payload -> tensor.  Nothing here knows modules, ranks or transports.
+
+The import of a codec's class is its line in the registry: each module registers its own (registry.py).
+"""
 
 from .base import Codec, CodecState, Payload, Traits, raw_nbytes
 from .block import Block
@@ -9,12 +12,9 @@ from .float8 import Float8
 from .identity import Identity
 from .kmeans import KMeans
 from .lowrank import LowRank
-from .registry import CODECS, codec_names, parse_codec
+from .parse import parse_codec
+from .registry import CODECS, codec_names, register_codec
+from .rounding import RoundingState
 from .sort import Sort
 from .topk import TopK
 from .uniform import Uniform
-
-__all__ = [
-    "CODECS", "Block", "Chain", "Codec", "CodecState", "Delta", "Feedback", "Float8", "Identity", "KMeans", "LowRank",
-    "Payload", "Sort", "TopK", "Traits", "Uniform", "codec_names", "parse_codec", "raw_nbytes", "sample_ids",
-]  # fmt: skip

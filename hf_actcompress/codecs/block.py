@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..ops.rounding import noise_source
 from ..ops.rows import Part, apply, counters, join, parts
 from . import rotated as turned
 from .base import Codec, CodecState, Payload, check_choice, check_int
+from .registry import register_codec
 from .rotated import DEFAULT_GROUP
 from .rounding import RoundingState, key_of
 from .transforms import prototypes
@@ -24,6 +25,7 @@ from .transforms.equalize import applies, feature_dim, feature_scales, period, t
 from .transforms.patches import from_frequencies, patch_size, to_frequencies
 
 
+@register_codec("block")
 @dataclass(frozen=True)
 class Block(Codec):
     """Affine quantization with two scales per group.
@@ -76,7 +78,6 @@ class Block(Codec):
     clip: float = 1.0
     equalize: Literal["feature", "none"] | None = None
     scale: int = 16
-    name: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
         check_int(self.name, "bits", self.bits, 1, MAX_BITS, "To leave a tensor alone use identity.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,10 +12,12 @@ from ..ops.kernels import float8_decode, float8_encode, float8_roundtrip
 from ..ops.reductions import extremes
 from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 from .base import Codec, CodecState, Payload, check_choice
+from .registry import register_codec
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
+@register_codec("float8")
 @dataclass(frozen=True)
 class Float8(Codec):
     """x / scale in float8, with one fp32 scale per tensor that maps the largest magnitude to the largest number.
@@ -27,7 +28,6 @@ class Float8(Codec):
     """
 
     format: str = "e4m3"
-    name: ClassVar[str] = "float8"
 
     def __post_init__(self) -> None:
         check_choice(self.name, "format", self.format, tuple(_FORMATS))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .base import Codec, CodecState, Payload, raw_nbytes
+from .registry import register_codec
 
 
+@register_codec("identity")
 @dataclass(frozen=True)
 class Identity(Codec):
     """Passes tensors on as they are.  Payload: the raw bytes.
@@ -18,7 +20,6 @@ class Identity(Codec):
     Proves that the sites are transparent, and bounds what any codec can gain.
     """
 
-    name: ClassVar[str] = "identity"
     leaves: ClassVar[tuple[str, ...]] = ("values",)
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ..ops.lookup import decode_table
 from ..ops.reductions import ranked, strided_sample
 from ..ops.rows import codes_nbytes, encode_parts, join, roundtrip_parts
 from .base import Codec, CodecState, Payload, check_int
+from .registry import register_codec
 
 SAMPLE = 1 << 14
 EXACT = 512  # up to this many weighted points the codebook is found by dynamic programming
@@ -26,6 +26,7 @@ class CodebookState(CodecState):
         self.centroids: Tensor | None = None
 
 
+@register_codec("kmeans")
 @dataclass(frozen=True)
 class KMeans(Codec):
     """Replaces each value by the nearest of 2**bits centroids that minimise the squared error.
@@ -40,7 +41,6 @@ class KMeans(Codec):
 
     bits: int = 4
     iters: int = 8
-    name: ClassVar[str] = "kmeans"
 
     def __post_init__(self) -> None:
         check_int(self.name, "bits", self.bits, 1, 8, "More bits than 8 are served better by block.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops.reductions import extremes
 from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, site_hash
+from .registry import register_codec
 
 PART = 1 << 20  # elements of a tensor of another dtype that are taken to fp32 at once
 WORST = 1e-2  # smallest eigenvalue of the products of unit columns up to which fp32 sums are trusted
@@ -25,6 +26,7 @@ class BasisState(CodecState):
         self.basis: Tensor | None = None
 
 
+@register_codec("lowrank")
 @dataclass(frozen=True)
 class LowRank(Codec):
     """Folds the tensor to a matrix [m, n] (features last; [B, C, H, W] to [B*H*W, C]) and keeps rank-r factors.
@@ -40,7 +42,6 @@ class LowRank(Codec):
     rank: int = 8
     method: str = "power"
     iters: int = 1
-    name: ClassVar[str] = "lowrank"
     leaves: ClassVar[tuple[str, ...]] = ("left", "right")
 
     def __post_init__(self) -> None:

@@ -1,86 +1,111 @@
-"""Codecs by name, and specs such as "block:bits=4,group=128", "topk:ratio=0.1|uniform:bits=8", "ef+topk"."""
+"""Codecs by name: those of this package, those that a program registers, and those of installed packages.
+
+A package that brings a codec names it in its `pyproject.toml`; it is imported when somebody uses the name:
+
+    [project.entry-points."hf_actcompress.codecs"]
+    mine = "my_package.codec:Mine"
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import re
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
 
 from .base import Codec
-from .block import Block
-from .chain import Chain
-from .delta import Delta
-from .feedback import Feedback
-from .float8 import Float8
-from .identity import Identity
-from .kmeans import KMeans
-from .lowrank import LowRank
-from .sort import Sort
-from .spec import build, did_you_mean, split_spec
-from .topk import TopK
-from .uniform import Uniform
+from .spec import did_you_mean
 
-CODECS: dict[str, type[Codec]] = {c.name: c for c in (Identity, Uniform, Block, Sort, KMeans, TopK, LowRank, Float8)}
+ENTRY_POINTS = "hf_actcompress.codecs"
+# Words that mean something else where a codec is named.
+RESERVED = ("auto", "chain", "codec", "delta", "ef", "none")
+CODECS: dict[str, type[Codec]] = {}
+C = TypeVar("C", bound=type[Codec])
 
-# Names for options that belong together.  A codec that was asked for by such a name prints as what it is.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rotated": ("block", {"rotate": "hadamard", "levels": "gauss", "allocate": "energy", "patch": "dct"}),
-    "trellis": ("block", {"rotate": "hadamard", "levels": "trellis", "allocate": "energy", "patch": "dct",
-                          "prototypes": 3}),
-}  # fmt: skip
+
+def register_codec(name: str) -> Callable[[C], C]:
+    """Make a codec known to specs, configurations, commands, checkpoints and every site.
+
+        @register_codec("mine")
+        @dataclass(frozen=True)
+        class Mine(Codec):
+            bits: int = 4
+            ...
+
+    name: letters, digits, `-`, `_` and `.`, beginning with a letter.
+    Raises ValueError for a name that is taken, and for a class that is not a frozen dataclass derived from Codec.
+    """
+
+    def add(cls: C) -> C:
+        where = f"register_codec({name!r}) of {cls.__qualname__}"
+        parameters = cls.__dict__.get("__dataclass_params__")
+        if not issubclass(cls, Codec) or parameters is None or not parameters.frozen:
+            raise ValueError(
+                f"{where}: a codec is a frozen dataclass derived from hf_actcompress.Codec. Write "
+                "@dataclass(frozen=True) between @register_codec and the class."
+            )
+        if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in RESERVED:
+            raise ValueError(
+                f"{where}: the name begins with a letter, goes on with letters, digits, '-', '_' or '.', and is none "
+                f"of {', '.join(RESERVED)}."
+            )
+        taken = CODECS.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{where}: the name belongs to {taken.__module__}.{taken.__qualname__}. Choose another.")
+        cls.name = name
+        CODECS[name] = cls
+        return cls
+
+    return add
 
 
 def codec_names() -> list[str]:
-    return list(CODECS)
+    """All names that a spec may use, those of installed packages included."""
+    return list(dict.fromkeys([*CODECS, *(point.name for point in _entry_points())]))
 
 
-def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
-    """A codec from its spec, a dict {"name": "block", "bits": 4, ...}, or a codec (returned as it is).
-
-    Grammar: `name[:option=value,...]`, `a|b` (b compresses what a leaves), `ef+a` (error feedback around all that
-    follows), `delta+a` (a compresses the change of each sample since it was last seen); `rotated:bits=2` is block
-    with all that helps at few bits (PRESETS).
-    Raises ValueError with the names and options that exist.
-    """
-    if isinstance(spec, Codec):
-        return spec
-    if isinstance(spec, dict):
-        options = dict(spec)
-        name = options.pop("name", None)
-        if name is None:
-            raise ValueError(f"A codec given as a dict needs a 'name'; got {spec!r}. Names: {', '.join(CODECS)}.")
-        return _build(str(name), options, repr(spec))
-    if not isinstance(spec, str) or not spec.strip():
-        raise ValueError(f"A codec is a spec such as 'block:bits=4', a dict or a Codec; got {spec!r}.")
-    text = spec.strip()
-    if text.startswith("ef+"):
-        return Feedback(parse_codec(text[3:]))
-    if text.startswith("delta"):
-        return _delta(text)
-    if "|" in text:
-        first, rest = text.split("|", 1)
-        return Chain(parse_codec(first), parse_codec(rest))
-    return _build(*split_spec(text), spec)
+def codec_class(name: str, spec: str) -> type[Codec]:
+    """The class of that name.  Raises ValueError with the names that exist, and if its package cannot be imported."""
+    if name not in CODECS:
+        for point in _entry_points():
+            if point.name == name:
+                _load(point)
+                break
+        else:
+            names = codec_names()
+            raise ValueError(
+                f"Unknown codec '{name}' in '{spec}'.{did_you_mean(name, names)} Codecs: {', '.join(names)}; also "
+                "a|b, ef+a and delta+a. A codec of your own is made known by @register_codec, in a module that is "
+                "imported before its name is used."
+            )
+    return CODECS[name]
 
 
-def _delta(spec: str) -> Codec:
-    head, plus, inner = spec.partition("+")
-    if not plus or not inner.strip():
-        raise ValueError(f"'{spec}': delta stands before the codec of the changes, as in delta+block:bits=4.")
-    name, options = split_spec(head)
-    if name != "delta" or "inner" in options:
-        raise ValueError(f"'{spec}': delta stands before the codec of the changes, as in delta+block:bits=4.")
-    values: dict[str, Any] = {"inner": parse_codec(inner), **options}
-    if "first" in options:
-        values["first"] = parse_codec(options["first"].replace("/", ":").replace(";", ","))
-    return build(Delta, name, values, spec)
+def _entry_points() -> list[EntryPoint]:
+    return sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
 
 
-def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
-    if name in PRESETS:
-        name, preset = PRESETS[name]
-        options = {**preset, **options}
-    cls = CODECS.get(name)
-    if cls is None:
-        names = [*CODECS, *PRESETS]
-        known = f"{', '.join(names)}; also a|b, ef+a and delta+a"
-        raise ValueError(f"Unknown codec '{name}' in '{spec}'.{did_you_mean(name, names)} Codecs: {known}.")
-    return build(cls, name, options, spec)
+def _load(point: EntryPoint) -> None:
+    where = f"The codec '{point.name}' of the installed package {point.dist.name if point.dist else point.value}"
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where} cannot be imported from {point.value}: {error}") from error
+    if point.name not in CODECS:
+        if not isinstance(found, type):
+            raise ValueError(f"{where}: {point.value} is no codec class, and registers none of that name.")
+        register_codec(point.name)(found)
+
+
+def check_registered(codec: Codec) -> None:
+    """Raise ValueError for a codec, or one inside it, whose class has no name by which a spec could tell it."""
+    inner = [v for f in dataclasses.fields(codec) if isinstance(v := getattr(codec, f.name), Codec)]  # type: ignore
+    for part in inner:
+        check_registered(part)
+    cls = type(codec)
+    if not inner and CODECS.get(codec.name) is not cls:
+        raise ValueError(
+            f"The class {cls.__qualname__} has no name that a spec, a configuration or a checkpoint could give. Put "
+            f"@register_codec(\"{cls.__name__.lower()}\") above its @dataclass(frozen=True)."
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,11 +15,13 @@ from ..ops.reductions import extremes, ranked, strided_sample
 from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 from ..ops.scales import safe_inverse
 from .base import Codec, CodecState, Payload, check_choice, check_int
+from .registry import register_codec
 
 SAMPLE = 1 << 15
 FEW_SPLITS = 3  # up to here a chain of choices takes less time than a table
 
 
+@register_codec("sort")
 @dataclass(frozen=True)
 class Sort(Codec):
     """Cuts the values at quantiles into 2**splits groups of equal count and quantizes each with bits - splits bits.
@@ -39,7 +40,6 @@ class Sort(Codec):
     bits: int = 8
     splits: int | None = None
     quantiles: str = "sample"
-    name: ClassVar[str] = "sort"
 
     def __post_init__(self) -> None:
         check_int(self.name, "bits", self.bits, 2, MAX_BITS, "To leave a tensor alone use identity.")

@@ -14,8 +14,10 @@ from ..ops.layout import as_it_lies, restored
 from ..ops.rows import decode_parts, encode_parts, join
 from ..ops.selection import find_cut, ranks, runs_of_set_bits, set_bits
 from .base import Codec, CodecState, LeafShapes, Payload
+from .registry import register_codec
 
 
+@register_codec("topk")
 @dataclass(frozen=True)
 class TopK(Codec):
     """Keeps the share `ratio` of largest magnitude (at least one value; of equal magnitudes the first).
@@ -27,7 +29,6 @@ class TopK(Codec):
     """
 
     ratio: float = 0.1
-    name: ClassVar[str] = "topk"
     leaves: ClassVar[tuple[str, ...]] = ("values",)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,9 +16,11 @@ from ..ops.reductions import extremes
 from ..ops.rounding import noise_source
 from ..ops.rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
 from .base import Codec, CodecState, Payload, check_choice, check_int
+from .registry import register_codec
 from .rounding import RoundingState, key_of
 
 
+@register_codec("uniform")
 @dataclass(frozen=True)
 class Uniform(Codec):
     """One minimum and one step for the whole tensor; x is rounded to min + code * step.
@@ -33,7 +34,6 @@ class Uniform(Codec):
 
     bits: int = 8
     round: str | None = None
-    name: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
         check_int(self.name, "bits", self.bits, 1, MAX_BITS, "To leave a tensor alone use identity.")

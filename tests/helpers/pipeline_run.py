@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,14 @@ def together(kind: str, codec: str, grad_codec: str | None = None) -> dict[str, 
     }  # fmt: skip
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, codecs: Sequence[tuple[str, str | None]], kinds: Sequence[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), {}
     losses, state = alone()
     found["alone"] = losses
-    for kind in ("linear", "client-server"):
-        for codec, grad in CODECS:
+    for kind in kinds:
+        for codec, grad in codecs:
             result = together(kind, codec, grad)
             own = result.pop("state")
             result["weights"] = max(float((own[k] - state[k]).abs().max()) for k in own)
@@ -113,5 +114,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # Codecs that follow the folder are run in place of the usual ones, in a line of stages only.
+    chosen = [(spec, None) for spec in sys.argv[2:]]
+    main(Path(sys.argv[1]), chosen or CODECS, ("linear",) if chosen else ("linear", "client-server"))
     leave()

@@ -1,0 +1,68 @@
+"""A codec from its spec, such as "block:bits=4,group=128", "topk:ratio=0.1|uniform:bits=8" or "ef+topk"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Codec
+from .chain import Chain
+from .delta import Delta
+from .feedback import Feedback
+from .registry import check_registered, codec_class, codec_names
+from .spec import build, split_spec
+
+# Names for options that belong together.  A codec that was asked for by such a name prints as what it is.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rotated": ("block", {"rotate": "hadamard", "levels": "gauss", "allocate": "energy", "patch": "dct"}),
+    "trellis": ("block", {"rotate": "hadamard", "levels": "trellis", "allocate": "energy", "patch": "dct",
+                          "prototypes": 3}),
+}  # fmt: skip
+
+
+def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
+    """A codec from its spec, a dict {"name": "block", "bits": 4, ...}, or a codec (returned as it is).
+
+    Grammar: `name[:option=value,...]`, `a|b` (b compresses what a leaves), `ef+a` (error feedback around all that
+    follows), `delta+a` (a compresses the change of each sample since it was last seen).
+    Raises ValueError with the names and options that exist, and for a codec whose class is not registered.
+    """
+    if isinstance(spec, Codec):
+        check_registered(spec)
+        return spec
+    if isinstance(spec, dict):
+        options = dict(spec)
+        name = options.pop("name", None)
+        if name is None:
+            known = ", ".join(codec_names())
+            raise ValueError(f"A codec given as a dict needs a 'name'; got {spec!r}. Names: {known}.")
+        return _build(str(name), options, repr(spec))
+    if not isinstance(spec, str) or not spec.strip():
+        raise ValueError(f"A codec is a spec such as 'block:bits=4', a dict or a Codec; got {spec!r}.")
+    text = spec.strip()
+    if text.startswith("ef+"):
+        return Feedback(parse_codec(text[3:]))
+    if text.startswith("delta"):
+        return _delta(text)
+    if "|" in text:
+        first, rest = text.split("|", 1)
+        return Chain(parse_codec(first), parse_codec(rest))
+    return _build(*split_spec(text), spec)
+
+
+def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
+    if name in PRESETS:
+        name, preset = PRESETS[name]
+        options = {**preset, **options}
+    return build(codec_class(name, spec), name, options, spec)
+
+
+def _delta(spec: str) -> Codec:
+    """`delta[:options]+codec`; the option `first` is a spec with `/` for `:` and `;` for `,`."""
+    head, _, inner = spec.partition("+")
+    name, options = split_spec(head)
+    if name != "delta" or "inner" in options or not inner.strip():
+        raise ValueError(f"'{spec}': delta stands before the codec of the changes, as in delta+block:bits=4.")
+    values: dict[str, Any] = {"inner": parse_codec(inner), **options}
+    if "first" in options:
+        values["first"] = parse_codec(options["first"].replace("/", ":").replace(";", ","))
+    return build(Delta, name, values, spec)
