@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.observe import auto
 from hf_actcompress.observe.probe import EVERY
-from hf_actcompress.plan.study import load
+from hf_actcompress.workloads.batches import training_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "analysis_cost.json"
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for name, (data, size, cuts, steps) in CASES.items():
-        model, (batch,), _ = load(name, data, root=args.data, batches=1, batch_size=size)
+        model, (batch,), _ = training_batches(name, data, root=args.data, batches=1, batch_size=size)
         if name != "minilm":
             model = model.to(memory_format=torch.channels_last)
         config = ActCompressConfig("block:bits=4", placement="cuts", analysis=True, **cuts)

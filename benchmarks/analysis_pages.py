@@ -10,7 +10,7 @@ from typing import Any
 
 import auto_ratio
 
-from hf_actcompress.report.figures import family, label
+from hf_actcompress.report.style import family, label
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -20,7 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.plan.study import load
+from hf_actcompress.workloads.batches import training_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "auto_error.json"
@@ -37,7 +37,7 @@ def main() -> None:
     rows = []
     with tqdm(total=len(CASES) * len(CODECS)) as bar:
         for task, (name, size, cuts) in CASES.items():
-            model, batches, _ = load(name, task, root=args.data, batches=SEEN + 1, batch_size=size)
+            model, batches, _ = training_batches(name, task, root=args.data, batches=SEEN + 1, batch_size=size)
             for codec in CODECS:
                 config = ActCompressConfig(codec, placement="cuts", analysis=True, analysis_every=1, **cuts)
                 example = {key: value for key, value in batches[0].items() if key != "labels"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.observe.sensitivity import sensitivity
-from hf_actcompress.plan.study import load
+from hf_actcompress.workloads.batches import training_batches
 from hf_actcompress.workloads.results import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     args = parser.parse_args()
-    model, (batch,), _ = load("minilm", "cola", root=args.data, batches=1, batch_size=max(ROWS))
+    model, (batch,), _ = training_batches("minilm", "cola", root=args.data, batches=1, batch_size=max(ROWS))
     example = {key: value for key, value in batch.items() if key != "labels"}
     specs = {str(parse_codec(spec)): spec for spec in CODECS}
     codecs = {"backward": list(map(parse_codec, CODECS))}

@@ -9,7 +9,7 @@ from typing import Any
 from hf_actcompress.plan.advise import choose
 from hf_actcompress.plan.simulate import Cut, Link, Stage, Timeline, Traffic, simulate
 from hf_actcompress.plan.timeline import chart
-from hf_actcompress.report.plots import _figure, _save
+from hf_actcompress.report.style import make_figure, save_figure
 
 TORCH = "torch"
 # From the most faithful on, which is the order in which advise prefers them.
@@ -133,7 +133,7 @@ def from_the_run(row: dict[str, Any], label: str) -> Timeline:
 
 
 def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
-    lines = ["| | codec | measured, s | from the run's own parts | `advise --beside 1` | `advise` |",
+    lines = ["| | codec | measured, s | from the run's own parts | `advise --background 1` | `advise` |",
              "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     errors: dict[str, dict[str, float]] = {kind: {} for kind in ("run", "beside", "alone")}
     choices = []
@@ -156,7 +156,8 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
             taken, best = choose({label: before["beside"][label] for label in real}), choose(real)
             choices.append(f"| {place} | {taken} | {best} | {real[taken] / min(real.values()):.3f} |")
     words = []
-    for kind, what in (("run", "From the run's own parts"), ("beside", "`advise --beside 1`"), ("alone", "`advise`")):
+    kinds = {"run": "From the run's own parts", "beside": "`advise --background 1`", "alone": "`advise`"}
+    for kind, what in kinds.items():
         if errors[kind]:
             sizes = sorted(abs(error) for error in errors[kind].values())
             worst = max(errors[kind], key=lambda key: abs(errors[kind][key]))
@@ -164,7 +165,7 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
             words.append(f"{what}: within 20 % in {within} of {len(sizes)} cases, median error "
                          f"{statistics.median(sizes):.0f} %, largest {errors[kind][worst]:+.0f} % "
                          f"({worst}).")  # fmt: skip
-    said = ["| | `advise --beside 1` takes | the measured table says | what it takes, over the fastest measured |",
+    said = ["| | `advise --background 1` takes | the measured table says | what it takes, over the fastest measured |",
             "| --- | --- | --- | ---: |"]  # fmt: skip
     return "\n\n".join(["\n".join(lines), "\n".join(f"- {word}" for word in words)]
                        + (["\n".join(said + choices)] if choices else []))  # fmt: skip
@@ -173,7 +174,7 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
 def plot(record: dict[str, Any], path: Path) -> Path:
     """Samples per second over the rate of the link, a panel per model, with the limit of block 4/8."""
     models = list(dict.fromkeys(row["model"] for row in rows(record).values()))
-    figure, axes = _figure(1, len(models), 3.2)
+    figure, axes = make_figure(1, len(models), 3.2)
     for ax, model in zip(axes, models, strict=False):
         own = [row for row in rows(record).values() if row["model"] == model]
         rates = [row["rate"] for row in own]
@@ -191,7 +192,7 @@ def plot(record: dict[str, Any], path: Path) -> Path:
         ax.set_ylabel("samples per second")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def fill(pages: Any) -> None:

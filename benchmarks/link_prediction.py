@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/link_prediction.py [--models minilm mobilenetv2]
 
 Forward, backward and optimizer of each stage and all codecs are timed here, alone and beside a process that computes
-the same (`advise --beside 1`), as the ranks of slow_link.sh share a machine; the simulator makes a step of them.
+the same (`advise --background 1`), as the ranks of slow_link.sh share a machine; the simulator makes a step of them.
 Writes benchmarks/results/link_prediction.json after each row; rows that it has are not made again.
 """
 
@@ -19,9 +19,10 @@ import torch
 from slow_link import BF16, CHUNKS, CODECS, CUTS, MODELS, RATES, ROWS, TORCH, batch_of, load_model, row_name
 
 from hf_actcompress.pipeline import split
-from hf_actcompress.plan.advise import measure_codec, measure_stages, predict
+from hf_actcompress.plan.advise import predict
 from hf_actcompress.plan.cluster import Cluster
-from hf_actcompress.plan.contention import Work, company
+from hf_actcompress.plan.contention import background_load
+from hf_actcompress.plan.measure import Work, measure_codec, measure_stages
 from hf_actcompress.plan.simulate import Link
 from hf_actcompress.workloads.results import environment
 
@@ -32,14 +33,14 @@ def work(model: str, stages: int) -> Work:
     batch, rows = batch_of(model), ROWS[model] // CHUNKS
     inputs = batch.get("input_ids", batch.get("pixel_values"))[:rows]
     side = {"attention_mask": batch["attention_mask"][:rows]} if "attention_mask" in batch else {}
-    return split(load_model(model), cuts=CUTS[model, stages]), (inputs,), side
+    return Work(split(load_model(model), cuts=CUTS[model, stages]), (inputs,), side)
 
 
 def cluster_of(model: str, stages: int, beside: int) -> Cluster:
     """Measured here; its links are still to be set."""
     build = partial(work, model, stages)
-    with company(beside, build):
-        found, shapes, dtypes = measure_stages(*build(), repeats=8)
+    with background_load(beside, build):
+        found, shapes, dtypes = measure_stages(build(), repeats=8)
     specs = {
         label: (BF16, BF16) if label == BF16 else (codec, codec if grad is None else grad)
         for label, (codec, grad) in CODECS.items()

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.report.plots import _figure, _save
+from hf_actcompress.report.style import make_figure, save_figure
 
 # (model, method) -> how many times less has to be held; model -> what a step with "saved 4" may take, in plain steps.
 ASKED = {
@@ -225,7 +225,7 @@ def _metric(record: dict[str, Any]) -> float:
 def plot(record: dict[str, Any], path: Path) -> Path:
     """Step time against what is held, a panel per model."""
     names = models(record)
-    figure, axes = _figure(2, -(-len(names) // 2), 2.6)
+    figure, axes = make_figure(2, -(-len(names) // 2), 2.6)
     for ax, model in zip(axes, names, strict=False):
         none = record[f"held {model} none"]["held_mb"]
         for method, time in record[f"time {model}"].items():
@@ -246,4 +246,4 @@ def plot(record: dict[str, Any], path: Path) -> Path:
         ax.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)

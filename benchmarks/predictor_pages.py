@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.report.plots import _figure, _save
+from hf_actcompress.report.style import make_figure, save_figure
 
 COLOURS = {"cola": ("#0072B2", "o"), "sst2": ("#D55E00", "s"), "cifar10": ("#009E73", "^"), "mnist": ("#CC79A7", "D")}
 
@@ -45,7 +45,7 @@ def draw(record: dict[str, Any], path: Path) -> Path:
     """Left the correlations with their intervals, right what is lost against the best quantity; one row per set."""
     sets = [(name, record[name]) for name in ("short", "long") if name in record]
     titles = {"short": "short runs, records of the first tenth", "long": "whole trainings"}
-    figure, axes = _figure(len(sets), 2, 3.9)
+    figure, axes = make_figure(len(sets), 2, 3.9)
     for i, (name, result) in enumerate(sets):
         left, right = axes[2 * i : 2 * i + 2]
         rows = result["quantities"][:14][::-1]
@@ -76,4 +76,4 @@ def draw(record: dict[str, Any], path: Path) -> Path:
         right.set_xlabel(best["quantity"])
         right.set_ylabel("share of the margin lost, %")
         right.legend(frameon=False, fontsize=8, loc="best", handletextpad=0.2)
-    return _save(figure, path)
+    return save_figure(figure, path)

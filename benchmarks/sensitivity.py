@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress.cli.analyze import ANALYZE_CODECS
-from hf_actcompress.plan.study import load, study
+from hf_actcompress.plan.study import study
 from hf_actcompress.report.figures import error_against_bits, error_growth, histograms, sensitivity_map
+from hf_actcompress.workloads.batches import training_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sensitivity"
@@ -45,7 +46,7 @@ def main() -> None:
         if not args.figures and (args.force or not path.exists()):
             settings = dict(STUDIES[name])
             data = settings.pop("data")
-            model, batches, about = load(name, data, root=args.data, **settings)
+            model, batches, about = training_batches(name, data, root=args.data, **settings)
             with tqdm(desc=name) as bar:
                 found = study(
                     model, batches, CODECS, advance=bar.update, begin=lambda total, bar=bar: bar.reset(total)

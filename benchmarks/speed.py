@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.report.plots import OTHER, STYLES, _figure, _save, family
+from hf_actcompress.report.style import STYLES, make_figure, save_figure, style_of
 
 # What encode and decode may cost at 64 MiB in fp32, in clones.
 ALLOWED = {
@@ -160,7 +160,7 @@ def plot(record: dict[str, Any], path: Path) -> Path | None:
     sizes = {size for rows in found.values() for size, dtype in rows if dtype == "float32"}
     if len(sizes) < 2:
         return None
-    figure, axes = _figure(1, 2, 3.6)
+    figure, axes = make_figure(1, 2, 3.6)
     for ax, way in zip(axes, ("encode", "decode"), strict=True):
         for codec in DRAWN:
             rows = sorted(
@@ -169,7 +169,7 @@ def plot(record: dict[str, Any], path: Path) -> Path | None:
             )  # fmt: skip
             if not rows:
                 continue
-            color, marker = STYLES.get(family(codec), OTHER)
+            color, marker = style_of(codec)[:2]
             turned = "rotate" in codec
             x = [size for size, _ in rows]
             ax.plot(x, [t["clones"] for _, t in rows], color=color, marker=marker, markersize=5, linewidth=1.4,
@@ -190,7 +190,7 @@ def plot(record: dict[str, Any], path: Path) -> Path | None:
         ax.set_xlabel("size of the tensor, fp32")
         ax.set_ylabel("time over x.clone()")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _size(value: float) -> str:

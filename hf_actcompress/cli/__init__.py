@@ -1,50 +1,71 @@
 """`hf-actcompress`: look at models, codecs, links and results before and after training.
 
-Each subcommand is a file of this folder; this file only lists them and turns a ValueError into a line of text.
+Each subcommand is a file in this folder.  `--help` and `--version` import no torch: a file imports what it runs with
+inside the function that runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
+from .common import Help
 
 COMMANDS = ("inspect", "bench", "analyze", "advise", "card", "report")
 EXAMPLES = """examples:
   hf-actcompress inspect minilm --first 1 --last 2 --placement cuts
   hf-actcompress inspect mobilenetv2_100 --batch-size 64 --image-size 96 --codec block:bits=4 topk:ratio=0.2
-  hf-actcompress analyze minilm cola --codec block:bits=4 block:bits=2 --out outputs/minilm
+  hf-actcompress analyze minilm embedded --codec block:bits=4 block:bits=2 --out outputs/minilm
   hf-actcompress bench block:bits=4 sort:bits=8 --shape 32x128x384
   hf-actcompress advise --model minilm --bandwidth 100mbit
   hf-actcompress report outputs --html report.html
+
+exit codes: 0 done, 2 wrong option or input (one line on stderr says which), 130 interrupted
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script.  Returns the exit code: 0, or 2 after a ValueError, whose text goes to stderr."""
-    parser = _parser()
+    """The console script.  Returns the exit code: 0, 2 after a ValueError, 130 after Ctrl-C."""
+    parser, commands = _parsers()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
     try:
         args.run(args)
+        sys.stdout.flush()
     except ValueError as error:
-        print(f"hf-actcompress {args.command}: {error}", file=sys.stderr)
+        message = _as_typed(str(error), commands[args.command])
+        print(f"hf-actcompress {args.command}: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"hf-actcompress {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hf-actcompress ... | head`: Python would complain once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
-        prog="hf-actcompress", description="Compress what training keeps and moves.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="hf-actcompress", description="Compress the tensors that training stores and sends.", epilog=EXAMPLES,
+        formatter_class=Help,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"hf_actcompress {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
         import_module(f".{name}", __package__).add_parser(commands)
-    return parser
+    return parser, commands.choices
+
+
+def _as_typed(message: str, parser: argparse.ArgumentParser) -> str:
+    """The message with Python's spelling of an option (`batch_size=3`) replaced by the command line's."""
+    for action in parser._actions:
+        if action.option_strings:
+            message = re.sub(rf"(?<![\w:,.'\"]){action.dest}=", f"{action.option_strings[-1]} ", message)
+    return message

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.text import Text
-
-from ..pipeline import split
-from ..plan.advise import NEAR, Prediction, choose, measure_stages, predict, verdict
-from ..plan.cluster import CODECS, Cluster, bandwidth, parse_codecs, read_cluster, seconds
-from ..plan.contention import Work, company
-from ..plan.inspection import build_model
-from ..plan.schedules import SCHEDULES, orders, place
+from ..plan.cluster import CODECS, NEAR, Cluster, bandwidth, parse_codecs, read_cluster, seconds
+from ..plan.schedules import SCHEDULES
 from ..plan.simulate import Link, Stage
-from ..plan.timeline import chart, text
-from .common import make_console, make_table, whole
+from .common import MODEL, Help, make_console, make_progress, percent, print_json, print_table, whole
 
 EXAMPLES = """examples:
   hf-actcompress advise --model minilm --bandwidth 100mbit
   hf-actcompress advise --model mobilenetv2_100 --bandwidth 1gbit --latency 20ms --cuts 0 --batch-size 16
   hf-actcompress advise cluster.yaml --timeline --png step.png
 
-A cluster that is not there, as YAML (docs/advise.md lists every key):
+A cluster that does not exist yet, as YAML (docs/advise.md lists every key):
   microbatches: 128
   devices:
     - {name: host, count: 64, flops: 20T}
@@ -45,26 +35,26 @@ def add_parser(commands: Any) -> None:
         "uncompressed. Measures codecs and, with --model, forward and backward of every stage on this machine (with "
         "OMP_NUM_THREADS threads), then simulates a step event by event. Nothing is sent and no weights are "
         "downloaded. HF_ACTCOMPRESS_COMPILE=1 times compiled codecs, as a long training runs them, and compiles them "
-        f"first. Of codecs within {100 * NEAR:.0f} % of the fastest, the first in their order is taken.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"first. Of codecs within {100 * NEAR:.0f} % of the fastest, the most faithful is taken: the first in the "
+        "list.",
+        epilog=EXAMPLES, formatter_class=Help,
     )  # fmt: skip
     add = parser.add_argument
     add("cluster", nargs="?", metavar="CLUSTER.yaml", help="description of devices, stages and links; or --model and "
         "--bandwidth")  # fmt: skip
-    add("--model", help="'minilm' or 'efficientnet-lite0' (packaged), a timm name, a local folder, or the hub id of a "
-        "transformers model that classifies texts or images; its stages are measured here")  # fmt: skip
-    add("--bandwidth", metavar="RATE", help="of every link, in each direction: 100mbit, 1gbit, 12.5MB")
-    add("--latency", metavar="TIME", default="0ms", help="one way: 20ms (default 0)")
+    add("--model", help=f"{MODEL}; its stages are measured here")
+    add("--bandwidth", metavar="RATE", help="of every link, in each direction: 100mbit, 1gbit, 12.5MB (per second)")
+    add("--latency", metavar="TIME", default="0ms", help="of every link, one way: 20ms (default 0)")
     add("--stages", type=whole(2), metavar="N", help="with about as many layers each (default 2; 4 for zbv and "
         "interleaved, which have two on each device)")  # fmt: skip
     add("--cuts", type=whole(0), nargs="+", metavar="LAYER", help="cut after these layers instead; 'hf-actcompress "
         "inspect MODEL' numbers them")  # fmt: skip
     add("--compute", nargs="+", metavar="F/B", help="seconds of forward and backward of a micro-batch, for each "
         "stage, instead of measuring: 0.1/0.2 0.1/0.2")  # fmt: skip
-    add("--beside", type=whole(0), default=0, metavar="N", help="processes that compute the same while the stages are "
-        "measured, for ranks that will share a machine (default 0: each has its own)")  # fmt: skip
+    add("--background", type=whole(0), default=0, metavar="N", help="processes that compute the same while the stages "
+        "are measured, for ranks that will share a machine (default 0: each has a machine of its own)")  # fmt: skip
     add("--batch-size", type=whole(1), default=32, metavar="B", help="examples of a step (default 32)")
-    add("--microbatches", type=whole(1), default=8, metavar="M", help="that the batch is cut into (default 8)")
+    add("--microbatches", type=whole(1), default=8, metavar="M", help="parts that the batch is cut into (default 8)")
     add("--seq-len", type=whole(1), default=128, metavar="L", help="tokens of an example (default 128)")
     add("--image-size", type=whole(1), default=224, metavar="S", help="height and width of an image (default 224)")
     schedules = "; ".join(f"{name}: {schedule.what}" for name, schedule in SCHEDULES.items())
@@ -72,9 +62,9 @@ def add_parser(commands: Any) -> None:
     add("--ahead", type=whole(0), default=2, metavar="N", help="micro-batches begun in advance for each link, of "
         "early-1f1b (default 2)")  # fmt: skip
     add("--codec", nargs="+", metavar="SPEC[/SPEC]", help="specs to compare, of activations, and of gradients after a "
-        f"slash; 'bf16' casts (default: {', '.join(CODECS)})")  # fmt: skip
+        f"slash; 'bf16' casts (default: {percent('; '.join(CODECS))})")  # fmt: skip
     add("--timeline", action="store_true", help="draw the step without compression and with the codec to take")
-    add("--png", metavar="FILE", help="the same as a chart")
+    add("--png", metavar="FILE", help="write the same as a chart (needs matplotlib)")
     add("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=_advise)
 
@@ -82,24 +72,25 @@ def add_parser(commands: Any) -> None:
 def _advise(args: argparse.Namespace) -> None:
     if (args.cluster is None) == (args.model is None):
         raise ValueError("give either the YAML file of a cluster, or --model with --bandwidth.")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        if args.cluster is not None:
-            cluster = read_cluster(args.cluster)
-        else:
-            cluster = _measured(args, progress)
+    from ..plan.advise import choose, predict, verdict
+    from ..plan.timeline import chart
+
+    with make_progress() as progress:
+        cluster = _measured(args, progress) if args.cluster is None else read_cluster(args.cluster)
         if args.codec:
-            cluster = _with(cluster, args.codec)
-        task = progress.add_task("", total=len(cluster.codecs))
+            pairs = {spec: spec.split("/") if "/" in spec else spec for spec in args.codec}
+            cluster = replace(cluster, codecs=parse_codecs(pairs, "--codec"))
+        task = progress.add_task("codecs", total=len(cluster.codecs))
 
         def tick(label: str) -> None:
             progress.update(task, description=f"codec {label}", advance=1)
 
         predictions = predict(cluster, tick=tick)
-    words, times = verdict(predictions), {p.label: p.seconds for p in predictions}
-    chosen = choose(times)
-    shown = _shown(predictions, chosen)
+    words, chosen = verdict(predictions), choose({p.label: p.seconds for p in predictions})
+    plain = predictions[0]
+    shown = [plain] + [p for p in predictions if p.label == chosen and p is not plain]
     if args.json:
-        print(json.dumps(_record(cluster, predictions, chosen, words), indent=2))
+        print_json(_record(cluster, predictions, chosen, words))
     else:
         _print(cluster, predictions, chosen)
         if args.timeline:
@@ -107,21 +98,11 @@ def _advise(args: argparse.Namespace) -> None:
         print(words)
     if args.png:
         path = chart([(p.label, p.timeline) for p in shown], cluster.devices, args.png)
-        print(f"wrote {path}", file=sys.stderr)
+        print(f"written: {path}", file=sys.stderr)
 
 
-def _shown(predictions: list[Prediction], chosen: str) -> list[Prediction]:
-    plain = predictions[0]
-    return [plain] + [p for p in predictions if p.label == chosen and p is not plain]
-
-
-def _with(cluster: Cluster, specs: list[str]) -> Cluster:
-    pairs = {spec: spec.split("/") if "/" in spec else spec for spec in specs}
-    return Cluster(**{**vars(cluster), "codecs": parse_codecs(pairs)})
-
-
-def _measured(args: argparse.Namespace, progress: Progress) -> Cluster:
-    """The cluster that --model and --bandwidth stand for: a device for each stage, as this one."""
+def _measured(args: argparse.Namespace, progress: Any) -> Cluster:
+    """The cluster of --model and --bandwidth: a device like this one for each stage, or for each two."""
     if args.bandwidth is None:
         raise ValueError("--model needs --bandwidth, such as --bandwidth 100mbit.")
     link = Link(bandwidth(args.bandwidth, "--bandwidth"), seconds(args.latency, "--latency"))
@@ -129,48 +110,51 @@ def _measured(args: argparse.Namespace, progress: Progress) -> Cluster:
         raise ValueError("give either --stages or --cuts.")
     if args.batch_size % args.microbatches:
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of --microbatches {args.microbatches}.")
-    rows = args.batch_size // args.microbatches
     two = args.schedule in ("zbv", "interleaved")  # stages on each device
     count = len(args.cuts) + 1 if args.cuts else args.stages or (4 if two else 2)
     if two and count % 2:
         raise ValueError(f"--schedule {args.schedule} has two stages on each device here; {count} stages do not fit.")
+    given = _given(args.compute, count) if args.compute else []
+    from ..plan.advise import measured_cluster
+
+    rows = args.batch_size // args.microbatches
     where = {"cuts": args.cuts} if args.cuts else {"stages": count}
-    devices = count // 2 if two else count
-    work = partial(_work, args.model, args.seq_len, args.image_size, rows, where)
-    modules, first, side = work()
-    at = place(args.schedule, len(modules), devices)
-    orders(args.schedule, len(modules), devices, args.microbatches, args.ahead)  # says what does not fit in time
-    task = progress.add_task("forward and backward of the stages", total=4 * len(modules))
+    work = partial(stages_by_name, args.model, args.seq_len, args.image_size, rows, where)
+    task = progress.add_task("forward and backward of the stages", total=None)
     try:
-        with company(0 if args.compute else args.beside, work):
-            stages, shapes, dtypes = measure_stages(modules, first, side, repeats=1 if args.compute else 3,
-                                                    tick=lambda: progress.advance(task))  # fmt: skip
+        return measured_cluster(
+            work, link, microbatches=args.microbatches, rows=rows, schedule=args.schedule,
+            devices=count // 2 if two else count, ahead=args.ahead, background=args.background, given=given,
+            tick=lambda total: progress.update(task, total=total, advance=1),
+        )  # fmt: skip
     except (RuntimeError, IndexError, AssertionError) as error:
         raise ValueError(
             f"A stage of {args.model!r} does not run with --batch-size {args.batch_size}, --seq-len {args.seq_len} "
             f"and --image-size {args.image_size}: {str(error).splitlines()[0]}"
         ) from None
-    if args.compute:
-        stages = _given(args.compute, stages)
-    links = {(min(a, b), max(a, b)): link for a, b in zip(at, at[1:], strict=False) if a != b}
-    return Cluster([f"device {k}" for k in range(devices)], [1.0] * devices, stages, shapes, dtypes, links,
-                   args.microbatches, rows, args.schedule, args.ahead, parse_codecs(CODECS))  # fmt: skip
 
 
-def _work(model: str, seq_len: int, image_size: int, rows: int, where: dict[str, Any]) -> Work:
-    """The stages of a model by name, and what goes into them for a micro-batch."""
-    build, inputs = build_model(model, seq_len=seq_len, image_size=image_size)
-    modules = split(build(), example_inputs=inputs(1, "cpu"), **where)
-    batch = inputs(rows, "cpu")
+def stages_by_name(model: str, seq_len: int, image_size: int, rows: int, where: dict[str, Any]) -> Any:
+    """The stages of a model by its name, and what goes into them for a micro-batch of `rows` (plan.measure.Work)."""
+    import torch
+
+    from ..pipeline import split
+    from ..plan.measure import Work
+    from ..workloads.by_name import build_by_name
+
+    named = build_by_name(model, seq_len=seq_len, image_size=image_size)
+    modules = split(named.build(), example_inputs=named.inputs(1, "cpu"), **where)
+    batch = named.inputs(rows, "cpu")
     if isinstance(batch, torch.Tensor):
-        return modules, (batch,), {}
-    name = next(iter(batch))
-    return modules, (batch[name],), {key: value for key, value in batch.items() if key != name}
+        return Work(modules, (batch,), {})
+    first, *others = batch
+    return Work(modules, (batch[first],), {name: batch[name] for name in others})
 
 
-def _given(pairs: list[str], stages: list[Stage]) -> list[Stage]:
-    if len(pairs) != len(stages):
-        raise ValueError(f"--compute gives {len(pairs)} stages; there are {len(stages)}.")
+def _given(pairs: list[str], count: int) -> list[Stage]:
+    """The stages of --compute."""
+    if len(pairs) != count:
+        raise ValueError(f"--compute gives {len(pairs)} stages; there are {count}.")
     found = []
     for pair in pairs:
         both = pair.split("/")
@@ -180,7 +164,7 @@ def _given(pairs: list[str], stages: list[Stage]) -> list[Stage]:
     return found
 
 
-def _record(cluster: Cluster, predictions: list[Prediction], chosen: str, words: str) -> dict[str, Any]:
+def _record(cluster: Cluster, predictions: list[Any], chosen: str, words: str) -> dict[str, Any]:
     return {
         "schedule": cluster.schedule, "microbatches": cluster.microbatches, "rows": cluster.rows,
         "stages": [vars(stage) for stage in cluster.stages],
@@ -196,39 +180,44 @@ def _record(cluster: Cluster, predictions: list[Prediction], chosen: str, words:
     }  # fmt: skip
 
 
-def _print(cluster: Cluster, predictions: list[Prediction], chosen: str) -> None:
+def _print(cluster: Cluster, predictions: list[Any], chosen: str) -> None:
     slowest = max(cluster.stages, key=lambda stage: stage.forward + stage.backward)
-    title = (
-        f"{len(cluster.stages)} stages on {len(cluster.devices)} devices, {cluster.microbatches} micro-batches of "
-        f"{cluster.rows}, {cluster.schedule}; slowest stage {_time(slowest.forward)} forward, "
-        f"{_time(slowest.backward)} backward"
-    )
-    table = make_table(title, ["codec", "MB forward", "MB backward", "step", "samples/s", "waiting", "busiest link",
-                               "of the limit", ""], ["codec", ""])  # fmt: skip
+    rows = []
     for p in predictions:
         links = [p.timeline.busy(way) for way in p.timeline.links]
-        take = p.label == chosen
-        table.add_row(p.label, f"{p.nbytes[0] / 1e6:.3f}", f"{p.nbytes[1] / 1e6:.3f}", _time(p.seconds),
-                      f"{p.samples_per_second:.3g}", f"{100 * p.timeline.bubble:.0f} %",
-                      f"{100 * max(links, default=0.0):.0f} %", f"{p.limit / p.seconds:.2f}",
-                      "take this" if take else "", style="bold cyan" if take else None)  # fmt: skip
-    console = make_console()
-    console.print(table)
-    console.print(
-        "MB of a step on the first link; waiting: share of all devices' time; limit: the larger of the busiest "
-        "device's computation and the busiest link's bytes over bandwidth.", style="dim", soft_wrap=True,
+        rows.append([p.label, _time(p.seconds), f"{p.samples_per_second:.3g}", f"{p.nbytes[0] / 1e6:.3f}",
+                     f"{p.nbytes[1] / 1e6:.3f}", f"{100 * p.timeline.bubble:.0f} %",
+                     f"{100 * max(links, default=0.0):.0f} %", f"{p.limit / p.seconds:.2f}",
+                     "take this" if p.label == chosen else ""])  # fmt: skip
+    print_table(
+        f"{len(cluster.stages)} stages on {len(cluster.devices)} devices, {cluster.microbatches} micro-batches of "
+        f"{cluster.rows}, {cluster.schedule}; slowest stage {_time(slowest.forward)} forward, "
+        f"{_time(slowest.backward)} backward",
+        ["codec", "step", "samples/s", "MB forward", "MB backward", "waiting", "link", "of limit", ""], rows,
+        keys=("codec", ""), drop=("of limit", "MB backward", "MB forward", "waiting", "link", "samples/s"),
+        styles=["bold cyan" if p.label == chosen else None for p in predictions],
+    )  # fmt: skip
+    make_console().print(
+        "MB: of a step, on the first link. waiting: share of all devices' time. link: share of the step in which the "
+        "busiest link carries bytes. of limit: the shortest possible step (computation of the busiest device, or "
+        "bytes over bandwidth of the busiest link) over this one.\n", style="dim",
     )  # fmt: skip
 
 
-def _draw(cluster: Cluster, shown: list[Prediction]) -> None:
+def _draw(cluster: Cluster, shown: list[Any]) -> None:
+    from rich.text import Text
+
+    from ..plan.timeline import text
+
     console = make_console()
     for p in shown:
-        lines = text(p.timeline, cluster.devices, max(40, min(console.width, 160) - 26))
-        console.print(f"\n{p.label}: {_time(p.seconds)}", style="bold")
+        lines = text(p.timeline, cluster.devices, max(20, min(console.width, 160) - 26))
+        console.print(f"{p.label}: {_time(p.seconds)}", style="bold")
         for label, pieces in lines:
             console.print(Text.assemble(f"{label[:24]:24} ", *pieces), soft_wrap=True)
-    legend = "F forward, B backward (I inputs, W weights), e encode, d decode, = on the link, o optimizer, . waiting"
-    console.print(legend, style="dim", soft_wrap=True)
+        console.print()
+    console.print("F forward, B backward (I inputs, W weights), e encode, d decode, = on the link, o optimizer, . "
+                  "waiting\n", style="dim")  # fmt: skip
 
 
 def _time(value: float) -> str:

@@ -3,60 +3,58 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import Progress
-
-from ..codecs import codec_names, parse_codec
-from ..ops.compiled import SMALLEST, VARIABLE
-from ..plan.bench import DISTRIBUTIONS, TIMED, measure, sample
-from .common import make_console, make_table, shape_of, whole
+from .common import make_console, make_progress, parse_codecs, print_json, print_table, shape_of, whole
 
 BENCH_CODECS = (
     "identity", "float8", "uniform:bits=8", "sort:bits=8", "kmeans:bits=4", "block:bits=8,round=stochastic",
     "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", "topk:ratio=0.1",
     "topk:ratio=0.1|uniform:bits=8", "ef+topk:ratio=0.1", "lowrank:rank=8",
 )  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_parser(commands: Any) -> None:
     what = "size, error and speed of codecs on one made-up tensor"
     parser = commands.add_parser(
         "bench", help=what, description=f"Measures {what}. Each repeat times x.clone(), encode, decode and roundtrip "
-        "in turn, so that other load on the machine meets all of them; times are medians, with the 10th to the 90th "
-        f"percentile of the multiple of the clone. Tensors of {SMALLEST} elements or more are timed with compiled "
-        f"codecs, as a long training runs them; {VARIABLE}=0 measures them eager.",
+        "in turn, so that other load on the machine slows all of them alike. Times are medians, in milliseconds and "
+        "as multiples of the clone, with the 10th to the 90th percentile of the multiple. Large tensors are timed "
+        "with compiled codecs, as a long training runs them; HF_ACTCOMPRESS_COMPILE=0 measures them eager.",
     )  # fmt: skip
     add = parser.add_argument
     add("codecs", nargs="*", metavar="CODEC", help="specs such as block:bits=4 (default: a set with every codec)")
-    add("--shape", type=shape_of, default=(4096, 1024), metavar="AxB", help="default 4096x1024")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="default fp32")
-    add("--distribution", choices=DISTRIBUTIONS, default="gaussian", help="'heavy' is Student's t with 3 degrees of "
-        "freedom, 'relu' a Gaussian whose negative half is 0 (default gaussian)")  # fmt: skip
-    add("--repeats", type=whole(1), default=15, metavar="N", help="default 15, after one that warms up")
-    add("--device", default="cpu", help="default cpu")
+    add("--shape", type=shape_of, default=(4096, 1024), metavar="AxB", help="of the tensor (default 4096x1024)")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the tensor (default fp32)")
+    add("--distribution", choices=("gaussian", "heavy", "relu"), default="gaussian", help="of the values: 'heavy' is "
+        "Student's t with 3 degrees of freedom, 'relu' a Gaussian whose negative half is 0 (default gaussian)")
+    add("--repeats", type=whole(1), default=15, metavar="N", help="timed rounds, after one that warms up (default 15)")
+    add("--device", default="cpu", help="where the tensor is (default cpu)")
     add("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_bench)
 
 
 def _bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..codecs import codec_names
+    from ..ops.compiled import SMALLEST, VARIABLE
+    from ..plan.bench import measure, sample
+
     known = {spec.partition(":")[0] for spec in BENCH_CODECS}
     specs = args.codecs or [*BENCH_CODECS, *(name for name in codec_names() if name not in known)]
-    codecs = [parse_codec(spec) for spec in specs]
+    codecs = parse_codecs(specs, "CODEC")
     try:
-        x = sample(args.shape, DTYPES[args.dtype], args.distribution, args.device)
+        x = sample(args.shape, getattr(torch, DTYPES[args.dtype]), args.distribution, args.device)
     except (RuntimeError, AssertionError) as error:  # torch's ways of refusing a device
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if x.numel() >= SMALLEST:
         os.environ.setdefault(VARIABLE, "1")
     rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with make_progress() as progress:
         task = progress.add_task("", total=len(codecs) * args.repeats)
         for number, codec in enumerate(codecs, 1):
             progress.update(task, description=str(codec))
@@ -68,28 +66,33 @@ def _bench(args: argparse.Namespace) -> None:
     about = {"shape": list(args.shape), "dtype": args.dtype, "distribution": args.distribution,
              "device": args.device, "repeats": args.repeats, "threads": torch.get_num_threads()}  # fmt: skip
     if args.json:
-        print(json.dumps({**about, "codecs": rows}, indent=2))
-        return
-    console, shape = make_console(), "x".join(map(str, args.shape))
-    gap = "  " if console.width >= 140 else "\n"
-    table = make_table(
-        f"{shape} {args.dtype} {args.distribution} on {args.device}, {about['threads']} threads, medians of "
-        f"{args.repeats}; times in ms, and as multiples of x.clone() with p10-p90",
-        ["codec", "ratio", "error", "cosine", *TIMED], ["codec"],
+        print_json({**about, "codecs": rows})
+    else:
+        _print(about, rows)
+
+
+def _print(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from ..plan.bench import TIMED
+
+    gap = "  " if make_console().width >= 160 else "\n"
+    lines = []
+    for row in rows:
+        if "reason" in row:
+            lines.append([row["codec"], *"-" * 6])
+            continue
+        lines.append([row["codec"], f"{row['ratio']:.2f}", f"{row['rel_error']:.4f}", f"{row['cosine']:.5f}"])
+        for time in (row[name] for name in TIMED):
+            low, mid, high = (_short(time[key]) for key in ("clones_p10", "clones", "clones_p90"))
+            lines[-1].append(gap.join((f"{_short(time['ms'])} ms", f"{mid}x", f"({low}-{high})")))
+    shape = "x".join(map(str, about["shape"]))
+    print_table(
+        f"{shape} {about['dtype']} {about['distribution']} on {about['device']}, {about['threads']} threads, medians "
+        f"of {about['repeats']}; times in ms, and as multiples of x.clone() with p10-p90",
+        ["codec", "ratio", "error", "cosine", *TIMED], lines, drop=("cosine", "roundtrip", "decode", "encode"),
     )  # fmt: skip
     for row in rows:
         if "reason" in row:
-            table.add_row(row["codec"], *"-" * 6)
-            continue
-        cells = [row["codec"], f"{row['ratio']:.2f}", f"{row['rel_error']:.4f}", f"{row['cosine']:.5f}"]
-        for time in (row[name] for name in TIMED):
-            low, mid, high = (_short(time[key]) for key in ("clones_p10", "clones", "clones_p90"))
-            cells.append(gap.join((f"{_short(time['ms'])} ms", f"{mid}x", f"({low}-{high})")))
-        table.add_row(*cells)
-    console.print(table)
-    for row in rows:
-        if "reason" in row:
-            print(f"note: {row['reason']}", file=sys.stderr)
+            print(f"note: {row['codec']}: {row['reason']}", file=sys.stderr)
 
 
 def _short(value: float) -> str:

@@ -1,21 +1,45 @@
-"""What the subcommands share: kinds of arguments, and tables that a pipe does not fold."""
+"""What the subcommands share: kinds of arguments, help texts, progress bars, and tables that fit into the terminal.
+
+Nothing here imports torch; rich is imported when something is printed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+MODEL = (
+    "'minilm' or 'efficientnet-lite0' (from their packages), a timm name, a local folder, or the hub id of a "
+    "transformers model that classifies texts or images"
+)
+UNLIMITED = 10_000  # columns of a pipe or file, where nothing is folded or left out
+GAP = 2  # spaces between two columns of a table
 
 
-def whole(low: int) -> Callable[[str], int]:
+# Arguments
+
+
+class Help(argparse.HelpFormatter):
+    """Wraps paragraphs, but leaves those with line breaks of their own as they are (examples)."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.strip("\n").split("\n\n")
+        return "\n\n".join(part if "\n" in part else super(Help, self)._fill_text(part, width, indent)
+                           for part in parts)  # fmt: skip
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers of `least` or more."""
+
     def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {low} or more")
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
         return int(text)
 
     return convert
@@ -28,15 +52,152 @@ def shape_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def make_console() -> Console:
-    # Tables that are piped into a file must not be folded to the 80 columns that rich assumes there.
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+def percent(text: str) -> str:
+    """`text` with its % signs as argparse wants them in a help text."""
+    return text.replace("%", "%%")
 
 
-def make_table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
-    """Columns of numbers, but for those in `left`, which hold text and are folded where the terminal is narrow."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for name in columns:
-        number = name not in left
-        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    return table
+def parse_codecs(specs: Iterable[str], option: str) -> list[Any]:
+    """The codecs of specs.  Raises ValueError, which names `option`."""
+    from ..codecs import parse_codec
+
+    try:
+        return [parse_codec(spec) for spec in specs]
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+# Output
+
+
+def make_progress() -> Any:
+    """A progress bar on stderr, which is gone when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def print_json(value: Any) -> None:
+    """`value` as JSON on stdout.  NaN and infinities, which JSON lacks, become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def make_console() -> Any:
+    """Writes to stdout at the width of the terminal, or of COLUMNS; a pipe or file has no width."""
+    from rich.console import Console
+
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if narrow else UNLIMITED, markup=False, highlight=False, emoji=False)
+
+
+def print_table(
+    title: str, names: Sequence[str], rows: Sequence[Sequence[Any]], *, keys: Sequence[str] = (),
+    left: Sequence[str] = (), drop: Sequence[str] = (), split: bool = False, styles: Sequence[str | None] = (),
+) -> None:  # fmt: skip
+    """A table that keeps its answer at every width.
+
+    names: headings.  rows: cells, as str or rich's Text.
+    keys: columns that are never cut nor left out (default: the first).  They are folded where a name may be divided.
+    left: more columns that are aligned to the left; all others hold numbers and are aligned to the right.
+    drop: columns that are left out where the terminal is too narrow, the least important first; a line names them.
+    split: the table goes on below, with the keys repeated, instead of leaving columns out.
+    styles: of the rows.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    console = make_console()
+    keys = keys or names[:1]
+    blocks, left_out = fit(names, rows, console.width, keys, drop, split)
+    console.print(title, style="bold")
+    for block_names, block_rows in blocks:
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        for name in block_names:
+            table.add_column(name, justify="left" if name in (*keys, *left) else "right", no_wrap=True,
+                             overflow="fold")  # fmt: skip
+        for number, row in enumerate(block_rows):
+            table.add_row(*row, style=styles[number] if styles else None)
+        console.print(table)
+        console.print()
+    if left_out:
+        console.print(f"Left out at {console.width} columns: {', '.join(left_out)}. A wider terminal or --json has "
+                      "them.\n", style="dim")  # fmt: skip
+
+
+Block = tuple[list[str], list[list[Any]]]
+
+
+def fit(
+    names: Sequence[str], rows: Sequence[Sequence[Any]], width: int, keys: Sequence[str], drop: Sequence[str],
+    split: bool,
+) -> tuple[list[Block], list[str]]:  # fmt: skip
+    """The table as blocks (headings, rows) that are at most `width` wide where that can be done, and the headings of
+    the columns that were left out."""
+    columns = {name: [name, *(row[i] for row in rows)] for i, name in enumerate(names)}
+    others = [name for name in names if name not in keys]
+    whole_keys = {name: columns[name] for name in keys}
+    left_out: list[str] = []
+
+    def excess() -> int:
+        return sum(map(_width, columns.values())) + GAP * (len(columns) - 1) - width
+
+    def fold(limit: int) -> None:
+        columns.update({name: [wrap(str(cell), limit) for cell in cells] for name, cells in whole_keys.items()})
+
+    if excess() > 0:
+        fold(max(12, 2 * width // 5))
+    for name in [] if split else drop:
+        if name in columns and excess() > 0:
+            left_out.append(name)
+            del columns[name]
+    if not split and excess() > 0:
+        rest = sum(_width(columns[name]) + GAP for name in columns if name not in keys)
+        fold(max(8, (width - rest) // len(keys) - GAP))
+    if not split:
+        return [_block(columns, [name for name in names if name in columns])], left_out
+    room = width - sum(_width(columns[name]) + GAP for name in keys)
+    groups: list[list[str]] = [[]]
+    for name in others:
+        if groups[-1] and sum(_width(columns[n]) + GAP for n in [*groups[-1], name]) - GAP > room:
+            groups.append([])
+        groups[-1].append(name)
+    return [_block(columns, [*keys, *group]) for group in groups], left_out
+
+
+def _block(columns: Mapping[str, list[Any]], names: list[str]) -> Block:
+    heads = [columns[name][0] for name in names]
+    return heads, [list(row) for row in zip(*(columns[name][1:] for name in names), strict=True)]
+
+
+def _width(cells: Iterable[Any]) -> int:
+    from rich.cells import cell_len
+
+    return max(cell_len(line) for cell in cells for line in str(cell).split("\n"))
+
+
+def wrap(text: str, width: int) -> str:
+    """`text` in lines of at most `width`, divided after a comma, dot, slash, bar or space where there is one."""
+    lines = []
+    for line in text.split("\n"):
+        now = ""
+        for piece in re.findall(r"[^,./|\s]*[,./|\s]|[^,./|\s]+", line):
+            if now and len(now) + len(piece.rstrip()) > width:
+                lines.append(now.rstrip())
+                now = ""
+            now += piece
+            while len(now.rstrip()) > width:
+                lines.append(now[:width])
+                now = now[width:]
+        lines.append(now.rstrip())
+    return "\n".join(lines)

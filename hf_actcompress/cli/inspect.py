@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
-from ..codecs import parse_codec
-from ..config import PLACEMENTS, CompressionArguments
-from ..plan.inspection import Inspected, cut_sizes, describe, inspect_model
-from .common import make_console, make_table, whole
+from .common import MODEL, make_console, parse_codecs, print_json, print_table, whole
 
 INSPECT_CODECS = (
     "uniform:bits=8", "sort:bits=8", "kmeans:bits=4", "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss",
     "topk:ratio=0.1", "lowrank:rank=8",
 )  # fmt: skip
+CUT = ("first", "last", "placement", "layers", "stack")  # options that are those of the configuration
 
 
 def add_parser(commands: Any) -> None:
@@ -23,13 +20,12 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("inspect", help=what, description=f"Shows {what}. Nothing is trained and no weights "
                                  "are downloaded; of a hub id only the configuration is needed.")  # fmt: skip
     add = parser.add_argument
-    add("model", metavar="MODEL", help="'minilm' or 'efficientnet-lite0' (packaged), a timm name, a local folder, or "
-        "the hub id of a transformers model that classifies texts or images")  # fmt: skip
+    add("model", metavar="MODEL", help=MODEL)
     add("--first", type=whole(0), default=1, metavar="K", help="cut the outputs of the first K layers (default 1; 0 "
         "leaves that end alone)")  # fmt: skip
     add("--last", type=whole(0), default=1, metavar="N", help="cut the inputs of the last N layers (default 1)")
-    add("--placement", choices=PLACEMENTS, default="every", help="'every' of those layers, or only the two 'cuts' of "
-        "a pipeline: after layer K-1 and before the last N (default every)")  # fmt: skip
+    add("--placement", choices=("every", "cuts"), default="every", help="'every' of those layers, or only the two "
+        "'cuts' of a pipeline: after layer K-1 and before the last N (default every)")  # fmt: skip
     add("--layers", metavar="JSON", help="overrides and more cuts by glob, each with its own codec: "
         "'{\"encoder.layer.3\": \"sort:bits=8\"}'")  # fmt: skip
     add("--stack", choices=("encoder", "decoder"), help="only this stack of an encoder-decoder")
@@ -43,56 +39,62 @@ def add_parser(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    codecs = [parse_codec(spec) for spec in args.codec or INSPECT_CODECS]
-    options = {name: getattr(args, name) for name in ("first", "last", "placement", "layers", "stack")}
+    from ..config import CompressionArguments
+    from ..plan.inspection import cut_sizes, describe, inspect_model
+    from ..workloads.by_name import build_by_name
+
+    codecs = parse_codecs(args.codec or INSPECT_CODECS, "--codec")
+    options = {name: getattr(args, name) for name in CUT}
     config = CompressionArguments(codec=str(codecs[0]), **options).to_config()
-    sizes = {name: getattr(args, name) for name in ("batch_size", "seq_len", "image_size")}
-    found = inspect_model(args.model, **sizes)
+    named = build_by_name(args.model, seq_len=args.seq_len, image_size=args.image_size)
+    found = inspect_model(named.build, named.inputs, args.batch_size, f"{args.model!r} with {named.example}")
     cuts = cut_sizes(found.layers, config, codecs)
+    batch = f"{args.batch_size} x {named.example}"
+    layers = [describe(layer) for layer in found.layers]
     if args.json:
-        record = {"model": args.model, "class": found.model, "parameters": found.parameters, "inputs": found.inputs,
-                  "notes": found.notes, "layers": [describe(layer) for layer in found.layers],
-                  "cuts": [{**cut, "layer": cut["layer"].name} for cut in cuts]}  # fmt: skip
-        print(json.dumps(record, indent=2))
+        print_json({"model": args.model, "class": found.model, "parameters": found.parameters, "inputs": batch,
+                    "notes": found.notes, "layers": layers,
+                    "cuts": [{**cut, "layer": cut["layer"].name} for cut in cuts]})  # fmt: skip
         return
-    _print_layers(args.model, found, cuts)
-    _print_cuts(cuts)
-    for note in found.notes:
+    marks = {cut["layer"].name: " and ".join(cut["cut"]) for cut in cuts}
+    _print_layers(f"{args.model}: {found.model}, {found.parameters / 1e6:.1f}M parameters, {batch}", layers, marks)
+    notes = _print_cuts(cuts)
+    for note in [*found.notes, *notes]:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _print_layers(name: str, found: Inspected, cuts: list[dict[str, Any]]) -> None:
-    title = f"{name}: {found.model}, {found.parameters / 1e6:.1f}M parameters, {found.inputs}"
-    stacks = ["stack"] if any(layer.stack for layer in found.layers) else []
-    left = [*stacks, "layer", "kind", "output", "shape", "cut here: this output is the"]
-    table = make_table(title, ["#", *left[:-1], "calls", "MB", left[-1]], left)
-    marks = {id(cut["layer"]): " and ".join(cut["cut"]) for cut in cuts}
-    for layer in found.layers:
-        mark = marks.get(id(layer), "")
-        values = describe(layer)
-        place = [str(layer.index), *([layer.stack] if stacks else []), layer.name, layer.kind]
-        output = [layer.output, "x".join(map(str, layer.shape or ("-",)))]
-        numbers = [str(layer.calls), _mega(values["raw_bytes"])]
-        table.add_row(*place, *output, *numbers, mark, style="bold cyan" if mark else None)
-    make_console().print(table)
+def _print_layers(title: str, layers: list[dict[str, Any]], marks: dict[str, str]) -> None:
+    stacks = any(layer["stack"] for layer in layers)
+    names = ["#", *["stack"] * stacks, "layer", "kind", "output", "shape", "calls", "MB", "cut"]
+    rows = [
+        [str(layer["index"]), *[layer["stack"] or ""] * stacks, layer["name"], layer["kind"], layer["output"],
+         "x".join(map(str, layer["shape"] or ("-",))), str(layer["calls"]), _mega(layer["raw_bytes"]),
+         marks.get(layer["name"], "")]
+        for layer in layers
+    ]  # fmt: skip
+    print_table(title, names, rows, keys=("layer", "cut"), left=("stack", "kind", "output", "shape"),
+                drop=("calls", "output", "kind", "stack", "shape", "#", "MB"),
+                styles=["bold cyan" if row[-1] else None for row in rows])  # fmt: skip
+    make_console().print("MB: of the layer's output for this batch.\n", style="dim")
 
 
-def _print_cuts(cuts: list[dict[str, Any]]) -> None:
+def _print_cuts(cuts: list[dict[str, Any]]) -> list[str]:
+    """Prints the table, and returns why some codecs cannot be used at some cuts."""
     if not cuts:
         print("No cuts: --first 0 and --last 0 without --layers leave the model alone.")
-        return
-    table = make_table("What the codecs leave at each cut", ["cut", "codec", "bytes", "MB", "ratio"], ["cut", "codec"])
+        return []
+    rows, notes = [], []
     for cut in cuts:
-        head = f"{cut['layer'].name}\n{' and '.join(cut['cut'])}"
-        for row in cut["codecs"]:
-            if row["payload_bytes"] is None:
-                table.add_row(head, row["reason"], "-", "-", "-")
+        for number, size in enumerate(cut["codecs"]):
+            head, nbytes = cut["layer"].name if number == 0 else "", size["payload_bytes"]
+            if nbytes is None:
+                rows.append([head, size["codec"], "-", "-", "-"])
+                notes.append(f"{size['codec']} at {cut['layer'].name}: {size['reason']}")
             else:
-                nbytes = row["payload_bytes"]
-                table.add_row(head, row["codec"], f"{nbytes:,}", _mega(nbytes), f"{row['ratio']:.2f}")
-            head = ""
-        table.add_section()
-    make_console().print(table)
+                rows.append([head, size["codec"], f"{nbytes:,}", _mega(nbytes), f"{size['ratio']:.2f}"])
+    print_table("What the codecs leave at each cut", ["cut after", "codec", "bytes", "MB", "ratio"], rows,
+                keys=("cut after", "codec"), drop=("MB", "bytes"))  # fmt: skip
+    return notes
 
 
 def _mega(nbytes: int | None) -> str:

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report.comparison import comparison_section, find_indices, load_comparison
+from ..report.comparison import (
+    comparison_columns,
+    comparison_notes,
+    comparison_section,
+    find_indices,
+    load_comparison,
+)
 from ..report.page import build_page
 from ..report.plots import accuracy_vs_ratio, accuracy_vs_throughput, loss_curves
-from ..report.tables import BEGIN, END, Record, accuracy_section, accuracy_table, load_records, write_results_page
+from ..report.tables import (
+    BEGIN,
+    END,
+    Column,
+    Record,
+    Section,
+    accuracy_columns,
+    accuracy_section,
+    accuracy_sections,
+    environments,
+    legend_of,
+    load_records,
+    write_results_page,
+)
+from .common import UNLIMITED, Help, make_console, print_json, print_table
 
+TABLES = ("<!-- generated: tables -->", "<!-- end: tables -->")
 EXAMPLES = f"""examples:
-  hf-actcompress report outputs                              # the tables, as Markdown
+  hf-actcompress report outputs                              # the tables; as Markdown into a pipe or file
   hf-actcompress report outputs --html report.html           # one page for a browser; it needs no network
   hf-actcompress report outputs --page results.md --figures figures
   hf-actcompress report benchmarks/results/accuracy --tables benchmarks/results/tables --html report.html
 
---page fills what stands between {BEGIN} and {END}, and with --tables also between
-<!-- generated: tables --> and <!-- end: tables -->; the rest of the page stays as it is.
+--page fills what stands between these two lines, and with --tables also between the next two:
+  {BEGIN}
+  {END}
+  {TABLES[0]}
+  {TABLES[1]}
+The rest of the page stays as it is.
 """
-TABLES = ("<!-- generated: tables -->", "<!-- end: tables -->")
 
 
 def add_parser(commands: Any) -> None:
     what = "tables, figures and a page for the browser, made of result records"
     parser = commands.add_parser(
-        "report", help=what, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "report", help=what, epilog=EXAMPLES, formatter_class=Help,
         description=f"Makes {what}. Records are the results.json of the recipes and the files of benchmarks/. Runs of "
         "one task must agree in model, data, length and cuts; seeds are averaged. Nothing is computed anew.",
     )  # fmt: skip
@@ -46,9 +70,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    if args.figures:
+        _need_matplotlib()
     records = load_records(args.results)
     comparisons = [load_comparison(path) for path in find_indices(args.tables)] if args.tables else []
-    rows = accuracy_table(records)  # refuses runs that do not compare before anything is written
+    sections = accuracy_sections(records)  # refuses runs that do not compare before anything is written
     written = []
     figures: dict[str, Path] = {}
     if args.figures:
@@ -66,11 +92,39 @@ def _report(args: argparse.Namespace) -> None:
         written.append(args.html)
     if args.json:
         kept = [{key: value for key, value in table.items() if key != "records"} for table in comparisons]
-        print(json.dumps({"rows": rows, "tables": kept}, indent=1, ensure_ascii=False))
+        print_json({"rows": [row for section in sections for row in section.rows], "tables": kept})
+    elif not written and make_console().width < UNLIMITED:
+        _print(sections, comparisons, environments(records))
     elif not written:
         print("\n\n".join([accuracy_section(records), *map(comparison_section, comparisons)]))
     else:
         print(f"{len(records)} records -> {', '.join(map(str, written))}")
+
+
+def _print(sections: Sequence[Section], comparisons: Sequence[dict[str, Any]], machines: Sequence[str]) -> None:
+    """The same as the Markdown, fitted into a terminal."""
+    console = make_console()
+    for task, about, rows in sections:
+        _print_rows(f"{task}: {about}", rows, accuracy_columns(),
+                    drop=("in std", "rel. error", "backward ratio", "seeds", "drop", "backward"))  # fmt: skip
+    for comparison in comparisons:
+        _print_rows(comparison["title"], comparison["rows"], comparison_columns(comparison),
+                    drop=("seeds", "ours: samples/s over none", "drop", "ratio"))  # fmt: skip
+        console.print(f"{comparison_notes(comparison)}\n", style="dim")
+    notes = [legend_of(row for section in sections for row in section.rows)]
+    for note in [*notes, *(f"Environment: {machine}." for machine in machines)]:
+        console.print(f"{note}\n", style="dim")
+
+
+def _print_rows(title: str, rows: Sequence[Any], columns: Sequence[Column], drop: Sequence[str]) -> None:
+    left = [c.name for c in columns if not all(isinstance(c.value(row), int | float | None) for row in rows)]
+    cells = [[column.text(row) for column in columns] for row in rows]
+    print_table(title, [column.name for column in columns], cells, left=left, drop=drop)
+
+
+def _need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figures needs matplotlib: pip install 'hf_actcompress[plots]'.")
 
 
 def draw(records: Sequence[Record], comparisons: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:

@@ -1,40 +1,30 @@
-"""Which codec a pipeline should send with: what each costs here, put into the simulator.
+"""Which codec a pipeline should send with: measured parts, put into the simulator.
 
-Measures the stages of a model (forward, backward, optimizer) and codecs (bytes on the link, encoding, decoding) in
-this process; `predict` and `choose` only calculate.  It starts no other process and sends nothing.
+`predict`, `choose` and `verdict` only calculate; `measured_cluster` measures the stages of a model on this machine.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import nn
-
-from ..codecs import parse_codec
-from ..pipeline.wire import WireFormat
-from .cluster import BF16, Cluster
-from .schedules import place
-from .simulate import Cut, Stage, Timeline, Traffic, bound, simulate
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NEAR = 0.03  # a more faithful codec is taken if it is at most this much slower than the fastest
+from .cluster import CODECS, NEAR, Cluster
+from .contention import background_load
+from .measure import Work, measure_codec, measure_stages
+from .schedules import orders, place
+from .simulate import Cut, Link, Stage, Timeline, Traffic, bound, simulate
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step under one codec.  limit: what compute and bytes over bandwidth allow, whatever the order of the work."""
+    """A training step with one codec."""
 
     label: str
-    codecs: tuple[str, str]
+    codecs: tuple[str, str]  # of activations and gradients
     timeline: Timeline
-    rows: int
-    nbytes: tuple[int, int]  # of a step on the first link, forward and backward
-    limit: float
+    rows: int  # samples of the step
+    nbytes: tuple[int, int]  # of the step on the first link, forward and backward
+    limit: float  # seconds that no order of the work can beat (simulate.bound)
 
     @property
     def seconds(self) -> float:
@@ -45,68 +35,31 @@ class Prediction:
         return self.rows / self.seconds
 
 
-def measure_stages(
-    modules: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, repeats: int = 3,
-    tick: Callable[[], None] = lambda: None,
-) -> tuple[list[Stage], list[tuple[int, ...]], list[str]]:
-    """Times of each stage for a micro-batch with these inputs, and shape and dtype of what the stages hand on.
+def measured_cluster(
+    build: Callable[[], Work], link: Link, *, microbatches: int, rows: int, schedule: str = "early-1f1b",
+    devices: int | None = None, ahead: int = 2, background: int = 0, given: Sequence[Stage] = (),
+    tick: Callable[[int], None] = lambda total: None,
+) -> Cluster:  # fmt: skip
+    """The cluster of devices like this machine on which a model's stages would run, all links alike.
 
-    modules: of `split`; kwargs go to each of them.  Medians of `repeats`, after one that warms up.
+    build: picklable; makes the stages and what goes into them for a micro-batch of `rows` samples.
+    devices: as many as stages by default.  background: processes that compute the same meanwhile.
+    given: times of the stages, instead of those that are measured.  tick: told the number of measurements at each.
+    Raises ValueError where stages, devices, schedule and micro-batches do not fit.
     """
-    stages, shapes, dtypes = [], [], []
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    for number, module in enumerate(modules):
-        module.train()
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=0.0) if parameters else None
-        times: list[tuple[float, float, float]] = []
-        for _ in range(repeats + 1):
-            inputs = args if number == 0 else (args[0].detach().requires_grad_(),)
-            began = time.perf_counter()
-            output = module(*inputs, **kwargs)
-            middle = time.perf_counter()
-            output.backward(torch.ones_like(output))
-            end = time.perf_counter()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-            times.append((middle - began, end - middle, time.perf_counter() - end))
-            tick()
-        stages.append(Stage(*(statistics.median(column) for column in zip(*times[1:], strict=True))))
-        args = (output.detach(),)
-        if number < len(modules) - 1:
-            shapes.append(tuple(output.shape))
-            dtypes.append(names[output.dtype])
-    return stages, shapes, dtypes
-
-
-def measure_codec(spec: str, shape: tuple[int, ...], dtype: str, *, repeats: int = 5) -> Traffic:
-    """Bytes on the link of one tensor, header included, and seconds to encode and decode it; with `delta`, of samples
-    that were seen before.
-
-    Raises ValueError for a codec that cannot take such a tensor.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(DTYPES[dtype])
-    cast = spec == BF16
-    codec = parse_codec("identity" if cast else spec)
-    here, there = codec.init_state("advise"), codec.init_state("advise")
-    times = []
-    for turn in range(repeats + 1):
-        if not turn or codec.traits.per_sample:  # what was seen is sent in another form
-            new = (0 if turn else shape[0]) if codec.traits.per_sample else None
-            wire = WireFormat(codec, shape, torch.bfloat16 if cast else x.dtype, new=new)
-            buffer = wire.buffer()
-        if codec.traits.per_sample:
-            here.current, there.current = (state.plan(range(shape[0]), shape) for state in (here, there))
-        began = time.perf_counter()
-        wire.encode(x.bfloat16() if cast else x, here, buffer)
-        middle = time.perf_counter()
-        y = wire.decode(buffer, state=there if codec.traits.per_sample else None)
-        if cast:
-            y = y.to(x.dtype)
-        times.append((middle - began, time.perf_counter() - middle))
-    return Traffic(wire.nbytes, *(statistics.median(column) for column in zip(*times[1:], strict=True)))
+    work = build()
+    count = len(work.stages)
+    devices = count if devices is None else devices
+    at = place(schedule, count, devices)
+    orders(schedule, count, devices, microbatches, ahead)  # raises before time is spent on measurements
+    if given and len(given) != count:
+        raise ValueError(f"there are times of {len(given)} stages; the model has {count}.")
+    repeats = 1 if given else 3
+    with background_load(0 if given else background, build):
+        stages, shapes, dtypes = measure_stages(work, repeats=repeats, tick=lambda: tick(count * (repeats + 1)))
+    links = {(min(a, b), max(a, b)): link for a, b in zip(at, at[1:], strict=False) if a != b}
+    return Cluster([f"device {k}" for k in range(devices)], [1.0] * devices, list(given) or stages, shapes, dtypes,
+                   links, microbatches, rows, schedule, ahead, CODECS)  # fmt: skip
 
 
 def predict(
@@ -115,8 +68,8 @@ def predict(
 ) -> list[Prediction]:  # fmt: skip
     """A step of `cluster` under each of its codecs, in their order.
 
-    measure: (spec, shape, dtype) -> Traffic on a device of codec_speed 1; each is asked for once.
-    Raises ValueError for a codec that cannot take what a stage hands on.
+    measure: (spec, shape, dtype) -> Traffic on a device of codec_speed 1; called once for each combination.
+    Raises ValueError for a codec that cannot take a stage's output.
     """
     known: dict[tuple, Traffic] = {}
     at = place(cluster.schedule, len(cluster.stages), len(cluster.devices))

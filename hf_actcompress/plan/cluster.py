@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..codecs import parse_codec
 from .schedules import SCHEDULES, orders, place
 from .simulate import Link, Stage
 
@@ -37,7 +36,8 @@ CODECS: dict[str, tuple[str, str]] = {
     "block 8": ("block:bits=8", "block:bits=8,round=stochastic"), "sort 8": ("sort:bits=8", "sort:bits=8"),
     "block 4/8": ("block:bits=4", "block:bits=8,round=stochastic"),
     "topk 10 %, 8 bits": ("topk:ratio=0.1|uniform:bits=8", "topk:ratio=0.1|uniform:bits=8"),
-}  # fmt: skip  # from the most faithful on: of two that are as fast, the first is taken
+}  # fmt: skip  # the most faithful first
+NEAR = 0.03  # the first codec is taken that makes a step at most this much slower than the fastest one
 
 
 @dataclass(frozen=True)
@@ -261,19 +261,22 @@ def _links(value: Any, devices: list[str], pairs: set[tuple[int, int]]) -> dict[
     return {pair: found[pair] for pair in pairs}
 
 
-def parse_codecs(value: Any) -> dict[str, tuple[str, str]]:
-    """Label -> specs of activations and gradients.  A list of specs labels itself; one spec serves both."""
+def parse_codecs(value: Any, key: str = "codecs") -> dict[str, tuple[str, str]]:
+    """Label -> specs of activations and gradients.  A list of specs labels itself; one spec serves both.
+
+    Raises ValueError, which names `key`, for what is no codec.
+    """
     if isinstance(value, list):
         value = {str(spec): spec for spec in value}
     if not isinstance(value, Mapping) or not value:
-        raise ValueError(f"codecs: {value!r} is neither a list of specs nor a mapping from labels to them.")
+        raise ValueError(f"{key}: {value!r} is neither a list of specs nor a mapping from labels to them.")
     found = {}
     for label, specs in value.items():
         pair = tuple(specs) if isinstance(specs, (list, tuple)) else (specs, specs)
         if len(pair) != 2:
-            raise ValueError(f"codecs.{label}: {specs!r} is neither one spec nor two, for activations and gradients.")
+            raise ValueError(f"{key}.{label}: {specs!r} is neither one spec nor two, for activations and gradients.")
         for spec in pair:
-            _check(spec, f"codecs.{label}")
+            _check(spec, key if key.startswith("-") else f"{key}.{label}")
         found[str(label)] = pair
     return found
 
@@ -281,6 +284,8 @@ def parse_codecs(value: Any) -> dict[str, tuple[str, str]]:
 def _check(spec: Any, key: str) -> None:
     if spec == BF16:
         return
+    from ..codecs import parse_codec  # imports torch, which the help texts of `advise` need not wait for
+
     try:
         parse_codec(spec)
     except ValueError as error:

@@ -1,30 +1,26 @@
-"""Company for a measurement: processes that train the same stages meanwhile, as the ranks of one machine do.
+"""Background load while timing: processes that run the same stages meanwhile, as the ranks of one machine do.
 
-Cores of one machine share caches, memory and power, and "processors" may be two halves of one core: what a stage takes
-alone it does not take beside others.
+Cores of one machine share caches, memory and power, and two "processors" may be two halves of one core: a stage takes
+longer while other ranks compute than it takes alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from .advise import measure_stages
-
-# Stages, positional inputs of the first, keyword inputs of all.
-Work = tuple[Sequence[nn.Module], tuple[Any, ...], Mapping[str, Any]]
+from .measure import Work, measure_stages
 
 
 @contextlib.contextmanager
-def company(count: int, build: Callable[[], Work]) -> Iterator[None]:
+def background_load(count: int, build: Callable[[], Work]) -> Iterator[None]:
     """`count` processes that run the stages of `build()` forward and backward until the block ends.
 
-    build: picklable.  Raises RuntimeError if one of them ends before it has run its stages once.
+    build: picklable.  Raises RuntimeError if one of the processes ends before it has run its stages once.
     """
     context = multiprocessing.get_context("spawn")
     ready = [context.Event() for _ in range(count)]
@@ -37,7 +33,7 @@ def company(count: int, build: Callable[[], Work]) -> Iterator[None]:
         for other, event in zip(others, ready, strict=True):
             while not event.wait(0.2):
                 if not other.is_alive():
-                    raise RuntimeError(f"A process beside the measurement ended with exit code {other.exitcode}.")
+                    raise RuntimeError(f"A process of the background load ended with exit code {other.exitcode}.")
         yield
     finally:
         for other in others:
@@ -48,7 +44,7 @@ def company(count: int, build: Callable[[], Work]) -> Iterator[None]:
 
 def _work(build: Callable[[], Work], threads: int, ready: Any) -> None:
     torch.set_num_threads(threads)
-    stages, args, kwargs = build()
+    work = build()
     while True:
-        measure_stages(stages, args, kwargs, repeats=1)
+        measure_stages(work, repeats=1)
         ready.set()

@@ -1,22 +1,19 @@
 """What `hf-actcompress inspect` shows: a model's layers for a given batch, its cuts, and the bytes left there.
 
-Models are built with random weights, on the meta device where their forward allows it.  transformers and timm are
-imported inside; nothing is printed here.
+Values come out; nothing is printed here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..codecs import Codec
 from ..codecs.base import raw_nbytes
@@ -24,27 +21,25 @@ from ..config import ActCompressConfig
 from ..models.layers import Layer, find_layers, match_layers, select_boundaries
 
 Build = Callable[[], nn.Module]
-Inputs = Callable[[int, Any], Any]
+Inputs = Callable[[int, Any], Any]  # of a number of examples on a device
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """A model by name, traced with one batch."""
+    """A model, traced with one batch."""
 
-    layers: list[Layer]  # shapes are those of the asked batch
+    layers: list[Layer]  # their shapes are those of the batch
     notes: list[str]  # what layer discovery warned about
     model: str  # class name
     parameters: int
-    inputs: str  # the batch in words
 
 
-def inspect_model(name: str, *, batch_size: int = 32, seq_len: int = 128, image_size: int = 224) -> Inspected:
-    """Build the model `name` (timm name, hub id, local folder, "minilm", "efficientnet-lite0") and trace it.
+def inspect_model(build: Build, inputs: Inputs, batch_size: int, what: str) -> Inspected:
+    """Build a model and trace it with a batch, on the meta device where its forward allows that.
 
-    Raises ValueError for a name that is not found, a model that is no classifier of texts or images, one without
-    layers, and an input size that its forward refuses.
+    what: names the model and the size of its inputs in an error.
+    Raises ValueError for a model without layers, and an input size that its forward refuses.
     """
-    build, inputs, words = _model(name, seq_len, image_size)
 
     def trace(model: nn.Module, batch: int) -> tuple[list[Layer], list[str]]:
         with _warnings() as notes:
@@ -58,19 +53,9 @@ def inspect_model(name: str, *, batch_size: int = 32, seq_len: int = 128, image_
         model = build()
         (layers, notes), (two, _) = trace(model, 1), trace(model, 2)
         if not (_shaped(layers) and _shaped(two)):
-            raise ValueError(f"No forward pass of {name!r} succeeded with {words}: {' '.join(notes)}")
+            raise ValueError(f"No forward pass of {what} succeeded: {' '.join(notes)}")
         layers = [_grown(a, b, batch_size) for a, b in zip(layers, two, strict=True)]
-    parameters = sum(p.numel() for p in model.parameters())
-    return Inspected(layers, notes, type(model).__name__, parameters, f"{batch_size} x {words}")
-
-
-def build_model(name: str, *, seq_len: int = 128, image_size: int = 224) -> tuple[Build, Inputs]:
-    """What makes the model with random weights, and what makes inputs of a number of examples on a device.
-
-    Raises ValueError as `inspect_model` does.
-    """
-    build, inputs, _ = _model(name, seq_len, image_size)
-    return build, inputs
+    return Inspected(layers, notes, type(model).__name__, sum(p.numel() for p in model.parameters()))
 
 
 def cut_sizes(layers: list[Layer], config: ActCompressConfig, codecs: Sequence[Codec]) -> list[dict[str, Any]]:
@@ -139,7 +124,7 @@ def _warnings() -> Iterator[list[str]]:
     notes: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("hf_actcompress")
     before, verbosity = logger.propagate, theirs.get_verbosity()
     logger.propagate = False
     logger.addHandler(handler)
@@ -150,87 +135,3 @@ def _warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
         logger.propagate = before
         theirs.set_verbosity(verbosity)
-
-
-# Models by name
-
-def _model(name: str, seq_len: int, image_size: int) -> tuple[Build, Inputs, str]:
-    """(builds the model with random weights, makes inputs for a batch size and a device, one example in words)."""
-    from ..workloads import models
-
-    pixels = f"{image_size}x{image_size} pixels"
-
-    def images(batch: int, device: Any, channels: int = 3) -> Tensor:
-        return torch.zeros(batch, channels, image_size, image_size, device=device)
-
-    architecture = "tf_efficientnet_lite0" if name == models.EFFICIENTNET else name
-    folder = Path(models._packaged_minilm() if name == models.MINILM else name).expanduser()
-    if not folder.is_dir() and "/" not in name:
-        timm = timm_or_none()
-        if timm is None and architecture != name:
-            raise ValueError(f"{name!r} needs timm: {models.EXAMPLES_INSTALL}.")
-        if timm is not None and timm.is_model(architecture):
-            own = timm.get_pretrained_cfg(architecture)
-            extra = {"img_size": image_size} if own is not None and own.fixed_input_size else {}
-            return lambda: timm.create_model(architecture, **extra), images, pixels
-
-    config, auto = classifier_of(str(folder.resolve()) if folder.is_dir() else name)
-    if auto.__name__.endswith("ImageClassification"):
-        config.image_size = image_size
-        channels = getattr(config, "num_channels", None) or 3
-        return lambda: auto.from_config(config), lambda *a: {"pixel_values": images(*a, channels)}, pixels
-
-    text = config.get_text_config()
-    end = text.eos_token_id if isinstance(getattr(text, "eos_token_id", None), int) else 0
-    if getattr(text, "pad_token_id", None) is None:
-        config.pad_token_id = text.pad_token_id = end  # decoders refuse batches without one
-
-    def tokens(batch: int, device: Any) -> dict[str, Tensor]:
-        # No attention mask: transformers would look at its values, which meta tensors lack.
-        ids = torch.full((batch, seq_len), 3, device=device)
-        ids[:, -1] = end  # encoder-decoders look for the end of the sentence
-        return {"input_ids": ids}
-
-    return lambda: auto.from_config(config), tokens, f"{seq_len} tokens"
-
-
-def timm_or_none() -> Any:
-    try:
-        import timm
-    except ImportError:
-        return None
-    return timm
-
-
-def classifier_of(name: str) -> tuple[Any, Any]:
-    """(configuration, transformers' auto class of the classifier) of a folder or hub id."""
-    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
-    from transformers.models.auto import modeling_auto as auto
-
-    from ..workloads import models
-    from ..workloads.hub import hub_state
-
-    state = hub_state()
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=state != "online")
-    except (OSError, ValueError, KeyError) as error:
-        timm = timm_or_none()
-        close = difflib.get_close_matches(name, timm.list_models(), 3) if timm else []
-        hint = f" Did you mean timm's {' or '.join(close)}?" if close else ""
-        missing = "" if timm else f" (timm is not installed: {models.EXAMPLES_INSTALL})"
-        raise ValueError(
-            f"{name!r} is no timm model{missing} and no folder, and its "
-            f"configuration could not be loaded (hub: {state}).{hint} {str(error).strip().splitlines()[0]}"
-        ) from None
-    # Some classes choose by this list and do not expect None.
-    config.architectures = config.architectures or []
-    for mapping, cls in (
-        (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
-        (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
-    ):
-        if type(config) in mapping:
-            return config, cls
-    raise ValueError(
-        f"{name!r} is a {config.model_type!r}: transformers has no text or image classifier of it to inspect. Use "
-        "hf_actcompress.find_layers(model, example_inputs) in Python."
-    )

@@ -1,12 +1,11 @@
 """What `hf-actcompress analyze` finds: a model on some batches of data, with each codec at each layer, untrained.
 
-Plain values come out; nothing is printed or drawn here.  transformers, timm and datasets are imported inside.
+Plain values come out; nothing is printed or drawn here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,94 +19,7 @@ from ..models.replay import undisturbed
 from ..observe.records import rounded
 from ..observe.sensitivity import DIRECTIONS, batches_mean, sensitivity
 
-TASKS = {"cola": "glue/cola", "sst2": "glue/sst2", "rte": "glue/rte", "cifar10": "cifar10", "mnist": "mnist"}
-HUB = {"cola": "nyu-mll/glue", "sst2": "nyu-mll/glue", "rte": "nyu-mll/glue", "cifar10": "uoft-cs/cifar10",
-       "mnist": "ylecun/mnist"}  # fmt: skip
 BINS = 60  # of a histogram
-SHOWN = 3  # layers with histograms: the first, the middle and the last cut
-
-
-# -- model and data ---------------------------------------------------------------------------------------------------
-def load(
-    model: str, data: str, *, root: Path, batches: int, batch_size: int, image_size: int = 96, max_length: int = 128,
-    seed: int = 0,
-) -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Any]]:  # fmt: skip
-    """The model with the task's classes, training batches for it, and what they are in words.
-
-    data: "embedded", one of TASKS (looked for under `root`, then on the hub), a folder, or a hub id.
-    Raises ValueError for a model or data that cannot be found, or that do not belong together.
-    """
-    from transformers import set_seed
-
-    set_seed(seed)
-    name, task = _where(data, root)
-    rows = batches * batch_size
-    if _takes_images(model):
-        built, chosen, source = _images(model, name, task, rows, image_size, seed)
-    else:
-        built, chosen, source = _texts(model, name, task, rows, max_length, seed)
-    if len(chosen) < rows:
-        raise ValueError(
-            f"{data!r} has {len(chosen)} training rows, and {batches} batches of {batch_size} need {rows}. Ask for "
-            "fewer or smaller ones."
-        )
-    made = [chosen.collate(chosen.rows[i * batch_size : (i + 1) * batch_size]) for i in range(batches)]
-    about = {
-        "model": model, "class": type(built).__name__, "parameters": sum(p.numel() for p in built.parameters()),
-        "data": source, "batches": batches, "batch_size": batch_size, "seed": seed,
-    }  # fmt: skip
-    return built.train(), made, about
-
-
-class _Chosen:
-    def __init__(self, rows: list[Any], collate: Callable[[list[Any]], dict[str, Tensor]]) -> None:
-        self.rows, self.collate = rows, collate
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def _where(data: str, root: Path) -> tuple[str, str | None]:
-    """(folder, hub id or "embedded"; the task of a hub id)."""
-    if data in TASKS and not Path(data).is_dir():
-        folder = root / TASKS[data]
-        if folder.is_dir():
-            return str(folder), None
-        return HUB[data], data if TASKS[data].startswith("glue/") else None
-    return data, None
-
-
-def _takes_images(model: str) -> bool:
-    from ..workloads import models
-    from .inspection import classifier_of, timm_or_none
-
-    if model in (models.MINILM, models.TINY_BERT, models.EFFICIENTNET):
-        return model == models.EFFICIENTNET
-    folder, timm = Path(model).expanduser(), timm_or_none()
-    if not folder.is_dir() and "/" not in model and timm is not None and timm.is_model(model):
-        return True
-    auto = classifier_of(str(folder.resolve()) if folder.is_dir() else model)[1]
-    return auto.__name__.endswith("ForImageClassification")
-
-
-def _texts(model: str, name: str, task: str | None, rows: int, max_length: int, seed: int) -> Any:
-    from transformers import DataCollatorWithPadding
-
-    from ..workloads import load_text, load_text_model, tokenize_splits
-
-    data = load_text(name, task, max_train=rows, max_eval=1, seed=seed)
-    built, tokenizer = load_text_model(model, data.num_labels, label_names=data.label_names, texts=data.texts())
-    train, _ = tokenize_splits(data, tokenizer, max_length)
-    return built, _Chosen([train[i] for i in range(len(train))], DataCollatorWithPadding(tokenizer)), data.source
-
-
-def _images(model: str, name: str, task: str | None, rows: int, size: int, seed: int) -> Any:
-    from ..workloads import collate_images, load_image_model, load_images, prepare_images
-
-    data = load_images(name, task, max_train=rows, max_eval=1, seed=seed)
-    built, wants = load_image_model(model, data.num_labels, size, label_names=data.label_names)
-    train, _ = prepare_images(data, wants)
-    return built, _Chosen([train[i] for i in range(len(train))], collate_images), data.source
 
 
 # -- the study --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
-"""Plots as SVG text.  Colours are CSS variables, so that they follow the page into the dark; each plot carries its
-points as JSON, from which page.js shows values under the pointer."""
+"""Plots as SVG text.
+
+Colours are CSS variables, so that they follow the page's dark mode.  Each plot carries its points as JSON in an
+attribute, from which page.js shows values under the pointer.  NaN is left out.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-# The shapes of plots.STYLES, about the origin, for markers of about 9 units.
-SHAPES = {
-    "uniform": "M-4.4 0a4.4 4.4 0 1 0 8.8 0a4.4 4.4 0 1 0-8.8 0Z", "block": "M-4-4H4V4H-4Z",
-    "sort": "M0-5L5 4H-5Z", "kmeans": "M0-5.4L5 0L0 5.4L-5 0Z", "topk": "M0 5L5-4H-5Z",
-    "lowrank": "M-1.8-5H1.8V-1.8H5V1.8H1.8V5H-1.8V1.8H-5V-1.8H-1.8Z",
-    "float8": "M-4.6-2.6L-2.6-4.6L0-2L2.6-4.6L4.6-2.6L2-0L4.6 2.6L2.6 4.6L0 2L-2.6 4.6L-4.6 2.6L-2-0Z",
-    "identity": "M0-5.6L1.6-1.8L5.4-1.6L2.5 1L3.4 5L0 2.8L-3.4 5L-2.5 1L-5.4-1.6L-1.6-1.8Z",
-    "none": "M-5-1.2H5V1.2H-5Z", "other": "M-2.6-4.5H2.6L5.2 0L2.6 4.5H-2.6L-5.2 0Z",
-}  # fmt: skip
+from .style import STYLES
+
 SIZES = {"wide": (620, 372), "narrow": (360, 320)}
 
 
@@ -29,6 +25,7 @@ class Point:
     label: str  # beside the point, where there is room
     lines: Sequence[tuple[str, str]]  # under the pointer: (name, value)
     spread: float | None = None
+    hollow: bool = False  # some of its seeds diverged
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,9 @@ class Frame:
 
     def svg(self, title: str, kind: str, hits: Sequence[object], mode: str) -> str:
         width, height = self.size
-        data = escape(json.dumps(hits, ensure_ascii=False, separators=(",", ":")), quote=True)
+        data = escape(json.dumps(hits, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
         return (f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" role="img" tabindex="0" data-mode="{mode}" '
-                f'data-hits="{data}" aria-label="{escape(title, quote=True)}. Arrow keys read the values.">'
+                f'data-hits="{data}" aria-label="{escape(title)}. Arrow keys read the values.">'
                 + "".join(self.parts) + '<g class="focus"></g></svg>')  # fmt: skip
 
 
@@ -119,7 +116,8 @@ def scatter(points: Sequence[Point], *, title: str, x_name: str, y_name: str, ba
                 top, bottom = frame.at_y(p.y + p.spread), frame.at_y(p.y - p.spread)
                 bars += f"M{px} {top}V{bottom}M{px - 3} {top}h6M{px - 3} {bottom}h6"
             frame.parts.append(f'<g class="s-{p.family}">' + (f'<path class="bar" d="{bars}"/>' if bars else "")
-                               + f'<path class="mark" transform="translate({px} {py})" d="{SHAPES[p.family]}"/></g>')
+                               + f'<path class="mark{" hollow" * p.hollow}" transform="translate({px} {py})" '
+                               f'd="{STYLES[p.family].shape}"/></g>')  # fmt: skip
             hits.append([px, py, p.family, p.lines])
         if kind == "wide":
             _labels(frame, points, base)
@@ -145,7 +143,8 @@ def curves(series: Sequence[Series], *, title: str, x_name: str, y_name: str) ->
             marks = [] if s.dashed else [p for p in s.points if math.isfinite(p[1])]
             for a, b in marks[:: max(1, len(marks) // 7)]:  # colour alone would not tell the lines apart
                 place = f"translate({frame.at_x(a)} {frame.at_y(b)}) scale(.8)"
-                frame.parts.append(f'<path class="mark s-{s.family}" transform="{place}" d="{SHAPES[s.family]}"/>')
+                shape = STYLES[s.family].shape
+                frame.parts.append(f'<path class="mark s-{s.family}" transform="{place}" d="{shape}"/>')
         hits = [[frame.at_x(step), [[s.name, f"{v[step]:.4g}", s.family, frame.at_y(v[step])]
                                     for s, v in zip(series, values, strict=True)
                                     if step in v and math.isfinite(v[step])], f"step {step:g}"]
@@ -158,7 +157,7 @@ def legend(names: Sequence[tuple[str, str]]) -> str:
     """(family, text) pairs with their marks."""
     items = "".join(
         f'<li class="s-{family}"><svg viewBox="-7 -7 14 14" aria-hidden="true"><path class="mark" '
-        f'd="{SHAPES[family]}"/></svg>{escape(text)}</li>'
+        f'd="{STYLES[family].shape}"/></svg>{escape(text)}</li>'
         for family, text in names
     )
     return f'<ul class="legend">{items}</ul>'

@@ -1,6 +1,7 @@
-"""What `study.py` finds becomes figures.  Records only: no torch; matplotlib is imported inside.
+"""What `hf-actcompress analyze` finds, as figures.  matplotlib is imported inside.
 
 Figures are to be understood without the text: titles say what is shown, colour bars and axes what is good and bad.
+Errors that are NaN or infinite (None in a record) are left out, and marked in the map.
 """
 
 from __future__ import annotations
@@ -12,30 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WIDTH, DPI = 9.0, 180
-COLORS = {"uniform": "#0072B2", "block": "#D55E00", "sort": "#009E73", "kmeans": "#CC79A7", "topk": "#E69F00",
-          "lowrank": "#56B4E9", "rotated": "#7F6000", "float8": "#444444"}  # fmt: skip
-MARKERS = {"uniform": "o", "block": "s", "sort": "^", "kmeans": "D", "topk": "v", "lowrank": "P", "rotated": "X"}
-ARROWS = {"forward": "Activations, on the way forward", "backward": "Gradients, on the way back"}
+from .style import STYLES, escape_math, family, label, make_figure, save_figure, style_of
 
-
-def family(codec: str) -> str:
-    name = re.split(r"[:|]", codec.removeprefix("ef+"))[0]
-    return "rotated" if name == "block" and "rotate" in codec else name
-
-
-def label(codec: str) -> str:
-    """The codec as a reader names it: "block 4 bits", "top-k 10 %"."""
-    head = codec.removeprefix("ef+").partition("|")[0].partition(":")[2]
-    options = dict(item.split("=", 1) for item in head.split(",") if "=" in item)
-    name = {"kmeans": "k-means", "topk": "top-k", "lowrank": "low rank"}.get(family(codec), family(codec))
-    if "bits" in options:
-        name += f" {options['bits']} bit" + "s" * (options["bits"] != "1")
-    elif "ratio" in options:
-        name += f" {100 * float(options['ratio']):g} %"
-    elif "rank" in options:
-        name += f" {options['rank']}"
-    return f"{name}, then {label(codec.partition('|')[2])}" if "|" in codec else name
+DIRECTIONS = {"forward": "Activations, on the way forward", "backward": "Gradients, on the way back"}
 
 
 def sensitivity_map(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -46,15 +26,15 @@ def sensitivity_map(record: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     codecs = [c for c in record["codecs"] if c != "identity"]
     codecs.sort(key=lambda codec: (-_bits(rows, codec), _rank(codec)))
     layers = list(dict.fromkeys((row["layer"], row["name"]) for row in rows))
-    figure, axes = _figure(1, 2, WIDTH, 0.24 * len(codecs) + 1.9 + (0.5 if len(layers) > 9 else 0))
+    figure, axes = make_figure(1, 2, 0.24 * len(codecs) + 1.6 + (0.5 if len(layers) > 9 else 0))
     norm = LogNorm(1e-3, 1.0)
     image = None
-    for ax, direction in zip(axes, ARROWS, strict=True):
+    for ax, direction in zip(axes, DIRECTIONS, strict=True):
         found = {(r["codec"], r["layer"]): r["layer_error"] for r in rows if r["direction"] == direction}
         grid = [[_at_least(found.get((codec, layer)), 1e-3) for layer, _ in layers] for codec in codecs]
         image = ax.imshow(grid, aspect="auto", cmap="RdYlGn_r", norm=norm)
         ax.grid(False)
-        ax.set_title(ARROWS[direction], loc="left", fontsize=9, fontweight="bold")
+        ax.set_title(DIRECTIONS[direction], loc="left", fontsize=9, fontweight="bold")
         ax.set_xticks(range(len(layers)), [str(index) for index, _ in layers])
         ax.set_xlabel("cut after layer")
         ax.set_yticks(range(len(codecs)), [label(c) for c in codecs] if direction == "forward" else [""] * len(codecs))
@@ -62,9 +42,9 @@ def sensitivity_map(record: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         size = 7.5 if len(layers) <= 9 else 5
         for y, codec in enumerate(codecs):
             for x, (layer, _) in enumerate(layers):
-                value = found.get((codec, layer))
-                if value is not None:
-                    dark = value > 0.35 or value < 0.003
+                if (codec, layer) in found:
+                    value = found[codec, layer]
+                    dark = _usable(value) and (value > 0.35 or value < 0.003)
                     ax.text(x, y, _percent(value), ha="center", va="center", fontsize=size,
                             color="white" if dark else "black")  # fmt: skip
         for y, (one, other) in enumerate(zip(codecs, codecs[1:], strict=False)):
@@ -75,21 +55,18 @@ def sensitivity_map(record: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     bar.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=words)
     bar.ax.tick_params(labelsize=7.5)
     bar.set_label("error of the parameters' gradient", fontsize=8)
-    figure.suptitle(
-        f"{record['model']}: how much one compressed cut spoils the gradient ({record['data_name']}, in %)",
-        fontsize=10.5, fontweight="bold", x=0.01, ha="left",
-    )  # fmt: skip
-    return _save(figure, path)
+    _title(figure, record, f"how much one compressed cut changes the gradient ({record['data_name']}, in %)")
+    return save_figure(figure, path)
 
 
 def error_against_bits(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """One panel a direction: the gradient's error over the bits that are left of each value, a line a family, as the
     geometric mean over layers."""
-    figure, axes = _figure(1, 2, WIDTH, 3.6)
-    for ax, direction in zip(axes, ARROWS, strict=True):
+    figure, axes = make_figure(1, 2, 3.3)
+    for ax, direction in zip(axes, DIRECTIONS, strict=True):
         groups: dict[str, dict[float, list[float]]] = {}
         for row in record["map"]:
-            if row["direction"] == direction and row["layer_error"] and row["codec"] != "identity":
+            if row["direction"] == direction and _usable(row["layer_error"]) and row["codec"] != "identity":
                 bits = 32 / row["ratio"]
                 points = groups.setdefault(family(row["codec"]), {})
                 key = next((b for b in points if abs(b - bits) < 0.35), bits)
@@ -97,42 +74,41 @@ def error_against_bits(record: Mapping[str, Any], path: str | os.PathLike[str]) 
         for name, points in sorted(groups.items(), key=lambda item: _rank(item[0])):
             bits = sorted(points)
             means = [math.exp(sum(map(math.log, points[b])) / len(points[b])) for b in bits]
-            style: dict[str, Any] = {"color": COLORS.get(name, "#888888"), "marker": MARKERS.get(name, "h")}
-            ax.plot(bits, means, label=name, markersize=5, linewidth=1.6, **style)
+            ax.plot(bits, means, label=name, markersize=5, linewidth=1.6, color=STYLES[name].color,
+                    marker=STYLES[name].marker)  # fmt: skip
         ax.set_yscale("log")
         ax.axhline(1.0, color="#333333", linewidth=1, linestyle=(0, (5, 2)))
         ax.annotate("noise as large as the gradient", (0.99, 1.0), xycoords=("axes fraction", "data"), xytext=(0, 2),
                     textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color="#333333")  # fmt: skip
-        ax.set_title(ARROWS[direction], loc="left", fontsize=9, fontweight="bold")
+        ax.set_title(DIRECTIONS[direction], loc="left", fontsize=9, fontweight="bold")
         ax.set_xlabel("bits left of each 32-bit value, scales included")
         ax.set_ylabel("error of the parameters' gradient" if direction == "forward" else "")
         if direction == "backward":
             ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(f"{record['model']}: error of the gradient against bits, mean of all cuts (one at a time)",
-                    fontsize=10.5, fontweight="bold", x=0.01, ha="left")  # fmt: skip
-    return _save(figure, path)
+    _title(figure, record, "error of the gradient against bits, mean of all cuts (one at a time)")
+    return save_figure(figure, path)
 
 
 def error_growth(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """The forward error at each layer: left with the first cut compressed alone, right with every cut."""
-    figure, axes = _figure(1, 2, WIDTH, 3.6)
-    codecs = _telling(record)
+    figure, axes = make_figure(1, 2, 3.3)
+    codecs = _shown(record)
     for ax, (where, title) in zip(axes, (("first", "Only the first cut is compressed"),
                                          ("every", "Every cut is compressed")), strict=True):  # fmt: skip
         for codec in codecs:
-            rows = [r for r in record["growth"] if r["where"] == where and r["codec"] == codec and r["rel_error"]]
+            rows = [r for r in record["growth"] if (r["where"], r["codec"]) == (where, codec)]
+            rows = [r for r in rows if _usable(r["rel_error"])]
             low = "bits=2" in codec
             ax.plot([r["layer"] for r in rows], [r["rel_error"] for r in rows], label=label(codec), markersize=4,
-                    color=COLORS.get(family(codec), "#888888"), marker=MARKERS.get(family(codec), "h"),
+                    color=style_of(codec).color, marker=style_of(codec).marker,
                     linestyle="-" if low else (0, (4, 2)), linewidth=1.5)  # fmt: skip
         ax.set_yscale("log")
         ax.set_title(title, loc="left", fontsize=9, fontweight="bold")
         ax.set_xlabel("layer")
         ax.set_ylabel("relative error of what the next layer gets" if where == "first" else "")
     axes[1].legend(frameon=False, fontsize=7.5, handlelength=3.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(f"{record['model']}: how the error grows along the depth", fontsize=10.5, fontweight="bold",
-                    x=0.01, ha="left")  # fmt: skip
-    return _save(figure, path)
+    _title(figure, record, "how the error grows along the depth")
+    return save_figure(figure, path)
 
 
 def histograms(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -142,7 +118,7 @@ def histograms(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     order = {row["name"]: row["layer"] for row in record["map"]}
     lines = sorted({(h["direction"], h["name"]) for h in entries}, key=lambda at: (at[0] == "backward", order[at[1]]))
     by_place = {(h["direction"], h["name"], h["codec"]): h for h in entries}
-    figure, axes = _figure(len(lines), len(codecs), WIDTH, 1.25 * len(lines) + 0.6)
+    figure, axes = make_figure(len(lines), len(codecs), 1.3)
     for i, (direction, name) in enumerate(lines):
         for j, codec in enumerate(codecs):
             ax = axes[i * len(codecs) + j]
@@ -152,7 +128,7 @@ def histograms(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
             width = (found["high"] - found["low"]) / len(found["before"])
             edges = [found["low"] + width * k for k in range(len(found["before"]) + 1)]
             ax.stairs(found["before"], edges, fill=True, color="#b8c4d0", label="before")
-            ax.stairs(found["after"], edges, color=COLORS.get(family(codec), "#888888"), linewidth=1.1, label="after")
+            ax.stairs(found["after"], edges, color=style_of(codec).color, linewidth=1.1, label="after")
             ax.set_yscale("log")
             ax.tick_params(labelsize=6)
             ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
@@ -164,9 +140,8 @@ def histograms(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
                 ax.set_ylabel(f"{what}\nafter layer {order[name]}", fontsize=7.5)
             if (i, j) == (0, 0):
                 ax.legend(frameon=False, fontsize=6.5)
-    figure.suptitle(f"{record['model']}: values before and after (counts, logarithmic)", fontsize=10.5,
-                    fontweight="bold", x=0.01, ha="left")  # fmt: skip
-    return _save(figure, path)
+    _title(figure, record, "values before and after (counts, logarithmic)")
+    return save_figure(figure, path)
 
 
 def all_figures(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
@@ -175,17 +150,19 @@ def all_figures(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> li
     return [draw(record, Path(folder) / f"{name}.png") for name, draw in drawn.items()]
 
 
-def _telling(record: Mapping[str, Any]) -> list[str]:
-    """At most eight codecs, the coarsest first, then the middle of each family."""
+def _title(figure: Any, record: Mapping[str, Any], text: str) -> None:
+    figure.suptitle(escape_math(f"{record['model']}: {text}"), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
+
+
+def _shown(record: Mapping[str, Any]) -> list[str]:
+    """At most ten codecs: those of 2 and 4 bits, by family."""
     every = [codec for codec in record["codecs"] if codec != "identity"]
-    few = [codec for codec in every if re.search(r"bits=(2|4)\b", codec) and "|" not in codec]
-    return sorted(few or every, key=_rank)[:10]
+    coarse = [codec for codec in every if re.search(r"bits=(2|4)\b", codec) and "|" not in codec]
+    return sorted(coarse or every, key=_rank)[:10]
 
 
 def _rank(codec: str) -> int:
-    names = list(COLORS)
-    name = codec if codec in names else family(codec)
-    return names.index(name) if name in names else len(names)
+    return list(STYLES).index(codec if codec in STYLES else family(codec))
 
 
 def _bits(rows: Sequence[Mapping[str, Any]], codec: str) -> int:
@@ -194,31 +171,17 @@ def _bits(rows: Sequence[Mapping[str, Any]], codec: str) -> int:
     return min((1, 2, 4, 8, 16), key=lambda bits: abs(math.log2(32 / ratio) - math.log2(bits)))
 
 
+def _usable(value: float | None) -> bool:
+    """Whether a logarithmic axis can show it."""
+    return value is not None and math.isfinite(value) and value > 0
+
+
 def _at_least(value: float | None, low: float) -> float:
-    return math.nan if value is None else max(value, low)
+    return math.nan if value is None or not math.isfinite(value) else max(value, low)
 
 
-def _percent(value: float) -> str:
+def _percent(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "NaN"
     percent = 100 * value
     return f"{percent:.0f}" if percent >= 10 else f"{percent:.1f}" if percent >= 1 else f"{percent:.2f}".lstrip("0")
-
-
-def _figure(lines: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-             "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.edgecolor": "#666666"}
-    with rc_context(style):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    return figure, axes
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path

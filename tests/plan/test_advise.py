@@ -9,9 +9,10 @@ from helpers import build, text_batch
 from hf_actcompress import parse_codec
 from hf_actcompress.pipeline import split
 from hf_actcompress.pipeline.wire import HEADER
-from hf_actcompress.plan.advise import choose, measure_codec, measure_stages, predict, verdict
+from hf_actcompress.plan.advise import choose, predict, verdict
 from hf_actcompress.plan.cluster import parse_cluster
-from hf_actcompress.plan.contention import company
+from hf_actcompress.plan.contention import background_load
+from hf_actcompress.plan.measure import Work, measure_codec, measure_stages
 from hf_actcompress.plan.simulate import Traffic
 
 SHAPE = (2, 16, 32)
@@ -20,7 +21,7 @@ FAST, SLOW = "10gbit", "1mbit"
 
 def small_work():
     batch = text_batch(rows=1)
-    return split(build("bert"), stages=2), (batch["input_ids"],), {}
+    return Work(split(build("bert"), stages=2), (batch["input_ids"],), {})
 
 
 def broken_work():
@@ -42,7 +43,7 @@ def test_stages_are_run_forward_and_back():
     modules, batch = split(build("bert"), stages=3), text_batch(rows=2)
     turns = []
     stages, shapes, dtypes = measure_stages(
-        modules, (batch["input_ids"],), {"attention_mask": batch["attention_mask"]}, repeats=2,
+        Work(modules, (batch["input_ids"],), {"attention_mask": batch["attention_mask"]}), repeats=2,
         tick=lambda: turns.append(1),
     )  # fmt: skip
     assert len(stages) == 3 and len(turns) == 9
@@ -53,17 +54,17 @@ def test_stages_are_run_forward_and_back():
 def test_measuring_changes_no_weight():
     model, batch = build("bert"), text_batch(rows=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measure_stages(split(model, stages=2), (batch["input_ids"],), {}, repeats=1)
+    measure_stages(Work(split(model, stages=2), (batch["input_ids"],), {}), repeats=1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_company_works_until_the_measurement_ends():
+def test_background_load_works_until_the_measurement_ends():
     before = multiprocessing.active_children()
-    with company(1, small_work):
+    with background_load(1, small_work):
         (child,) = [p for p in multiprocessing.active_children() if p not in before]
         assert child.is_alive()
     assert not child.is_alive()
-    with pytest.raises(RuntimeError, match="ended with exit code 1"), company(1, broken_work):
+    with pytest.raises(RuntimeError, match="ended with exit code 1"), background_load(1, broken_work):
         pass
 
 

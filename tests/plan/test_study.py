@@ -8,8 +8,9 @@ from helpers import batch_of, build
 
 from hf_actcompress import parse_codec
 from hf_actcompress.cli import main
-from hf_actcompress.plan.study import BINS, histogram, load, study
-from hf_actcompress.report.tables import figures
+from hf_actcompress.plan.study import BINS, histogram, study
+from hf_actcompress.report import figures
+from hf_actcompress.workloads.batches import training_batches
 
 SPECS = ["block:bits=4", "block:bits=2", "uniform:bits=2"]
 
@@ -78,7 +79,7 @@ def test_histograms_are_of_the_coarsest_codec_of_each_family_at_three_cuts(found
 def test_figures_are_drawn_with_every_number(found, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or path)
     figures.all_figures(found, tmp_path)
     words = [text.get_text() for ax in drawn[0].axes for text in ax.texts]
     errors = sorted(figures._percent(row["layer_error"]) for row in found["map"])
@@ -93,7 +94,8 @@ def test_figures_are_drawn_with_every_number(found, tmp_path, monkeypatch):
 
 def test_labels():
     words = {"kmeans:bits=1": "k-means 1 bit", "rotated:bits=2": "rotated 2 bits", "topk:ratio=0.1": "top-k 10 %",
-             "topk:ratio=0.1|block:bits=8": "top-k 10 %, then block 8 bits", "lowrank:rank=4": "low rank 4"}
+             "topk:ratio=0.1|block:bits=8": "top-k 10 %, then block 8 bits", "lowrank:rank=4": "low rank 4",
+             "ef+topk:ratio=0.1": "top-k 10 %, error feedback"}
     assert {spec: figures.label(str(parse_codec(spec))) for spec in words} == words
 
 
@@ -130,6 +132,6 @@ def test_task_names_are_found_under_the_data_root(tmp_path):
     folder.mkdir(parents=True)
     for split in ("train", "validation"):
         datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{split}-0.parquet"))
-    model, batches, about = load("tiny-bert", "cola", root=tmp_path, batches=2, batch_size=4)
+    model, batches, about = training_batches("tiny-bert", "cola", root=tmp_path, batches=2, batch_size=4)
     assert len(batches) == 2 and batches[0]["labels"].shape == (4,) and about["data"].startswith("local folder cola")
     assert model.training

@@ -11,6 +11,7 @@ from hf_actcompress.report.plots import accuracy_vs_ratio, loss_curves
 from hf_actcompress.report.tables import (
     BEGIN,
     END,
+    Column,
     accuracy_table,
     load_records,
     markdown_table,
@@ -75,9 +76,8 @@ def test_markdown():
             in lines)  # fmt: skip
     assert "| block:bits=4 | same | 1 | 0.700 | 0.910 |" in text
     assert lines[1].startswith("| --- | --- | ---: |")
-    assert markdown_table([{"a": "x|y", "b": 1}], {"A": "a", "B": lambda row: str(row["b"] + 1)}) == (
-        "| A | B |\n| --- | ---: |\n| x\\|y | 2 |"
-    )
+    columns = [Column("A", lambda row: row["a"], None), Column("B", lambda row: str(row["b"] + 1), None)]
+    assert markdown_table([{"a": "x|y", "b": 1}], columns) == "| A | B |\n| --- | ---: |\n| x\\|y | 2 |"
 
 
 def test_load_what_the_recipes_write(tmp_path):
@@ -157,12 +157,13 @@ def test_figures(tmp_path):
 
 
 def test_labels_do_not_cover_each_other():
-    from hf_actcompress.report.tables import plots
+    from hf_actcompress.report import plots
+    from hf_actcompress.report.style import make_figure
 
     points = [record(f"{name}:bits=4", compressed=0.80 + 0.001 * i, payload=(125 + i, 125 + i))
               for i, name in enumerate(("uniform", "sort", "kmeans", "block", "topk"))]  # fmt: skip
-    figure, (ax,) = plots._figure(1, 1, 3.3)
-    plots._panel(ax, "sst2", accuracy_table([record(), *points]))
+    figure, (ax,) = make_figure(1, 1, 3.3)
+    plots.draw_panel(ax, "sst2", accuracy_table([record(), *points]))
     figure.canvas.draw()
     boxes = [text.get_window_extent().extents for text in ax.texts]
     assert len(boxes) == 6
@@ -177,7 +178,7 @@ def test_demo_runs_every_codec(tmp_path, monkeypatch, capsys):
     import sys
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    path = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
+    path = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
     spec = importlib.util.spec_from_file_location("demo", path)
     demo = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "demo", demo)
@@ -198,9 +199,11 @@ def test_demo_runs_every_codec(tmp_path, monkeypatch, capsys):
 
 
 def test_labels_tell_codecs_apart():
-    from hf_actcompress.report.plots import _short
+    from hf_actcompress.report.style import family, short_label
 
     rotated = "block:bits=3,rotate=hadamard,levels=gauss,allocate=energy"
     patched, trellis = rotated + ",patch=dct", rotated.replace("gauss", "trellis") + ",patch=dct,prototypes=3"
-    labels = [_short(spec) for spec in ("block:bits=3", rotated, patched, trellis)]
-    assert labels == ["3 bit", "3 bit rotated", "3 bit patched", "3 bit trellis"]
+    told = [(family(spec), short_label(spec)) for spec in ("block:bits=3", rotated, patched, trellis)]
+    assert told == [("block", "3 bits"), ("rotated", "3 bits"), ("rotated", "3 bits patched"),
+                    ("trellis", "3 bits patched")]  # fmt: skip
+    assert family("rotated:bits=3") == "rotated" and family("mine:bits=3") == "other"
