@@ -32,7 +32,7 @@ def errors(model: nn.Module, batch: dict[str, Tensor], rows: int, settled: float
     with mock.patch.multiple(sensitivity, ROWS=rows // 2, SETTLED=settled, COST=1e9), \
             compress_model(model, config) as handle:  # fmt: skip
         model(**batch)
-        slots = handle.saved.auto.slots.values()
+        slots = handle.budget.slots.values()
     found = {}
     for slot in slots:
         module = model.get_submodule(slot.name.split("#")[0])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hf_actcompress.boundary.boundary import Channel
+from hf_actcompress.boundary.channel import Channel
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.ops.reductions import representable
@@ -55,7 +55,7 @@ def main() -> None:
     rows = {}
     for spec in tqdm(CODECS, desc="codecs"):
         codec = parse_codec(spec)
-        state, channel = codec.init_state("here"), Channel("here", codec, 0, 0, "pass")
+        state, channel = codec.init_state("here"), Channel("here", "forward", codec)
         rows[spec] = {
             "roundtrip": median(lambda codec=codec, state=state: codec.roundtrip(flat, state, check=False)),
             "whole": median(lambda channel=channel: channel(x)),

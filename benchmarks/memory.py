@@ -215,9 +215,9 @@ def held(args: argparse.Namespace) -> dict[str, Any]:
             del loss
         result = {"held_mb": statistics.median(found) / 1e6, "held_range_mb": [min(found) / 1e6, max(found) / 1e6]}
         if getattr(handle, "saved", None) is not None:
-            record = handle.saved.record
-            result["metered"] = {"plain_mb": record.raw_bytes / record.passes / 1e6,
-                                 "held_mb": record.kept_bytes / record.passes / 1e6}  # fmt: skip
+            record = handle.meters["saved"]
+            result["metered"] = {"plain_mb": record.raw_bytes / record.calls / 1e6,
+                                 "held_mb": record.payload_bytes / record.calls / 1e6}  # fmt: skip
         result.update(peak_mb=run.peak(run.rows) / 1e6, **run.live_peak())
     return {"n": len(found), **result}
 

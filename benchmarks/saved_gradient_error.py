@@ -82,9 +82,9 @@ def measure(model: nn.Module, batch: dict[str, Tensor], draws: int) -> dict[str,
                     errors[layer].append(float((found[layer] - g).norm() / g.norm()))
                 whole, own = torch.cat(list(exact.values())), torch.cat(list(found.values()))
                 errors["all"].append(float((own - whole).norm() / whole.norm()))
-            record = handle.saved.record
+            record = handle.meters["saved"]
         rows[spec] = {layer: statistics.fmean(values) for layer, values in errors.items()}
-        rows[spec]["share held"] = record.kept_bytes / record.raw_bytes
+        rows[spec]["share held"] = record.payload_bytes / record.raw_bytes
     return rows
 
 

@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .boundary.boundary import Boundary, Channel
+from .boundary.channel import Channel
+from .boundary.hook import Boundary, Passes
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
 from .models.layers import Layer, find_layers, match_layers, select_boundaries
 from .observe.auto import AutoCodec
+from .observe.events import Listener
+from .observe.meter import Meter
 from .observe.probe import Probe
 from .ops.cpu.malloc import KeptMemory
-from .saved.budget import Auto
+from .saved.budget import CODEC, Budget, parse_share
 from .saved.hooks import install, is_hook
 from .saved.tensors import COMPILED, SavedTensors
 
@@ -39,6 +42,8 @@ class Handle:
         self.saved: SavedTensors | None = None
         self.probe: Probe | None = None
         self.auto: AutoCodec | None = None
+        self.budget: Budget | None = None
+        self.meters: dict[str, Meter] = {}  # by "<boundary>/forward", "<boundary>/backward" and "saved"
         self._removers: list[Any] = []
         self._named: set[str] = set()  # boundaries whose codec `layers` fixes: the schedule leaves them alone
         self.epoch = 0
@@ -63,14 +68,29 @@ class Handle:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Run without compression for a while, hooks staying in place."""
-        before = {name: b.enabled for name, b in self.boundaries.items()}
-        for boundary in self.boundaries.values():
-            boundary.enabled = False
+        sites = self._sites()
+        before = [site.enabled for site in sites]
+        for site in sites:
+            site.enabled = False
         try:
             yield
         finally:
-            for name, boundary in self.boundaries.items():
-                boundary.enabled = before[name]
+            for site, enabled in zip(sites, before, strict=True):
+                site.enabled = enabled
+
+    @contextlib.contextmanager
+    def isolated(self, *listeners: Listener) -> Iterator[None]:
+        """Run with compression on copies of all that it remembers, for a measurement.
+
+        Only `listeners` are told of what the sites do (observe/events.py); states and meters are as before afterwards.
+        """
+        with contextlib.ExitStack() as stack:
+            for site in self._sites():
+                stack.enter_context(site.isolated(*listeners))
+            yield
+
+    def _sites(self) -> list[Boundary | SavedTensors]:
+        return [*self.boundaries.values(), *([] if self.saved is None else [self.saved])]
 
     def set_epoch(self, epoch: int) -> bool:
         """Switch codecs as `schedule` says; returns whether any changed."""
@@ -90,10 +110,16 @@ class Handle:
         for name, layer in self.cuts.items():
             for direction, channel in self.channels(name):
                 head = {"boundary": name, "layer": layer.index, "direction": direction, "codec": str(channel.codec)}
-                rows.append(head | channel.meter.record())
+                rows.append(head | self.meters[channel.name].record())
         if self.saved is not None:
-            rows.append(self.saved.record.row(str(self.saved)))
+            head = {"boundary": "saved for backward", "layer": None, "direction": "saved", "codec": self._saved_spec}
+            rows.append(head | self.meters["saved"].record() | {"seconds": None})
         return rows
+
+    @property
+    def _saved_spec(self) -> str:
+        assert self.saved is not None
+        return str(self.budget or self.saved.codec)
 
     def channels(self, name: str) -> list[tuple[str, Channel]]:
         boundary = self.boundaries[name]
@@ -108,9 +134,9 @@ class Handle:
                 if channel.state is not None:
                     result[f"{name}/{direction}"] = {"codec": str(channel.codec), "state": channel.state.state_dict()}
         if self.saved is not None and self.saved.state is not None:
-            result["saved"] = {"codec": str(self.saved), "state": self.saved.state.state_dict()}
-            if self.saved.auto is not None:
-                result["saved"]["auto"] = self.saved.auto.state_dict()
+            result["saved"] = {"codec": self._saved_spec, "state": self.saved.state.state_dict()}
+            if self.budget is not None:
+                result["saved"]["budget"] = self.budget.state_dict()
         return result
 
     def load_state_dict(self, values: dict[str, Any]) -> list[str]:
@@ -129,12 +155,12 @@ class Handle:
                     channel.state.load_state_dict(entry["state"])
         if self.saved is not None and self.saved.state is not None:
             entry = values.get("saved")
-            if entry is None or entry["codec"] != str(self.saved):
+            if entry is None or entry["codec"] != self._saved_spec:
                 missed.append("saved")
             else:
                 self.saved.state.load_state_dict(entry["state"])
-                if self.saved.auto is not None:
-                    self.saved.auto.load_state_dict(entry["auto"])
+                if self.budget is not None:
+                    self.budget.load_state_dict(entry["budget"])
         return missed
 
 
@@ -185,6 +211,7 @@ def compress_model(
     handle = Handle(inner, config, layers)
     # Ranks draw different noise.  The launchers' variable is used, so that nothing here needs torch.distributed.
     seed = config.seed + 1_000_003 * int(os.environ.get("RANK", 0))
+    passes = Passes()
     for layer in layers:
         if layer.module not in codecs:
             continue
@@ -194,18 +221,26 @@ def compress_model(
             seed=seed,
             evaluate=config.evaluate != "off",
             nonfinite=config.nonfinite,
-            meter_every=config.meter_every,
+            passes=passes,
         )
+        for channel in boundary.channels.values():
+            handle.meters[channel.name] = Meter(config.meter_every)
+            channel.listeners.append(handle.meters[channel.name])
         handle.boundaries[layer.name] = boundary
         handle.cuts[layer.name] = layer
         if layer.module in named:
             handle._named.add(layer.name)
         handle._removers.append(inner.get_submodule(layer.module).register_forward_hook(boundary))
+    if handle.boundaries:
+        handle._removers.append(inner.register_forward_pre_hook(passes, prepend=True))
+        handle._removers.append(inner.register_forward_hook(passes, always_call=True))
     if config.saved:
-        auto = Auto.parse(config.saved) if config.saved.startswith("auto") else None
-        handle.saved = SavedTensors(auto or parse_codec(config.saved), seed=seed, nonfinite=config.nonfinite)
-        if auto is not None:
-            auto.around = handle.disabled
+        if config.saved.startswith("auto"):
+            handle.budget = Budget(handle, parse_share(config.saved))
+        codec, bits = (parse_codec(config.saved), None) if handle.budget is None else (CODEC, handle.budget.bits)
+        handle.saved = SavedTensors(codec, bits, seed=seed, nonfinite=config.nonfinite)
+        handle.meters["saved"] = Meter(every=0)
+        handle.saved.listeners.append(handle.meters["saved"])
         handle._removers += install(handle.saved, inner)
         if all(parameter.device.type == "cpu" for parameter in inner.parameters()):
             handle._removers.append(KeptMemory())  # activations are freed one by one, and come anew in every pass
@@ -218,8 +253,9 @@ def compress_model(
         handle.probe = Probe(handle, config.analysis_every)
         # Before the hooks of saved tensors, which would keep what the probe's own passes save.
         handle._removers.append(inner.register_forward_pre_hook(handle.probe, prepend=True, with_kwargs=True))
-    if handle.auto is not None:  # before the probe, which measures what is chosen
-        handle._removers.append(inner.register_forward_pre_hook(handle.auto, prepend=True, with_kwargs=True))
+    for tuner in (handle.budget, handle.auto):  # before the probe, which measures what is chosen
+        if tuner is not None:
+            handle._removers.append(inner.register_forward_pre_hook(tuner, prepend=True, with_kwargs=True))
     return handle
 
 
@@ -252,7 +288,7 @@ def remove_compression(model: nn.Module) -> list[str]:
                     hook.saved.enabled = False
                     if name == "" and "" not in names:
                         names.append(name)
-                elif isinstance(hook, (Probe, AutoCodec)):
+                elif isinstance(hook, (Probe, AutoCodec, Budget, Passes)):
                     pass
                 else:
                     continue

@@ -27,7 +27,7 @@ from .observe.meter import Meter
 from .observe.records import FILE_NAME as ANALYSIS_NAME
 from .observe.records import Writer
 from .observe.warning import warning_of
-from .saved.tensors import COMPILED, Record
+from .saved.tensors import COMPILED
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ class ActCompressCallback(TrainerCallback):
         self.handle: Handle | None = None
         self.stats: list[dict[str, Any]] = []
         self._last_state: dict[str, Any] = {}
-        self._logged: dict[tuple[str, str], Meter] = {}
-        self._logged_saved = Record()
+        self._logged: dict[str, Meter] = {}  # copies of the handle's meters as of the last log line
         self._epoch: int | None = None  # the last one trained in
         self._epoch_begun = False
         self._warned = False
@@ -97,7 +96,7 @@ class ActCompressCallback(TrainerCallback):
         self._epoch = _epoch(state)
         self._epoch_begun = False
         self.handle.set_epoch(self._epoch)
-        self._logged, self._logged_saved, self._warned = {}, Record(), False
+        self._logged, self._warned = {}, False
         if self.handle.probe is not None:
             self._record_analysis(args, state)
         if state.global_step > 0:
@@ -153,15 +152,11 @@ class ActCompressCallback(TrainerCallback):
         self._remember_choice()
         if state.is_world_process_zero:
             self.config.save_pretrained(folder)
-            if self.handle.saved is not None and self.handle.saved.auto is not None:
-                table = self.handle.saved.auto.table()
+            if self.handle.budget is not None:
+                table = self.handle.budget.table()
                 (folder / ALLOTMENT_NAME).write_text(json.dumps(table, indent=1) + "\n")
         tensors, rest = flatten_state(self.handle.state_dict())
-        meters = {
-            f"{name}/{direction}": vars(channel.meter)
-            for name in self.handle.boundaries
-            for direction, channel in self.handle.channels(name)
-        }
+        meters = {name: vars(meter) for name, meter in self.handle.meters.items()}
         metadata = {"state": json.dumps(rest), "meters": json.dumps(meters)}
         # By renaming, so that a crash leaves no half of a file.
         unfinished = folder / f"{_state_file()}.tmp"
@@ -211,10 +206,8 @@ class ActCompressCallback(TrainerCallback):
         for name in self.handle.boundaries:
             saved = 0
             for direction, channel in self.handle.channels(name):
-                meter = channel.meter
-                record = meter.since(self._logged.get((name, direction), Meter())).record()
-                self._logged[name, direction] = copy.copy(meter)
-                saved += meter.raw_bytes - meter.payload_bytes
+                record = self._since_last_line(channel.name).record()
+                saved += self.handle.meters[channel.name].record()["bytes_saved"]
                 for key, label in (("ratio", "ratio"), ("rel_error", "error"), ("cosine", "cosine")):
                     if record[key] is not None:
                         result[f"compress/{name}/{direction}_{label}"] = round(record[key], 5)
@@ -227,25 +220,30 @@ class ActCompressCallback(TrainerCallback):
                     result[f"compress/{key}"] = self._analysed[key]
             self._analysed = None
         if self.handle.saved is not None:
-            result |= self._memory_metrics(self.handle.saved.record)
-            if self.handle.saved.auto is not None:
-                result["compress/saved/mean_bits"] = round(self.handle.saved.auto.mean_bits(), 3)
+            result |= self._memory_metrics(self._since_last_line("saved"))
+            if self.handle.budget is not None:
+                result["compress/saved/mean_bits"] = round(self.handle.budget.mean_bits(), 3)
         return result
+
+    def _since_last_line(self, name: str) -> Meter:
+        assert self.handle is not None
+        meter = self.handle.meters[name]
+        earlier, self._logged[name] = self._logged.get(name, Meter()), copy.copy(meter)
+        return meter.since(earlier)
 
     def _codecs_in_use(self) -> dict[tuple[str, str], str]:
         assert self.handle is not None
         return {(name, direction): str(channel.codec) for name in self.handle.boundaries
                 for direction, channel in self.handle.channels(name)}  # fmt: skip
 
-    def _memory_metrics(self, record: Record) -> dict[str, float]:
+    def _memory_metrics(self, found: Meter) -> dict[str, float]:
         """What autograd would have held of a forward pass and what was held, in MB; the peak where a device counts."""
-        found, self._logged_saved = record.since(self._logged_saved), copy.copy(record)
         result: dict[str, float] = {}
-        if found.passes:
-            result["compress/saved/plain_mb"] = round(found.raw_bytes / found.passes / 1e6, 3)
-            result["compress/saved/held_mb"] = round(found.kept_bytes / found.passes / 1e6, 3)
-        if found.kept_bytes:
-            result["compress/saved/ratio"] = round(found.raw_bytes / found.kept_bytes, 3)
+        if found.calls:
+            result["compress/saved/plain_mb"] = round(found.raw_bytes / found.calls / 1e6, 3)
+            result["compress/saved/held_mb"] = round(found.payload_bytes / found.calls / 1e6, 3)
+        if found.payload_bytes:
+            result["compress/saved/ratio"] = round(found.raw_bytes / found.payload_bytes, 3)
         if found.nonfinite:
             result["compress/saved/nonfinite"] = found.nonfinite
         if torch.accelerator.is_available():
@@ -275,13 +273,10 @@ class ActCompressCallback(TrainerCallback):
         missed = self.handle.load_state_dict(unflatten_state(tensors, json.loads(metadata["state"])))
         if missed:
             logger.warning("no saved state for %s (other codecs then): they start afresh", ", ".join(missed))
-        meters = json.loads(metadata["meters"])
-        for name in self.handle.boundaries:
-            for direction, channel in self.handle.channels(name):
-                saved = meters.get(f"{name}/{direction}")
-                if saved is not None:
-                    channel.meter = Meter(**{**saved, "every": channel.meter.every})
-                    self._logged[name, direction] = copy.copy(channel.meter)
+        for name, values in json.loads(metadata["meters"]).items():
+            if (meter := self.handle.meters.get(name)) is not None:
+                vars(meter).update({**values, "every": meter.every})
+                self._logged[name] = copy.copy(meter)
 
 
 class _EvaluateTwice:

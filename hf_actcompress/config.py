@@ -11,7 +11,7 @@ from typing import Any
 from .codecs import Codec, parse_codec
 from .observe.target import START, Target, is_auto
 from .observe.warning import WARN_ERROR
-from .saved.budget import Auto
+from .saved.budget import parse_share
 
 CONFIG_NAME = "actcompress_config.json"
 PLACEMENTS = ("every", "cuts")
@@ -86,9 +86,9 @@ class ActCompressConfig:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
             auto = isinstance(self.saved, str) and self.saved.strip().lower().startswith("auto")
-            codec = Auto.parse(self.saved) if auto else _spec(self.saved, "saved")
-            self.saved = str(codec)
-            if not auto and "saved" in codec.traits.unfit:
+            codec = None if auto else _spec(self.saved, "saved")
+            self.saved = f"auto:budget={parse_share(self.saved):g}" if auto else str(codec)
+            if codec is not None and "saved" in codec.traits.unfit:
                 raise ValueError(f"saved={self.saved!r}: {codec.traits.unfit['saved']}")
         for name in ("first", "last", "meter_every", "seed"):
             value = getattr(self, name)

@@ -7,9 +7,6 @@ few rows have so low a rank that a rotation keeps all of them, and looks ten tim
 different places are nearly independent, so their squares add up; of all combinations that keep the target the best one
 is taken.  It is measured anew now and then, the candidates that were far from the best left out, and another choice
 must be clearly better to replace what is in use, because a new codec starts with fresh state.
-
-Deterministic: batches, weights and seeds decide, no clock does.  Processes of a distributed run each decide for their
-own boundaries by their own batches.
 """
 
 from __future__ import annotations
@@ -17,19 +14,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from ..codecs import Codec, parse_codec
-from ..models.replay import on_the_side
+from .allocation import Option, best_combination
 from .sensitivity import DIRECTIONS, sensitivity
 from .target import Target
-
-if TYPE_CHECKING:
-    from ..attach import Handle
+from .tuner import Tuner
 
 logger = logging.getLogger(__name__)
 
@@ -38,83 +31,35 @@ CANDIDATES = (
     "rotated:bits=6", "rotated:bits=4", "rotated:bits=3", "rotated:bits=2", "rotated:bits=1",
     "kmeans:bits=4", "kmeans:bits=3", "kmeans:bits=2", "topk:ratio=0.1|block:bits=8", "topk:ratio=0.05|block:bits=8",
 )  # fmt: skip
-SECOND, REFRESH = 100, 1000  # training passes at which it is measured again: the second one, and then every so many
 NEAR = 1.5  # candidates with more error than so many times the best one of their size or less are not measured again
 BETTER = 0.9  # another choice replaces the one in use if its error is below this share of it
-WIDEST = 4096  # combinations that are kept while places are added one by one; fewer than that are all compared
 
 
-@dataclass(frozen=True)
-class Option:
-    """A codec at one place: bytes left of `raw`, and the squared error of the gradient."""
+class AutoCodec(Tuner):
+    """A forward pre-hook of the whole model that sets the codecs of boundaries.
 
-    spec: str
-    raw: int
-    nbytes: int
-    error: float
-
-
-def choose(places: Sequence[Sequence[Option]], target: Target) -> list[int] | None:
-    """For each place the number of its option, so that the target is kept: the least sum of errors under a ratio, the
-    fewest bytes under an error.  None where no combination keeps it.
-
-    Combinations that cost more than another one and are no better are dropped as places are added, which loses
-    nothing; beyond WIDEST of them, neighbours are thinned out.
-    """
-    front: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
-    for options in places:
-        grown = sorted(
-            (nbytes + option.nbytes, error + option.error, (*chosen, i))
-            for nbytes, error, chosen in front for i, option in enumerate(options) if math.isfinite(option.error)
-        )  # fmt: skip
-        front, least = [], math.inf
-        for entry in grown:
-            if entry[1] < least:
-                front.append(entry)
-                least = entry[1]
-        if len(front) > WIDEST:
-            step = (len(front) - 1) / (WIDEST - 1)
-            front = [front[round(i * step)] for i in range(WIDEST)]
-    if target.ratio is not None:
-        allowed = sum(options[0].raw for options in places) / target.ratio
-        kept = [entry for entry in front if entry[0] <= allowed]
-        return list(kept[-1][2]) if kept else None
-    kept = [entry for entry in front if math.sqrt(entry[1]) <= float(target.error or 0)]
-    return list(kept[0][2]) if kept else None
-
-
-class AutoCodec:
-    """A forward pre-hook of the whole model that sets the codecs of `names`, boundaries of `handle`.
-
+    handle: the Handle of the model.
+    names: of its boundaries, those that are chosen for.
     backward: whether the gradients' codecs are chosen too (else they are fixed).
     """
 
-    def __init__(self, handle: Handle, target: Target, names: Sequence[str], backward: bool) -> None:
-        if not hasattr(AutoCodec.__call__, "hidden"):  # a break in a compiled graph, as at boundaries
-            AutoCodec.__call__ = torch.compiler.disable(AutoCodec.__call__)  # type: ignore[method-assign]
-            AutoCodec.__call__.hidden = True  # type: ignore[attr-defined]
-        self.handle, self.target, self.names = handle, target, list(names)
+    every, early = 1000, (100,)
+
+    def __init__(self, handle: Any, target: Target, names: Sequence[str], backward: bool) -> None:
+        super().__init__(handle)
+        self.target, self.names = target, list(names)
         self.directions = DIRECTIONS if backward else DIRECTIONS[:1]
-        self.passes = 0
         self.chosen: dict[str, dict[str, str]] = {}  # name -> direction -> spec
         self.table: list[dict[str, Any]] = []  # of the last measurement
         self._near: dict[tuple[str, str], set[str]] = {}  # (name, direction) -> specs worth measuring again
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"handle": None}  # a copy of the model keeps the codecs that it has
+    def applies(self, module: nn.Module) -> bool:
+        return module.training
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.handle is None or on_the_side() or not module.training or not torch.is_grad_enabled():
-            return
-        due = self.passes in (0, SECOND) or self.passes % REFRESH == 0
-        self.passes += 1
-        if due and not self._measure(module, args, kwargs):
-            self.passes -= 1  # the next batch may do
-
-    def _measure(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def measure(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
         fits, rows = self._fitting(), []
         for name in self.names:
-            codecs = {d: [c for c in fits if self._promises(name, d, str(c))] for d in self.directions}
+            codecs = {d: [c for c in fits if self._worth_measuring(name, d, str(c))] for d in self.directions}
             rows += sensitivity(self.handle, module, args, kwargs, codecs, [name])
         if any(row["layer_error"] is None for row in rows if row["codec"] == "identity"):
             return False  # NaN
@@ -122,13 +67,14 @@ class AutoCodec:
         keys = [(name, direction) for name in self.names for direction in self.directions]
         places = [[_option(row) for row in rows if (row["name"], row["direction"]) == key] for key in keys]
         self._near = {key: _near(options) for key, options in zip(keys, places, strict=True)}
-        best = choose(places, self.target)
+        best = best_combination(places, self.target)
         if best is None:
             self._refuse(places)
             best = [min(range(len(options)), key=lambda i: options[i].error) for options in places]
-        now = self._now(keys, places)
-        if now is not None and self._keeps(now, places):
-            best = best if self._score(best, places) < BETTER * self._score(now, places) else now
+        now = self._in_use(keys, places)
+        if now is not None:
+            (kept, score), (_, least) = self._rated(now, places), self._rated(best, places)
+            best = now if kept and least >= BETTER * score else best
         self.set({
             name: {d: places[keys.index((name, d))][best[keys.index((name, d))]].spec for d in self.directions}
             for name in self.names
@@ -155,7 +101,7 @@ class AutoCodec:
             fits.append(codec)
         return fits
 
-    def _promises(self, name: str, direction: str, spec: str) -> bool:
+    def _worth_measuring(self, name: str, direction: str, spec: str) -> bool:
         known = self._near.get((name, direction))
         return known is None or spec in known or spec == self.chosen.get(name, {}).get(direction)
 
@@ -169,7 +115,7 @@ class AutoCodec:
             "for less, or name a codec such as topk:ratio=0.01."
         )
 
-    def _now(self, keys: list[tuple[str, str]], places: list[list[Option]]) -> list[int] | None:
+    def _in_use(self, keys: list[tuple[str, str]], places: list[list[Option]]) -> list[int] | None:
         """The choice in use, if there is one and all of it was measured."""
         choice = []
         for (name, direction), options in zip(keys, places, strict=True):
@@ -177,16 +123,13 @@ class AutoCodec:
             choice += [i for i, option in enumerate(options) if option.spec == spec]
         return choice if len(choice) == len(keys) else None
 
-    def _keeps(self, choice: list[int], places: list[list[Option]]) -> bool:
+    def _rated(self, choice: list[int], places: list[list[Option]]) -> tuple[bool, float]:
+        """Whether a choice keeps the target, and what it should have little of: error under a ratio, else bytes."""
         taken = [options[i] for options, i in zip(places, choice, strict=True)]
+        nbytes, error = sum(o.nbytes for o in taken), sum(o.error for o in taken)
         if self.target.ratio is not None:
-            return sum(o.nbytes for o in taken) * self.target.ratio <= sum(o.raw for o in taken)
-        return math.sqrt(sum(o.error for o in taken)) <= float(self.target.error or 0)
-
-    def _score(self, choice: list[int], places: list[list[Option]]) -> float:
-        """What the target wants little of."""
-        taken = [options[i] for options, i in zip(places, choice, strict=True)]
-        return sum(o.error for o in taken) if self.target.ratio is not None else sum(o.nbytes for o in taken)
+            return nbytes * self.target.ratio <= sum(o.raw for o in taken), error
+        return math.sqrt(error) <= float(self.target.error or 0), nbytes
 
     # -- the choice -------------------------------------------------------------------------------------------------
     def set(self, chosen: dict[str, dict[str, str]]) -> None:

@@ -12,15 +12,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .meter import pick
+from ..ops.layout import as_it_lies
 
-SAMPLE = 1 << 17  # values that stand for a larger tensor, evenly spaced; the extremes are those of the whole tensor
-
-CHUNK = 1 << 16
+FEW = 1 << 14  # values that a meter samples of a tensor, evenly spaced
+SAMPLE = 1 << 17  # values that records sample of a tensor; the extremes are those of the whole tensor
+CHUNK = 1 << 16  # values that are summed in fp32
 
 MEASURES = (
     "rel_error", "snr_db", "cosine", "bias", "zeroed", "saturated", "outlier", "kurtosis", "effective_bits",
 )  # fmt: skip
+
+
+def pick(x: Tensor, size: int = FEW) -> Tensor:
+    """About `size` values of a tensor, fp32 and 1-D, evenly spaced in memory order.
+
+    The step is odd, so that it does not fall in with a number of features that is a power of two.
+    """
+    if x.numel() <= size:
+        return x.detach().float().reshape(-1)
+    flat = as_it_lies(x.detach()).reshape(-1)
+    return flat[:: (flat.numel() // size) | 1].float()
+
+
+def distance(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(|y - x| / |x|, cosine) of two 1-D tensors in double precision; (0, 1) where both are zero."""
+    x, y = x.double(), y.double()
+    xx, yy, xy = (float(v) for v in (x @ x, y @ y, x @ y))
+    if xx == 0:
+        return (0.0, 1.0) if yy == 0 else (math.inf, 0.0)
+    error = float(torch.linalg.vector_norm(y - x)) / math.sqrt(xx)
+    return error, xy / math.sqrt(xx * yy) if yy > 0 else 0.0
 
 
 def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:

@@ -1,23 +1,22 @@
-"""What compression did at one site: bytes of every call, error and time of sampled calls.
+"""Counters of one site: bytes of every call, error of sampled calls.
 
-A leaf module: it knows tensors and numbers, no codec, module or trainer.
+A meter is a listener (events.py); whoever compresses without a site's events calls `count` and `sample`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-SAMPLE = 1 << 14
+from .events import Event
+from .measures import distance, pick
 
 
 @dataclass
 class Meter:
-    """Counters of one direction of one boundary.
+    """Counters of one direction of one boundary, or of the saved tensors.
 
     Bytes are counted at every call; the error is measured at every `every`-th call on an evenly spaced sample of
     about 16k values, so that metering costs far less than 1 % of a training step.
@@ -34,12 +33,18 @@ class Meter:
     error: float = 0.0
     cosine: float = 0.0
 
+    def __call__(self, event: Event) -> None:
+        self.nonfinite += event.nonfinite
+        if self.due() and event.x is not None and event.x.numel() and not event.nonfinite:
+            self.sample(pick(event.x), pick(event.decode()))
+        self.count(event.raw_bytes, event.payload_bytes, event.seconds, event.calls)
+
     def due(self) -> bool:
-        """Whether the coming call should be sampled."""
+        """Whether the error of the coming call should be measured."""
         return self.every > 0 and self.calls % self.every == 0
 
-    def count(self, raw_bytes: int, payload_bytes: int, seconds: float) -> None:
-        self.calls += 1
+    def count(self, raw_bytes: int, payload_bytes: int, seconds: float, calls: int = 1) -> None:
+        self.calls += calls
         self.raw_bytes += raw_bytes
         self.payload_bytes += payload_bytes
         self.seconds += seconds
@@ -51,7 +56,7 @@ class Meter:
         self.error += error
         self.cosine += cosine
 
-    def since(self, earlier: "Meter") -> "Meter":
+    def since(self, earlier: Meter) -> Meter:
         """The counters of the calls after `earlier`, a copy of this meter."""
         now, before = asdict(self), asdict(earlier)
         return Meter(**{k: v if k == "every" else v - before[k] for k, v in now.items()})
@@ -69,26 +74,3 @@ class Meter:
             "nonfinite": self.nonfinite,
             "seconds": round(self.seconds, 6),
         }
-
-
-def pick(x: Tensor, size: int = SAMPLE) -> Tensor:
-    """An evenly spaced sample of a tensor, fp32 and 1-D, without copying a strided tensor as a whole."""
-    if x.numel() <= size:
-        return x.detach().float().reshape(-1)
-    flat = x.detach().reshape(-1) if x.is_contiguous() else _in_memory_order(x.detach()).reshape(-1)
-    return flat[:: (flat.numel() // size) | 1].float()
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    """A view of the same values in the order in which they lie (channels_last and transposed tensors)."""
-    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d)))
-
-
-def distance(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """(|y - x| / |x|, cosine) in double precision; (0, 1) where both are zero."""
-    x, y = x.double(), y.double()
-    xx, yy, xy = (float(v) for v in (x @ x, y @ y, x @ y))
-    if xx == 0:
-        return (0.0, 1.0) if yy == 0 else (math.inf, 0.0)
-    error = float(torch.linalg.vector_norm(y - x)) / math.sqrt(xx)
-    return error, xy / math.sqrt(xx * yy) if yy > 0 else 0.0

@@ -2,37 +2,30 @@
 
     model(batch) ──▶ [probe] ──▶ plain pass, plain gradient          what the run computes afterwards
                          └─────▶ compressed pass, its gradient       is what it would have computed
-                                  └▶ every channel compares its input with what is decoded
+                                  └▶ every site tells what it makes of each tensor
 
 Both passes draw the random numbers that the run's own will draw, and codecs work on copies of their state, so the
 second is the run's own step.  Random numbers, statistics of batch norms, gradients, meters and states are put back:
-losses stay the same to the last bit.  This file knows handles and sites, not trainers.
+losses stay the same to the last bit.  The handle of the model is handed in; no site knows the probe.
 """
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..boundary.boundary import Channel
 from ..codecs import raw_nbytes
+from ..models.hooks import outside_of_graphs
 from ..models.replay import few_rows, gradients, loss_of, on_the_side, undisturbed
-from ..ops.layout import dense
-from ..saved.forms import Coded
-from ..saved.tensors import Record, SavedTensors
+from .events import Event
 from .measures import Sums, compare, sums_of
-from .meter import Meter
 from .records import row
 from .sensitivity import by_layer
-
-if TYPE_CHECKING:
-    from ..attach import Handle
 
 EVERY = 100  # steps between samples: two passes more in a hundred
 SHARE = 8  # of a batch's rows one in so many is taken where the saved tensors are compressed: the plain pass must fit
@@ -41,14 +34,13 @@ SHARE = 8  # of a batch's rows one in so many is taken where the saved tensors a
 class Probe:
     """A forward pre-hook of the whole model.
 
+    handle: the Handle of the model.
     every: samples the first of so many training passes; `arm` says it from outside instead.
     write: called with the rows of each sample; by default they are gathered in `rows`.
     """
 
-    def __init__(self, handle: Handle, every: int = EVERY) -> None:
-        if not hasattr(Probe.__call__, "hidden"):  # a break in a compiled graph, as at boundaries
-            Probe.__call__ = torch.compiler.disable(Probe.__call__)  # type: ignore[method-assign]
-            Probe.__call__.hidden = True  # type: ignore[attr-defined]
+    def __init__(self, handle: Any, every: int = EVERY) -> None:
+        outside_of_graphs(Probe)
         self.handle, self.every = handle, every
         self.rows: list[dict[str, Any]] = []
         self.write: Callable[[list[dict[str, Any]]], None] = self.rows.extend
@@ -76,27 +68,26 @@ class Probe:
 
     def sample(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows of one batch."""
-        saved, model = self.handle.saved, self.handle.model
-        if saved is not None:
+        model = self.handle.model
+        if self.handle.saved is not None:
             args, kwargs, _ = few_rows(args, kwargs, _rows(args, kwargs))
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for _, p in named]
-        rows: list[dict[str, Any]] = []
 
         def run() -> tuple[float, list[Tensor | None]]:
             with undisturbed(model):
                 loss = loss_of(module(*args, **kwargs))
                 return float(loss.detach()), gradients(loss, parameters)
 
-        with _without(self.handle):
+        with self.handle.disabled():
             plain_loss, exact = run()
-        with watched(self.handle, lambda **values: rows.append(values)):
+        tensors = TensorRows({name: layer.index for name, layer in self.handle.cuts.items()})
+        with self.handle.isolated(tensors):
             loss, found = run()
-        sums = sums_of(exact, found)
-        whole = sum(sums, Sums()).measures()
+        rows, sums = tensors.rows, sums_of(exact, found)
         groups = [(None, list(range(len(named)))), *by_layer(self.handle.layers, [name for name, _ in named])]
-        for layer, chosen in groups:
-            values = sum((sums[i] for i in chosen), Sums()).measures()
+        measured = [sum((sums[i] for i in chosen), Sums()).measures() for _, chosen in groups]
+        for (layer, chosen), values in zip(groups, measured, strict=True):
             rows.append({
                 "site": "parameters", "layer": layer and layer.index, "name": layer.name if layer else "",
                 "direction": "gradient", "codec": "", "call": 0,
@@ -104,98 +95,39 @@ class Probe:
             })  # fmt: skip
         about = {
             "model": self.model, "step": self.step, "epoch": self.epoch, "loss": loss, "plain_loss": plain_loss,
-            "grad_cosine": whole["cosine"], "grad_error": whole["rel_error"],
+            "grad_cosine": measured[0]["cosine"], "grad_error": measured[0]["rel_error"],
         }  # fmt: skip
         return [row(**about, **values) for values in rows]
+
+
+class TensorRows:
+    """A listener that makes a row of every tensor that goes through a codec.
+
+    layers: index of each layer by name.
+    """
+
+    def __init__(self, layers: dict[str, int]) -> None:
+        self.layers = layers
+        self.rows: list[dict[str, Any]] = []
+        self._calls: Counter[tuple[str, str, str]] = Counter()
+
+    def __call__(self, event: Event) -> None:
+        if event.codec is None or event.x is None:
+            return
+        place, raw = (event.site, event.name, event.direction), raw_nbytes(event.x.shape, event.x.dtype)
+        self.rows.append({
+            "site": event.site, "layer": self.layers.get(event.name) if event.site == "boundary" else None,
+            "name": event.name, "direction": event.direction, "call": self._calls[place], "codec": str(event.codec),
+            "numel": event.x.numel(), "ratio": raw / event.payload_bytes if event.payload_bytes else None,
+            **compare(event.x, event.decode()),
+        })  # fmt: skip
+        self._calls[place] += 1
 
 
 def identity_of(model: nn.Module) -> str:
     """Class and a number that another architecture or size does not share."""
     shapes = ";".join(f"{name}{tuple(p.shape)}" for name, p in model.named_parameters())
     return f"{type(model).__name__}-{zlib.crc32(shapes.encode()):08x}"
-
-
-class Watched(Channel):
-    """A channel that works on a copy of another one's state and reports what it does."""
-
-    def __init__(self, channel: Channel, note: Callable[..., None]) -> None:
-        self.__dict__.update(channel.__dict__)
-        self.state = None if channel.state is None else channel.state.snapshot()
-        self.meter, self._replays = Meter(every=0), dict(channel._replays)
-        self.note, self.calls = note, 0
-
-    def __call__(self, x: Tensor, remember: bool = False, learn: bool = True) -> Tensor:
-        x = dense(x)
-        y = super().__call__(x, remember, learn)
-        payload = self.meter.payload_bytes
-        self.meter.payload_bytes = 0
-        ratio = raw_nbytes(x.shape, x.dtype) / payload if payload else None
-        self.note(call=self.calls, codec=str(self.codec), numel=x.numel(), ratio=ratio, **compare(x, y))
-        self.calls += 1
-        return y
-
-
-@contextlib.contextmanager
-def watched(handle: Handle, note: Callable[..., None]) -> Iterator[None]:
-    """Compression as the run's next pass would do it, on copies of all that it remembers; `note` gets a row for each
-    tensor that is compressed."""
-    before = {name: (boundary.forward, boundary.backward) for name, boundary in handle.boundaries.items()}
-    for name, boundary in handle.boundaries.items():
-        for direction in ("forward", "backward"):
-            head = {"site": "boundary", "layer": handle.cuts[name].index, "name": name, "direction": direction}
-            setattr(boundary, direction, Watched(getattr(boundary, direction), _with(note, head)))
-    try:
-        with contextlib.nullcontext() if handle.saved is None else _watched_saved(handle.saved, note):
-            yield
-    finally:
-        for name, boundary in handle.boundaries.items():
-            boundary.forward, boundary.backward = before[name]
-
-
-@contextlib.contextmanager
-def _watched_saved(saved: SavedTensors, note: Callable[..., None]) -> Iterator[None]:
-    encode, state, record, auto = saved._encode, saved.state, saved.record, saved.auto
-    counts: Counter[str] = Counter()
-
-    def noted(slot: str, run: Tensor, *more: Any, **options: Any) -> Any:
-        core = encode(slot, run, *more, **options)
-        if isinstance(core, Coded):
-            note(
-                site="saved", layer=None, name=slot, direction="saved", codec=str(core.codec), call=counts[slot],
-                numel=run.numel(), ratio=raw_nbytes(run.shape, run.dtype) / core.nbytes, **compare(run, core.unpack()),
-            )  # fmt: skip
-            counts[slot] += 1
-        return core
-
-    saved._encode = noted  # type: ignore[method-assign]
-    saved.state, saved.record = None if state is None else state.snapshot(), Record()
-    if auto is not None:
-        auto.before = lambda *args: None  # type: ignore[method-assign]  # it measures in the run's own pass
-    try:
-        yield
-    finally:
-        del saved._encode
-        saved.state, saved.record = state, record
-        if auto is not None:
-            del auto.before
-
-
-@contextlib.contextmanager
-def _without(handle: Handle) -> Iterator[None]:
-    saved = handle.saved
-    enabled = saved is not None and saved.enabled
-    with handle.disabled():
-        if saved is not None:
-            saved.enabled = False
-        try:
-            yield
-        finally:
-            if saved is not None:
-                saved.enabled = enabled
-
-
-def _with(note: Callable[..., None], head: dict[str, Any]) -> Callable[..., None]:
-    return lambda **values: note(**head, **values)
 
 
 def _rows(args: tuple, kwargs: dict[str, Any]) -> int:

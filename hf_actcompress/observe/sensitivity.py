@@ -1,10 +1,10 @@
 """How much a model's gradient, loss and outputs suffer from one codec at one boundary, all others left exact.
 
     forward:   one pass without compression; then for each layer and codec a pass with that alone
-    backward:  the graph of the plain pass is kept, and for each layer and codec only the way back is run again
+    backward:  the graph of the plain pass is kept, and for each layer and codec only the backward pass is run again
 
-The measure is the gradient of the parameters, because that is all that training takes from a batch.  Nothing is left
-behind: gradients, statistics, random numbers and states of codecs stay as they were.
+The measure is the gradient of the parameters, because that is all that training takes from a batch.  Gradients,
+statistics, random numbers and states of codecs are as before afterwards.
 """
 
 from __future__ import annotations
@@ -12,121 +12,90 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..boundary.boundary import roundtrip
-from ..codecs import Codec, raw_nbytes
+from ..codecs import Codec
 from ..models.layers import Layer
 from ..models.replay import gradients, loss_of, undisturbed
-from ..ops.layout import dense
+from .events import Event
+from .gradients import ExactPass
 from .measures import Sums, compare, rms_error, sums_of
 
-if TYPE_CHECKING:
-    from ..attach import Handle
-
 DIRECTIONS = ("forward", "backward")
-
-
-class Exchange:
-    """Stands in for a channel: hands tensors on as they are, or as `codec` leaves them, from a fresh state each time,
-    so that a recomputed pass sees the same."""
-
-    def __init__(self, name: str, seed: int) -> None:
-        self.name, self.seed = name, seed
-        self.codec: Codec | None = None
-        self.look: Callable[[Tensor, Tensor], None] | None = None
-        self.row: dict[str, Any] = {}
-
-    def __call__(self, x: Tensor, remember: bool = False, learn: bool = True) -> Tensor:
-        if self.codec is None or x.numel() == 0:
-            return x.clone()
-        x = dense(x)
-        y = roundtrip(self.codec, x, self.codec.init_state(self.name, self.seed), check=True)
-        raw, nbytes = raw_nbytes(x.shape, x.dtype), self.codec.payload_nbytes(tuple(x.shape), x.dtype)
-        self.row = {"numel": x.numel(), "raw_bytes": raw, "payload_bytes": nbytes, "ratio": raw / nbytes}
-        self.row |= compare(x, y)
-        if self.look is not None:
-            self.look(x, y)
-        return y
-
-    replay = __call__
+Look = Callable[[str, str, str, Tensor, Tensor], None]
 
 
 def sensitivity(
-    handle: Handle,
-    module: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Any],
-    codecs: dict[str, Sequence[Codec]],
-    names: Sequence[str] | None = None,
-    advance: Callable[[], None] = lambda: None,
-    look: Callable[[str, str, str, Tensor, Tensor], None] | None = None,
-) -> list[dict[str, Any]]:
+    handle: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any], codecs: dict[str, Sequence[Codec]],
+    names: Sequence[str] | None = None, advance: Callable[[], None] = lambda: None, look: Look | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row for every direction, boundary and codec, measured on one batch.
 
-    handle: of the model with its boundaries; their own codecs take no part.
+    handle: the Handle of the model with its boundaries; their own codecs take no part.
     codecs: the candidates for "forward" and for "backward".
     names: the boundaries, by default all.
-    advance: called after each row.  look: is shown (name, direction, codec, input, decoded).
+    advance: called after each row.
+    look: called with (name, direction, codec, input, decoded).
 
     A row holds the layer, the codec, its bytes, the measures of `compare`, `grad_cosine` and `grad_error` of the
     parameters' gradient, `layer_error` (the root mean square over layers of the relative error of each one's own
-    gradient), and for forward codecs `loss_change` and `logits_error` too.  Values are None where NaN or
-    Inf came about.
+    gradient), and for forward codecs `loss_change` and `logits_error` too.  Values are None where NaN or Inf came up.
     """
-    model = handle.model
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in handle.model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
     groups = by_layer(handle.layers, [name for name, _ in named]) or [(None, list(range(len(named))))]
     names = list(handle.boundaries) if names is None else list(names)
     rows: list[dict[str, Any]] = []
-    with _exchanged(handle, names) as places:
+    tensor: dict[str, Any] = {}  # what the last event said
 
-        def row(name: str, direction: str, codec: Codec, place: Exchange, found: list[Any], **more: Any) -> None:
-            sums = sums_of(exact, found)
-            apart = sum(sums, Sums()).measures()
+    def note(event: Event) -> None:
+        y = event.decode()
+        tensor.update(numel=event.x.numel(), raw_bytes=event.raw_bytes, payload_bytes=event.payload_bytes,
+                      ratio=event.raw_bytes / event.payload_bytes, **compare(event.x, y))  # fmt: skip
+        if look is not None:
+            look(event.name, event.direction, str(event.codec), event.x, y)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(handle.disabled())
+        channels = {name: stack.enter_context(handle.boundaries[name].candidates(note)) for name in names}
+
+        def each(direction: str) -> Iterator[tuple[str, Codec]]:
+            for name in names:
+                for codec in codecs.get(direction, ()):
+                    tensor.clear()
+                    channels[name][direction].codec = codec
+                    try:
+                        yield name, codec
+                    finally:
+                        channels[name][direction].codec = None
+
+        def row(name: str, direction: str, codec: Codec, sums: list[Sums], **more: Any) -> None:
+            whole = sum(sums, Sums()).measures()
             layers = rms_error(sum((sums[i] for i in chosen), Sums()) for _, chosen in groups)
             rows.append({
-                "layer": handle.cuts[name].index, "name": name, "direction": direction, "codec": str(codec),
-                **place.row, "grad_cosine": apart["cosine"], "grad_error": apart["rel_error"], "layer_error": layers,
-                **more,
+                "layer": handle.cuts[name].index, "name": name, "direction": direction, "codec": str(codec), **tensor,
+                "grad_cosine": whole["cosine"], "grad_error": whole["rel_error"], "layer_error": layers, **more,
             })  # fmt: skip
             advance()
 
-        @contextlib.contextmanager
-        def using(name: str, direction: str, codec: Codec) -> Iterator[Exchange]:
-            place = places[name, direction]
-            place.codec, place.row = codec, {}
-            place.look = None if look is None else lambda x, y: look(name, direction, str(codec), x, y)
-            try:
-                yield place
-            finally:
-                place.codec = None
-
-        with undisturbed(model):
-            output = module(*args, **kwargs)
-            loss, plain = loss_of(output), _logits(output)
-            exact = gradients(loss, parameters, again=True)
-            for name in names:
-                for codec in codecs.get("backward", ()):
-                    with using(name, "backward", codec) as place:
-                        row(name, "backward", codec, place, gradients(loss, parameters, again=True))
-            del output
-        plain_loss = float(loss.detach())
-        del loss  # the graph
-        for name in names:
-            for codec in codecs.get("forward", ()):
-                with using(name, "forward", codec) as place, undisturbed(model):
-                    output = module(*args, **kwargs)
-                    loss = loss_of(output)
-                    error = sums_of([plain], [_logits(output)])[0].measures()["rel_error"]
-                    change = float(loss.detach()) - plain_loss
-                    row(name, "forward", codec, place, gradients(loss, parameters), logits_error=error,
-                        loss_change=change if math.isfinite(change) else None, plain_loss=plain_loss)  # fmt: skip
-                    del output, loss
+        with undisturbed(handle.model):
+            plain = ExactPass(module, args, kwargs, parameters)
+            for name, codec in each("backward"):
+                row(name, "backward", codec, plain.backward())
+            exact, logits, plain_loss = plain.exact, _logits(plain.output), float(plain.loss.detach())
+            del plain  # the graph
+        for name, codec in each("forward"):
+            with undisturbed(handle.model):
+                output = module(*args, **kwargs)
+                loss = loss_of(output)
+                error = sums_of([logits], [_logits(output)])[0].measures()["rel_error"]
+                change = float(loss.detach()) - plain_loss
+                row(name, "forward", codec, sums_of(exact, gradients(loss, parameters)), logits_error=error,
+                    loss_change=change if math.isfinite(change) else None, plain_loss=plain_loss)  # fmt: skip
+                del output, loss
     return rows
 
 
@@ -145,37 +114,15 @@ def batches_mean(tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, A
     return result
 
 
-def by_layer(layers: Sequence[Layer], names: Sequence[str]) -> list[tuple[Layer | None, list[int]]]:
-    """Each layer that has parameters, with the places of their names."""
-    groups: list[tuple[Layer | None, list[int]]] = []
+def by_layer(layers: Sequence[Layer], names: Sequence[str]) -> list[tuple[Layer, list[int]]]:
+    """Each layer that has parameters, with the positions of their names in `names`."""
+    groups = []
     for layer in layers:
         own = tuple(f"{part}." for part in layer.parts or (layer.module,))
         chosen = [i for i, name in enumerate(names) if name.startswith(own)]
         if chosen:
             groups.append((layer, chosen))
     return groups
-
-
-@contextlib.contextmanager
-def _exchanged(handle: Handle, names: Sequence[str]) -> Iterator[dict[tuple[str, str], Exchange]]:
-    before = {name: (boundary.forward, boundary.backward, boundary.enabled)
-              for name, boundary in handle.boundaries.items()}  # fmt: skip
-    places, saved = {}, handle.saved
-    enabled = saved is not None and saved.enabled
-    try:
-        for name, boundary in handle.boundaries.items():
-            boundary.enabled = name in names
-            for direction in DIRECTIONS:
-                places[name, direction] = Exchange(f"{name}/{direction}", handle.config.seed)
-                setattr(boundary, direction, places[name, direction])
-        if saved is not None:
-            saved.enabled = False
-        yield places
-    finally:
-        for name, boundary in handle.boundaries.items():
-            boundary.forward, boundary.backward, boundary.enabled = before[name]
-        if saved is not None:
-            saved.enabled = enabled
 
 
 def _logits(output: Any) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec
-from ..observe.meter import distance
+from ..observe.measures import distance
 
 DISTRIBUTIONS = ("gaussian", "heavy", "relu")
 TIMED = ("encode", "decode", "roundtrip")

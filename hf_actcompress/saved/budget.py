@@ -1,21 +1,16 @@
 """Bits for every saved tensor under a budget: `saved="auto:budget=0.15"`.
 
-How much the gradient of the parameters suffers from the rounding of one saved tensor is measured
-(sensitivity.py).  Rounding noise of different tensors is independent, so while it is small their squared errors add
-up, and each bit more divides one by four; the bits that make the sum least are then found greedily, which is optimal
-because every further bit of a tensor gains less than the one before.  Where bits are few, errors multiply and a tensor
-at one bit can spoil all that comes after it: so several allotments, with one, two, three bits as the least, are tried
-on the same rows, and the one with the least error of the whole gradient is taken.
+How much the gradient of the parameters suffers from the rounding of one saved tensor is measured (sensitivity.py).
+Rounding noise of different tensors is independent, so while it is small their squared errors add up, and each bit more
+divides one by four; the bits that make the sum least are then found greedily.  Where bits are few, errors multiply and
+a tensor at one bit can spoil all that comes after it: so several allotments, with one, two, three bits as the least,
+are tried on the same rows, and the one with the least error of the whole gradient is taken.
 Source: the adaptive bits of GACT (Liu et al., 2022), which shifts seeds where this rounds and leaves exact.
 """
 
 from __future__ import annotations
 
-import contextlib
-import heapq
 import logging
-import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,59 +18,47 @@ from typing import Any
 
 from torch import nn
 
-from .sensitivity import REFERENCE, Slot, Trial, measure
+from ..codecs import Block
+from ..observe.allocation import Option, greedy
+from ..observe.tuner import Tuner
+from .sensitivity import Slot, Trial, measure
+from .tensors import SavedTensors
 
 logger = logging.getLogger(__name__)
 
 CHOICES = (1, 2, 3, 4, 5, 6, 8)
 LEAST = (1, 2, 3)  # bits that every tensor gets, in the allotments that are tried
-REFRESH = 500  # forward passes between measurements, so that sensitivity.COST steps are 1 %
+CODEC = Block()
 
 
-class Auto:
-    """The allotment, and when it is measured anew.
+class Allotment(dict[str, int]):
+    """Bits by the name of the tensor; `default` for one that was not there when it was measured."""
 
-    budget: share of the bytes without compression, in (0, 1).
-    around: a context in which measurements run (so that boundaries do not see them).
+    default: int
+
+    def __missing__(self, name: str) -> int:
+        return self.default
+
+
+class Budget(Tuner):
+    """A forward pre-hook of the whole model that chooses the bits of its saved tensors.
+
+    handle: the Handle of the model.
+    share: of the bytes without compression, in (0, 1).
+    bits: the choice, for SavedTensors; before the first measurement what the budget allows on average, rounded down.
     """
 
-    def __init__(self, budget: float) -> None:
-        if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 < budget < 1:
-            raise ValueError(
-                f"saved: budget={budget!r} is not between 0 and 1; it is the share of the uncompressed bytes that may "
-                "be held, for example auto:budget=0.15."
-            )
-        self.budget = float(budget)
-        self.around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-        self.passes = 0
+    every = 500  # passes, so that the cost of a measurement (sensitivity.COST steps) is 1 %
+
+    def __init__(self, handle: Any, share: float) -> None:
+        super().__init__(handle)
+        self.share = share
         self.slots: dict[str, Slot] = {}
-        self.seconds = 0.0
-
-    @classmethod
-    def parse(cls, spec: str) -> "Auto":
-        """From "auto:budget=0.15"."""
-        found = re.fullmatch(r"auto:budget=([^,]+)", spec.strip().lower())
-        try:
-            return cls(float(found[1])) if found else cls(spec)  # type: ignore[arg-type]
-        except ValueError:
-            raise ValueError(
-                f"saved={spec!r} is not known. The automatic choice of bits takes a budget between 0 and 1, the share "
-                "of the uncompressed bytes that may be held: saved='auto:budget=0.15'."
-            ) from None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "around"}  # of the model that was attached to
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, around=contextlib.nullcontext)
+        self.bits = Allotment()
+        self.bits.default = max(1, int(32 * share))
 
     def __str__(self) -> str:
-        return f"auto:budget={self.budget:g}"
-
-    def bits_of(self, slot: str) -> int:
-        """Of a tensor that was not there when it was measured: what the budget allows on average, rounded down."""
-        known = self.slots.get(slot)
-        return max(1, int(32 * self.budget)) if known is None else known.bits
+        return f"auto:budget={self.share:g}"
 
     def mean_bits(self) -> float:
         """Per element, over what is not held exactly."""
@@ -91,31 +74,48 @@ class Auto:
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         self.passes = values["passes"]
-        self.slots = {name: Slot(**slot) for name, slot in values["slots"].items()}
+        self._set([Slot(**slot) for slot in values["slots"].values()])
 
-    # -- measuring ----------------------------------------------------------------------------------------------
-    def before(self, saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Called before every forward pass of `model` with gradients; measures when it is time to."""
-        due, self.passes = self.passes % REFRESH == 0, self.passes + 1
-        if not due:
-            return
-        if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+    def _set(self, slots: list[Slot]) -> None:
+        self.slots = {slot.name: slot for slot in slots}
+        self.bits.clear()
+        self.bits.update({slot.name: slot.bits for slot in slots})
+
+    def applies(self, module: nn.Module) -> bool:
+        saved: SavedTensors = self.handle.saved
+        return saved.enabled and not saved.active
+
+    def measure(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+        if any(type(p.data).__name__ == "DTensor" for p in module.parameters()):
             raise ValueError(
                 f"saved={str(self)!r} measures gradients of whole parameters, and fully_shard or tensor parallelism "
                 "has cut them. Use the same bits for all there, for example saved='block:bits=4'."
             )
-        began = time.perf_counter()
-        found = measure(saved, model, args, kwargs, self.around, choose(self.budget))
-        self.seconds += time.perf_counter() - began
+        found = measure(self.handle, module, args, kwargs, choose(self.share))
         if found is None:
-            self.passes = 0  # the next batch may do
-            return
-        self.slots = {slot.name: slot for slot in found}
-        counts = Counter(slot.bits for slot in self.slots.values())
+            return False
+        self._set(found)
+        counts = Counter(slot.bits for slot in found)
         logger.info(
-            "saved: %s allots %.2f bits on average (%s), measured in %.1f s", self, self.mean_bits(),
-            ", ".join(f"{n} at {bits}" for bits, n in sorted(counts.items())), time.perf_counter() - began,
+            "saved: %s allots %.2f bits on average (%s)", self, self.mean_bits(),
+            ", ".join(f"{n} at {bits}" for bits, n in sorted(counts.items())),
         )  # fmt: skip
+        return True
+
+
+def parse_share(spec: str) -> float:
+    """The budget of "auto:budget=0.15".  Raises ValueError for anything else."""
+    name, _, value = spec.strip().lower().partition("auto:budget=")
+    try:
+        share = float(value) if not name else 0.0
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(
+            f"saved={spec!r} is not known. The automatic choice of bits takes a budget between 0 and 1, the share of "
+            "the uncompressed bytes that may be held between forward and backward: saved='auto:budget=0.15'."
+        )
+    return share
 
 
 def choose(budget: float) -> Callable[[Trial, Callable[[dict[str, int]], float]], dict[str, int]]:
@@ -135,40 +135,21 @@ def allot(trial: Trial, budget: float, least: int = CHOICES[0]) -> dict[str, int
 
     Raises ValueError where one bit for each is too much already.
     """
-    slots, first = list(trial.slots.values()), CHOICES.index(least)
-    left = budget * trial.raw - sum(trial.fixed.values()) - sum(slot.nbytes(least) for slot in slots)
-    if left < 0 and first > 0:
+    slots, choices = list(trial.slots.values()), CHOICES[CHOICES.index(least) :]
+    spare = budget * trial.raw - sum(trial.fixed.values()) - sum(slot.nbytes(least) for slot in slots)
+    if spare >= 0:
+        places = [
+            [Option(str(bits), slot.raw, slot.nbytes(bits), slot.error_at(bits)) for bits in choices] for slot in slots
+        ]
+        found = greedy(places, spare)
+        return {slot.name: choices[i] for slot, i in zip(slots, found, strict=True)}
+    if least > CHOICES[0]:
         return None
-    if left < 0:
-        held = Counter({name: size for name, size in trial.fixed.items()})
-        held.update({slot.name: slot.nbytes(CHOICES[0]) for slot in slots})
-        rows = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in held.most_common(5))
-        least = sum(held.values())
-        raise ValueError(
-            f"saved: budget={budget:g} cannot be met: with one bit for every value {least / 1e6:.2f} MB of "
-            f"{trial.raw / 1e6:.2f} MB are held, a share of {least / max(1, trial.raw):.3f}. The largest: {rows}. "
-            "Use a larger budget, or activation checkpointing beside it."
-        )
-
-    def error(slot: Slot, bits: int) -> float:
-        steps = (2**REFERENCE - 1) / (2**bits - 1)
-        return float(slot.error or 0.0) * steps * steps
-
-    def gain(slot: Slot, level: int) -> float:
-        """Error that the step from CHOICES[level] to the next saves, by byte."""
-        low, high = CHOICES[level], CHOICES[level + 1]
-        return (error(slot, low) - error(slot, high)) / max(1, slot.nbytes(high) - slot.nbytes(low))
-
-    heap = [(-gain(slot, first), i, first) for i, slot in enumerate(slots)]
-    heapq.heapify(heap)
-    bits = {slot.name: least for slot in slots}
-    while heap:
-        _, i, level = heapq.heappop(heap)
-        more = slots[i].nbytes(CHOICES[level + 1]) - slots[i].nbytes(CHOICES[level])
-        if more > left:
-            continue
-        left -= more
-        bits[slots[i].name] = CHOICES[level + 1]
-        if level + 2 < len(CHOICES):
-            heapq.heappush(heap, (-gain(slots[i], level + 1), i, level + 1))
-    return bits
+    held = Counter(trial.fixed)
+    held.update({slot.name: slot.nbytes(least) for slot in slots})
+    rows, total = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in held.most_common(5)), sum(held.values())
+    raise ValueError(
+        f"saved: budget={budget:g} cannot be met: with one bit for every value {total / 1e6:.2f} MB of "
+        f"{trial.raw / 1e6:.2f} MB are held, a share of {total / max(1, trial.raw):.3f}. The largest: {rows}. "
+        "Use a larger budget, or activation checkpointing beside it."
+    )

@@ -1,6 +1,6 @@
-"""What stands for a saved tensor between forward and backward: itself, a payload, bits, or slopes.
+"""What the graph holds in place of a saved tensor: the tensor itself, a payload, bits, slopes or narrow integers.
 
-Every class has `unpack()`, which may be called any number of times; those that hold values of their own have `nbytes`.
+Every class has `unpack()`, which may be called any number of times.  Those that hold values have `nbytes`.
 This file knows tensors and codecs, not autograd's hooks.
 """
 
@@ -18,7 +18,7 @@ from .masks import unpack_flags
 from .slopes import decode_slopes
 
 
-class Kept:
+class Passthrough:
     """The tensor itself.  Like autograd, it refuses one that was changed in place since."""
 
     def __init__(self, x: Tensor) -> None:
@@ -37,7 +37,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory: what turns a flat run of values into it again."""
+    """Shape and strides of a tensor, to make it again of its values in memory order."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -47,9 +47,9 @@ class Layout:
 
 
 def flatten(x: Tensor) -> tuple[Tensor, Layout] | None:
-    """A view of the memory run that `x` covers exactly, and how `x` lies in it; None if it leaves gaps.
+    """A contiguous view of the memory of `x`, and its layout; None if `x` leaves gaps in that memory.
 
-    Dimensions of stride 0 (expanded) take no part in the run.
+    Expanded dimensions (stride 0) are one value long in the view.
     """
     if x.is_contiguous():
         return x, Layout(tuple(x.shape), x.stride())
@@ -64,7 +64,7 @@ def flatten(x: Tensor) -> tuple[Tensor, Layout] | None:
     return run, Layout(tuple(x.shape), x.stride())
 
 
-class Coded:
+class Encoded:
     """Values as a payload."""
 
     def __init__(self, codec: Codec, payload: Payload) -> None:
@@ -79,7 +79,7 @@ class Coded:
 
 
 class Bits:
-    """Two values, one bit each."""
+    """A tensor of two different values: one bit for each element."""
 
     def __init__(self, bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> None:
         self.bits, self.shape = bits, shape
@@ -109,7 +109,7 @@ class Slopes:
 
 
 class Integers:
-    """Whole numbers in the fewest bytes that hold them."""
+    """Integers in the smallest dtype that holds them."""
 
     def __init__(self, x: Tensor, narrow: torch.dtype) -> None:
         self.values, self.dtype = x.to(narrow), x.dtype
@@ -122,10 +122,10 @@ class Integers:
         return self.values.numel() * self.values.element_size()
 
 
-class View:
-    """One use of something packed: several saved tensors may lie in the same memory.
+class Shared:
+    """One of the saved tensors that are views of the same memory, whose values are stored once, as `content`.
 
-    pool: shared by all that one forward pass packed, which are unpacked one after another.
+    pool: scratch memory for decoding, shared by all tensors of one forward pass.
     """
 
     def __init__(self, content: Any, layout: Layout | None, shape: tuple[int, ...], pool: Pool) -> None:
@@ -138,7 +138,7 @@ class View:
 
 
 class Sharded:
-    """A DTensor: its local shard packed, and how the shards make a whole."""
+    """A DTensor: its packed local shard and its sharding."""
 
     def __init__(self, packed: Any, x: Tensor) -> None:
         self.packed, self.kind, self.spec = packed, type(x), x._spec

@@ -1,4 +1,4 @@
-"""Module hooks that turn the saved site on around a forward pass, and tell it which module is running.
+"""Module hooks that compress saved tensors during a forward pass, and tell which module is running.
 
 They are objects, not closures, so that they can be copied and pickled with the model.
 """
@@ -6,20 +6,19 @@ They are objects, not closures, so that they can be copied and pickled with the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from .tensors import SavedTensors
+from .tensors import SavedTensors
 
 
 class Enter:
     def __init__(self, saved: SavedTensors) -> None:
         self.saved = saved
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.saved.enter(module, args, kwargs)
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.saved.enter(module)
 
 
 class Leave:
@@ -31,7 +30,7 @@ class Leave:
 
 
 class Begin:
-    """Says which module saves what is packed now."""
+    """Tells which module saves the tensors that are packed from now on."""
 
     def __init__(self, saved: SavedTensors, name: str) -> None:
         self.saved, self.name = saved, name
@@ -53,9 +52,9 @@ def is_hook(hook: Any) -> bool:
 
 
 def install(saved: SavedTensors, model: nn.Module) -> Iterable[Any]:
-    """Hooks on `model` and on the modules in it; returns what removes them."""
+    """Hooks on `model` and on the modules in it; returns their RemovableHandles."""
     removers = [
-        model.register_forward_pre_hook(Enter(saved), prepend=True, with_kwargs=True),
+        model.register_forward_pre_hook(Enter(saved), prepend=True),
         model.register_forward_hook(Leave(saved), always_call=True),
     ]
     for name, module in model.named_modules():

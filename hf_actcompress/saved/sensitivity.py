@@ -8,9 +8,7 @@ This file knows codecs and modules, not budgets.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +16,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.replay import few_rows, gradients, loss_of, normed, undisturbed
+from ..codecs import Codec
+from ..models.replay import few_rows, normed, undisturbed
+from ..observe.events import Event
+from ..observe.gradients import ExactPass
 from .forms import Slopes
 from .rules import weight_of
 
 REFERENCE = 4  # bits at which errors are measured
-COST = 5.0  # a measurement stops after about so many steps' worth of time
+COST = 5.0  # steps whose time the backward passes of a measurement may take
 ROWS = 2  # of a batch that a measurement takes, which is little beside what is held; twice as many with batch norms
 # Values of a channel after which the means in a batch norm's backward pass are no longer mostly chance: on 4 rows of
 # 64 its errors come out 33 times too large at 36 values, 7 at 144, 2 at 576, and with this 3, 1.4 and 1
@@ -36,8 +37,8 @@ class Slot:
     """A place in the model where a tensor is saved, with what all its forward passes have in common.
 
     raw: bytes without compression.  numel: its elements.  overhead: bytes of scales, whatever the bits.
-    error: squared error of the parameters' gradient, relative, if this alone is rounded to REFERENCE bits; None where
-        not measured.
+    error: squared error of the parameters' gradient, relative, if this tensor alone is rounded to REFERENCE bits; None
+        where not measured.
     """
 
     name: str
@@ -50,54 +51,64 @@ class Slot:
     def nbytes(self, bits: int) -> int:
         return self.numel * bits // 8 + self.overhead
 
+    def error_at(self, bits: int) -> float:
+        """`error` at other bits: noise is proportional to the square of the step."""
+        steps = (2**REFERENCE - 1) / (2**bits - 1)
+        return float(self.error or 0.0) * steps * steps
 
-class Held:
-    """A tensor of a trial: itself, and what rounds it."""
 
-    def __init__(self, trial: "Trial", slot: Slot, exact: Tensor, encode: Callable[[Any], Any], nbytes: int) -> None:
+class Exact:
+    """A tensor of a trial: the tensor itself, rounded in the backward passes in which the trial says so."""
+
+    def __init__(self, trial: Trial, slot: Slot, exact: Tensor, encode: Callable[[Codec], Any], nbytes: int) -> None:
         self.trial, self.slot, self.exact, self.encode, self.nbytes = trial, slot, exact, encode, nbytes
 
     def unpack(self) -> Tensor:
         bits = self.trial.rounded.get(self.slot.name)
-        coded = None if bits is None else self.encode(dataclasses.replace(self.trial.codec, bits=bits))
+        coded = None if bits is None else self.encode(self.trial.codec.with_bits(bits))
         return self.exact if coded is None else coded.unpack()
 
 
 class Trial:
-    """One forward pass on a few rows, with everything kept exact.
+    """One forward pass on a few rows, with everything kept exactly.  A listener of the saved site.
 
     scale: rows of the batch over rows that are taken.
     """
 
-    def __init__(self, scale: float, codec: Any) -> None:
+    def __init__(self, scale: float, codec: Codec) -> None:
         self.scale, self.codec = scale, codec
         self.slots: dict[str, Slot] = {}
-        self.fixed: Counter[str] = Counter()  # bytes of what is held exactly
+        self.fixed: Counter[str] = Counter()  # bytes of what no codec takes
         self.raw = 0
-        self.strange = False  # whether a tensor could not be coded, so that nothing can be said about errors
+        self.nonfinite = False  # a tensor could not be coded, so nothing can be said about errors
         self.rounded: dict[str, int] = {}  # bits of what is rounded in the next backward pass
-        self._uses: dict[str, list[nn.Module | None]] = {}  # the modules that saved a slot's tensor
+        self._users: dict[str, list[nn.Module | None]] = {}  # the modules that saved a slot's tensor
 
-    def hold(self, name: str, run: Tensor, encode: Callable[[Any], Any]) -> Held | None:
+    def __call__(self, event: Event) -> None:
+        self.nonfinite |= event.nonfinite
+        self.raw += int(event.raw_bytes * self.scale)
+        if event.payload_bytes and event.name not in self.slots:
+            self.fixed[event.name] += int(event.payload_bytes * self.scale)
+
+    def keep(self, name: str, run: Tensor, encode: Callable[[Codec], Any]) -> Exact | None:
+        """The tensor of a slot; None if the codec does not take it."""
         coded = encode(self.codec)
         if coded is None:
             return None
-        overhead = coded.nbytes - run.numel() * coded.bits // 8 if isinstance(coded, Slopes) else (
-            coded.nbytes - run.numel() * REFERENCE // 8)  # fmt: skip
-        raw = run.numel() * run.element_size()
-        sizes = (int(size * self.scale) for size in (raw, run.numel(), max(0, overhead)))
-        slot = Slot(name, *sizes)
-        self.slots[name] = slot
-        return Held(self, slot, run, encode, coded.nbytes)
+        bits = coded.bits if isinstance(coded, Slopes) else REFERENCE
+        overhead = max(0, coded.nbytes - run.numel() * bits // 8)
+        sizes = (int(size * self.scale) for size in (run.numel() * run.element_size(), run.numel(), overhead))
+        slot = self.slots[name] = Slot(name, *sizes)
+        return Exact(self, slot, run, encode, coded.nbytes)
 
-    def use(self, core: Any, module: nn.Module | None) -> None:
-        """`module` saved what is held as `core`, perhaps as one of several."""
-        if isinstance(core, Held):
-            self._uses.setdefault(core.slot.name, []).append(module)
+    def use(self, content: Any, module: nn.Module | None) -> None:
+        """`module` saved a tensor whose values are in `content`, perhaps as one of several."""
+        if isinstance(content, Exact):
+            self._users.setdefault(content.slot.name, []).append(module)
 
     def local(self) -> dict[str, list[int]]:
         """Slots that reach the gradients of weights only that no other slot reaches, with the ids of these weights."""
-        found = {name: [id(weight_of(module)) for module in uses] for name, uses in self._uses.items()}
+        found = {name: [id(weight_of(module)) for module in users] for name, users in self._users.items()}
         reached = Counter(weight for weights in found.values() for weight in set(weights))
         return {name: list(dict.fromkeys(weights)) for name, weights in found.items()
                 if id(None) not in weights and all(reached[weight] == 1 for weight in weights)}  # fmt: skip
@@ -109,76 +120,63 @@ class Trial:
         mean of gradient times normalised input, which is chance in the few values of a few rows, and the more values
         there are the less is left of that (SETTLED).
         """
-        total, uses = sum(errors.values()), self._uses.get(name, [])
-        if not uses or not all(isinstance(use, nn.modules.batchnorm._BatchNorm) for use in uses):
+        total, users = sum(errors.values()), self._users.get(name, [])
+        if not users or not all(isinstance(user, nn.modules.batchnorm._BatchNorm) for user in users):
             return total
-        own = sum(errors.get(id(use.weight), 0.0) for use in uses)  # type: ignore[union-attr]
-        values = self.slots[name].numel / uses[0].num_features  # type: ignore[union-attr]
+        own = sum(errors.get(id(user.weight), 0.0) for user in users)  # type: ignore[union-attr]
+        values = self.slots[name].numel / users[0].num_features  # type: ignore[union-attr]
         return own + (total - own) * (1 + SETTLED / values) / (1 + SETTLED * self.scale / values)
 
-    def count(self, name: str, raw: int, kept: int, exact: bool) -> None:
-        self.raw += int(raw * self.scale)
-        if exact and name not in self.slots:
-            self.fixed[name] += int(kept * self.scale)
+    @property
+    def passes(self) -> int:
+        """Backward passes that take as long as COST steps: one is 2/3 of a step, on a part of the rows."""
+        return round(COST * self.scale * 3 / 2)
 
 
-def measure(
-    saved: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Callable[[], Any],
-    choose: Callable[[Trial, Callable[[dict[str, int]], float]], dict[str, int]],
-) -> list[Slot] | None:  # fmt: skip
+Choose = Callable[[Trial, Callable[[dict[str, int]], float]], dict[str, int]]
+
+
+def measure(handle: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], choose: Choose) -> list[Slot] | None:
     """The slots with their errors and bits, found on some rows of this batch.  Leaves gradients, buffers and random
-    numbers alone.
+    numbers as they are.
 
+    handle: the Handle of the model.
     choose: from the trial, whose slots have errors, and a function that measures the error of the gradient with given
         bits for each slot, to the bits that are taken.
     Returns None where a tensor holds NaN or Inf.
     """
     args, kwargs, scale = few_rows(args, kwargs, ROWS * (2 if normed(model) else 1))
-    trial = saved.trial = Trial(scale, saved.codec)
+    trial = Trial(scale, handle.saved.codec)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    try:
-        with around(), undisturbed(model):
-            began = time.perf_counter()
-            loss = loss_of(model(*args, **kwargs))
-            if trial.strange:
-                return None
+    with handle.disabled(), handle.saved.trying(trial), undisturbed(model):
+        exact = ExactPass(model, args, kwargs, parameters)
+        if trial.nonfinite:
+            return None
+        power = exact.power or 1.0
 
-            def errors(rounded: dict[str, int]) -> dict[int, float]:
-                """Squared error by parameter, relative to all of the gradient."""
-                trial.rounded = rounded
-                found = gradients(loss, parameters, again=True)
-                return {
-                    id(p): float((a.float() - b.float()).square().sum()) / norm
-                    for p, a, b in zip(parameters, exact, found, strict=True) if a is not None and b is not None
-                }  # fmt: skip
+        def errors(rounded: dict[str, int]) -> dict[int, float]:
+            """Squared error by parameter, relative to all of the gradient."""
+            trial.rounded = rounded
+            return {id(p): sums.noise / power for p, sums in zip(parameters, exact.backward(), strict=True)}
 
-            def error(rounded: dict[str, int]) -> float:
-                return sum(errors(rounded).values())
-
-            exact = gradients(loss, parameters, again=True)
-            stop = time.perf_counter() + COST * scale * (time.perf_counter() - began)
-            norm = sum(float(g.float().square().sum()) for g in exact if g is not None) or 1.0
-            slots, local = trial.slots, trial.local()
-            if local:
-                found = errors(dict.fromkeys(local, REFERENCE))
-                for name, weights in local.items():
-                    slots[name].error = sum(found.get(weight, 0.0) for weight in weights)
-            for name in _order({name: slot for name, slot in slots.items() if name not in local}):
-                if time.perf_counter() > stop:
-                    break
-                slots[name].error = trial.of_all_rows(name, errors({name: REFERENCE}))
-            fill_in(list(slots.values()))
-            best = choose(trial, error)
-    finally:
-        saved.trial = None
+        slots, local = trial.slots, trial.local()
+        if local:
+            found = errors(dict.fromkeys(local, REFERENCE))
+            for name, weights in local.items():
+                slots[name].error = sum(found.get(weight, 0.0) for weight in weights)
+        others = in_order({name: slot for name, slot in slots.items() if name not in local})
+        for name in others[: trial.passes]:
+            slots[name].error = trial.of_all_rows(name, errors({name: REFERENCE}))
+        fill_in(list(slots.values()))
+        best = choose(trial, lambda bits: sum(errors(bits).values()))
     for name, bits in best.items():
         slots[name].bits = bits
     return list(slots.values())
 
 
-def _order(slots: dict[str, Slot]) -> list[str]:
+def in_order(slots: dict[str, Slot]) -> list[str]:
     """The first slot of every kind, large ones first, then the last, then one between, then all others: what is not
-    measured in time takes the error of its nearest relative."""
+    measured takes the error of the nearest one of its kind."""
     kinds: dict[str, list[str]] = {}
     for name in slots:
         kinds.setdefault(_kind(name), []).append(name)
@@ -192,7 +190,7 @@ def _kind(name: str) -> str:
 
 
 def fill_in(slots: list[Slot]) -> None:
-    """Errors of what was not measured: of the nearest slot of the same kind, in proportion to nothing else."""
+    """Give what was not measured the error of the nearest slot of the same kind."""
     places = {id(slot): i for i, slot in enumerate(slots)}
     measured = [slot for slot in slots if slot.error is not None]
     for slot in slots:

@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from helpers.boundaries import SPECS, STATEFUL, attach, values
+from helpers.boundaries import SPECS, STATEFUL, attach, meter, metered, values
 from torch import nn
 
-from hf_actcompress.boundary.boundary import Channel
 from hf_actcompress.codecs import parse_codec
+from hf_actcompress.observe.meter import Meter
 
 # What has no gradient
 
@@ -19,8 +19,8 @@ def test_frozen_parameters_and_inputs_without_gradient(spec):
     boundary = attach(model[0], spec, spec)
     model(values(4, 8)).sum().backward()
     assert model[1].weight.grad is not None
-    assert boundary.forward.meter.calls == 1
-    assert boundary.backward.meter.calls == 0
+    assert meter(boundary.forward).calls == 1
+    assert meter(boundary.backward).calls == 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -45,7 +45,7 @@ def test_a_boundary_that_is_switched_off_does_nothing():
     boundary.enabled = False
     x = values(4, 8)
     assert layer(x) is x
-    assert boundary.forward.meter.calls == 0
+    assert meter(boundary.forward).calls == 0
 
 
 @pytest.mark.parametrize("spec", STATEFUL)
@@ -102,13 +102,13 @@ def test_nonfinite_values_pass_uncompressed_and_are_counted(bad, spec):
     assert torch.equal(y.detach().nan_to_num(nan=7), x.nan_to_num(nan=7))
     assert torch.equal(leaf.grad.nan_to_num(nan=7), g.nan_to_num(nan=7))
     for channel in (boundary.forward, boundary.backward):
-        assert (channel.meter.nonfinite, channel.meter.calls) == (1, 1)
-        assert channel.meter.raw_bytes == channel.meter.payload_bytes == 256
-        assert channel.meter.samples == 0
+        assert (meter(channel).nonfinite, meter(channel).calls) == (1, 1)
+        assert meter(channel).raw_bytes == meter(channel).payload_bytes == 256
+        assert meter(channel).samples == 0
     # The state has not seen it: the next value is that of a fresh boundary.
     x = values(4, 16, seed=2)
     assert torch.equal(boundary.forward(x), twin.forward(x))
-    assert boundary.forward.meter.nonfinite == 1
+    assert meter(boundary.forward).nonfinite == 1
 
 
 def test_nonfinite_raise_names_the_layer_and_the_direction():
@@ -134,7 +134,7 @@ def test_bytes_and_errors_by_hand():
     boundary = attach(layer, str(codec), meter_every=2)
     xs = [values(4, 16, seed=s) for s in range(3)]
     ys = [layer(x) for x in xs]
-    record = boundary.forward.meter.record()
+    record = meter(boundary.forward).record()
     assert (record["calls"], record["raw_bytes"]) == (3, 3 * 64 * 4)
     assert record["payload_bytes"] == 3 * codec.encode(xs[0]).nbytes == 3 * (64 // 2 + 4 * 4)
     assert record["ratio"] == pytest.approx(256 / 48)
@@ -142,7 +142,7 @@ def test_bytes_and_errors_by_hand():
     assert record["rel_error"] == pytest.approx(sum(sampled) / 2, rel=1e-5)
     cosines = [torch.cosine_similarity(xs[i].flatten(), ys[i].flatten(), dim=0).item() for i in (0, 2)]
     assert record["cosine"] == pytest.approx(sum(cosines) / 2, rel=1e-5)
-    assert boundary.backward.meter.record() == Channel("", codec, 0, 2, "pass").meter.record()
+    assert meter(boundary.backward).record() == Meter().record()
 
 
 def make_layouts():
@@ -163,13 +163,13 @@ def test_the_error_compares_the_same_places_in_any_layout(layout):
     """The gradient of a sum over tokens is an expanded tensor, with strides of zero."""
     x = make_layouts()[layout]
     assert x.numel() > 1 << 14
-    channel = Channel("c", parse_codec("identity"), 0, 1, "pass")
+    channel = metered("identity")
     assert torch.equal(channel(x), x)
-    assert channel.meter.record()["rel_error"] == 0
-    channel = Channel("c", parse_codec("uniform:bits=3"), 0, 1, "pass")
+    assert meter(channel).record()["rel_error"] == 0
+    channel = metered("uniform:bits=3")
     y = channel(x)
     exact = ((y - x).double().norm() / x.double().norm()).item()
-    assert channel.meter.record()["rel_error"] == pytest.approx(exact, rel=0.05, abs=1e-9)
+    assert meter(channel).record()["rel_error"] == pytest.approx(exact, rel=0.05, abs=1e-9)
 
 
 @pytest.mark.parametrize("spec", STATEFUL)
@@ -183,7 +183,7 @@ def test_metering_changes_no_value(spec):
             y = layer(x)
             y.backward(x.detach())
             outputs += [y.detach(), x.grad]
-        return outputs, boundary.forward.meter
+        return outputs, meter(boundary.forward)
 
     (never, silent), (always, loud) = run(0), run(1)
     assert (silent.samples, loud.samples) == (0, 3)

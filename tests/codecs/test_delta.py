@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_actcompress.boundary.boundary import Boundary
+from hf_actcompress.boundary.hook import Boundary
 from hf_actcompress.codecs import Block, parse_codec, sample_ids
 from hf_actcompress.pipeline.wire import WireFormat
 

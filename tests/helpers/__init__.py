@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_actcompress.boundary.boundary import Boundary
+from hf_actcompress.boundary.hook import Boundary
 
 VOCABULARY = 99
 TEXT = {

@@ -43,7 +43,7 @@ def replicated(found: dict, rank: int) -> None:
         model = DistributedDataParallel(build("bert"), bucket_cap_mb=0.001)
         with compress_model(model, only(codec)) as handle:
             traces[codec] = train_steps(model, batches)
-            found[f"ddp share {codec}"] = handle.saved.record.kept_bytes / handle.saved.record.raw_bytes
+            found[f"ddp share {codec}"] = 1 / handle.meters["saved"].record()["ratio"]
         found[f"ddp changed {codec}"] = bool(differing(traces["none"], traces[codec]))
         weight = next(iter(model.module.parameters())).detach()
         total = weight.clone()
@@ -76,7 +76,7 @@ def sharded(found: dict, rank: int) -> None:
     for codec in CODECS[:2]:
         with compress_model(model := make(), only(codec)) as handle:
             traces[codec] = steps(model)
-            found[f"fsdp share {codec}"] = handle.saved.record.kept_bytes / handle.saved.record.raw_bytes
+            found[f"fsdp share {codec}"] = 1 / handle.meters["saved"].record()["ratio"]
     found["fsdp losses"] = traces
     with compress_model(model := make(), only("auto:budget=0.2")):
         try:
@@ -101,7 +101,7 @@ def tensor_parallel(found: dict) -> None:
         else:
             with compress_model(model, only(codec)) as handle:
                 model(shard).square().sum().backward()
-                found[f"dtensor share {codec}"] = handle.saved.record.kept_bytes / handle.saved.record.raw_bytes
+                found[f"dtensor share {codec}"] = 1 / handle.meters["saved"].record()["ratio"]
         gradients[codec] = model[0].weight.grad.full_tensor()
     found["dtensor identity"] = torch.equal(gradients["none"], gradients["identity"])
     found["dtensor error"] = float((gradients["block:bits=8"] - gradients["none"]).norm() / gradients["none"].norm())

@@ -12,8 +12,8 @@ from helpers.trainers import Stumble, make_trainer, same, weights
 
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.observe import auto
-from hf_actcompress.observe.auto import Option, choose
+from hf_actcompress.observe import allocation, auto
+from hf_actcompress.observe.allocation import Option, best_combination
 from hf_actcompress.observe.sensitivity import sensitivity
 from hf_actcompress.observe.target import Target
 
@@ -56,7 +56,7 @@ def brute_force(places, target):
 @pytest.mark.parametrize("seed", range(6))
 def test_no_other_combination_is_better(seed, target):
     places = made_up(seed)
-    found, best = choose(places, target), brute_force(places, target)
+    found, best = best_combination(places, target), brute_force(places, target)
     if best is None:
         assert found is None
         return
@@ -68,17 +68,17 @@ def test_no_other_combination_is_better(seed, target):
 
 def test_many_places_are_thinned_out_and_nearly_as_good(monkeypatch):
     places, target = made_up(0, places=12), Target(ratio=2.0)
-    exact = sum(p[i].error for p, i in zip(places, choose(places, target), strict=True))
-    monkeypatch.setattr(auto, "WIDEST", 200)
-    found = choose(places, target)
+    exact = sum(p[i].error for p, i in zip(places, best_combination(places, target), strict=True))
+    monkeypatch.setattr(allocation, "WIDEST", 200)
+    found = best_combination(places, target)
     assert sum(p[i].nbytes for p, i in zip(places, found, strict=True)) * 2 <= sum(p[0].raw for p in places)
     assert exact <= sum(p[i].error for p, i in zip(places, found, strict=True)) <= 1.1 * exact
 
 
 def test_what_gave_nan_is_never_chosen():
     places = [[Option("a", 100, 10, math.inf), Option("b", 100, 50, 0.1)]]
-    assert choose(places, Target(ratio=1.5)) == [1]
-    assert choose(places, Target(ratio=3.0)) is None
+    assert best_combination(places, Target(ratio=1.5)) == [1]
+    assert best_combination(places, Target(ratio=3.0)) is None
 
 
 @pytest.mark.parametrize("bad", ["auto", "auto:", "auto:ratio=1", "auto:ratio=x", "auto:error=0", "auto:error=99",
@@ -174,8 +174,8 @@ def test_measuring_changes_nothing_but_the_codecs():
 
 
 def test_it_is_measured_anew_and_kept_unless_clearly_beaten(monkeypatch):
-    monkeypatch.setattr(auto, "SECOND", 2)
-    monkeypatch.setattr(auto, "REFRESH", 4)
+    monkeypatch.setattr(auto.AutoCodec, "early", (2,))
+    monkeypatch.setattr(auto.AutoCodec, "every", 4)
     seen, plain = [], auto.sensitivity
     monkeypatch.setattr(auto, "sensitivity", lambda *args, **kw: seen.append(1) or plain(*args, **kw))
     model = build("bert").train()
@@ -196,7 +196,7 @@ def test_it_is_measured_anew_and_kept_unless_clearly_beaten(monkeypatch):
 
 
 def test_what_was_far_from_the_best_is_not_measured_again(monkeypatch):
-    monkeypatch.setattr(auto, "SECOND", 1)
+    monkeypatch.setattr(auto.AutoCodec, "early", (1,))
     model = build("bert").train()
     with compress_model(model, ActCompressConfig("auto:ratio=6")) as handle:
         loss_of(model, batch_of("bert", 0))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_actcompress.observe.meter import SAMPLE, Meter, distance, pick
+from hf_actcompress.observe.measures import FEW, distance, pick
+from hf_actcompress.observe.meter import Meter
 
 
 def test_a_meter_without_calls_has_no_ratio_and_no_error():
@@ -77,9 +78,9 @@ def test_pick_takes_all_of_a_small_tensor_and_an_even_sample_of_a_large_one():
     x = torch.arange(12.0, dtype=torch.bfloat16).view(3, 4)
     assert torch.equal(pick(x), torch.arange(12.0))
     assert pick(x).dtype == torch.float32
-    big = torch.arange(10.0 * SAMPLE)
+    big = torch.arange(10.0 * FEW)
     sample = pick(big)
-    assert SAMPLE * 0.8 <= sample.numel() <= SAMPLE
+    assert FEW * 0.8 <= sample.numel() <= FEW
     steps = sample.diff().unique()
     # An odd step does not fall in with a power of two of features.
     assert steps.numel() == 1
@@ -88,7 +89,7 @@ def test_pick_takes_all_of_a_small_tensor_and_an_even_sample_of_a_large_one():
 
 
 def test_pick_reads_a_permuted_tensor_in_memory_order_without_copying_it():
-    base = torch.arange(4.0 * SAMPLE).view(4, 128, SAMPLE // 128)
+    base = torch.arange(4.0 * FEW).view(4, 128, FEW // 128)
     assert torch.equal(pick(base.permute(2, 0, 1)), pick(base))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.saved import budget, sensitivity
 from hf_actcompress.saved import tensors as site
-from hf_actcompress.saved.budget import CHOICES, Auto, allot
+from hf_actcompress.saved.budget import CHOICES, Budget, allot
 from hf_actcompress.saved.sensitivity import REFERENCE, Slot, Trial
 
 
@@ -71,8 +71,6 @@ def test_a_budget_that_cannot_be_met_names_what_fills_it():
 def test_wrong_budgets_are_refused(bad):
     with pytest.raises(ValueError, match="budget between 0 and 1"):
         ActCompressConfig(saved=bad)
-    with pytest.raises(ValueError, match="not between 0 and 1"):
-        Auto(2)
 
 
 @pytest.mark.parametrize("name", ["bert", "mobilenetv2_100", "vit"])
@@ -80,8 +78,8 @@ def test_the_share_that_is_held_is_the_budget(name):
     model, batch = build(name).train(), batch_of(name)
     with compress_model(model, auto(0.2)) as handle:
         loss_of(model, batch).backward()
-        record, table = handle.saved.record, handle.saved.auto.table()
-    assert 0.15 < record.kept_bytes / record.raw_bytes <= 0.2 + 0.01
+        record, table = handle.meters["saved"], handle.budget.table()
+    assert 0.15 < record.payload_bytes / record.raw_bytes <= 0.2 + 0.01
     assert len({row["bits"] for row in table}) > 1 and all(row["error"] is not None for row in table)
 
 
@@ -108,7 +106,7 @@ def test_errors_are_those_of_the_gradients():
     model, x = nn.Sequential(nn.Linear(32, 8, bias=False)), torch.randn(64, 32)
     with compress_model(model, auto(0.2)) as handle:
         model(x)
-        slot, = handle.saved.auto.slots.values()
+        slot, = handle.budget.slots.values()
     rows = x[: sensitivity.ROWS]
     step = (rows.amax() - rows.amin()) / 15
     expected = float(step**2 / 6 / rows.square().mean())  # stochastic rounding: a sixth of a squared step
@@ -127,12 +125,12 @@ def test_sensitive_tensors_get_more_bits():
     model = Two()
     with compress_model(model, auto(0.125)) as handle:
         model(torch.randn(64, 64), torch.randn(64, 64)).backward()
-        slots = handle.saved.auto.slots
+        slots = handle.budget.slots
     assert slots["loud#0"].bits > slots["quiet#0"].bits
 
 
 def test_it_is_measured_now_and_then_and_goes_on_from_a_checkpoint(monkeypatch):
-    monkeypatch.setattr(budget, "REFRESH", 3)
+    monkeypatch.setattr(Budget, "every", 3)
     model, x, seen = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4)), torch.randn(64, 32), []
     plain = budget.measure
     monkeypatch.setattr(budget, "measure", lambda *args: seen.append(1) or plain(*args))
@@ -141,10 +139,10 @@ def test_it_is_measured_now_and_then_and_goes_on_from_a_checkpoint(monkeypatch):
             model(x).sum().backward()
         assert len(seen) == 2
         state = handle.state_dict()
-        table = handle.saved.auto.table()
+        table = handle.budget.table()
     with compress_model(model, auto(0.15)) as handle:
         assert handle.load_state_dict(copy.deepcopy(state)) == []
-        assert handle.saved.auto.table() == table
+        assert handle.budget.table() == table
         for _ in range(2):
             model(x).sum().backward()
         assert len(seen) == 2  # two of three passes were done
@@ -157,7 +155,7 @@ def test_what_was_not_measured_in_time_takes_its_nearest_relative(monkeypatch):
     model, batch = build("bert").train(), batch_of("bert")
     with compress_model(model, auto(0.2)) as handle:
         loss_of(model, batch).backward()
-        assert all(row["error"] is not None and math.isfinite(row["error"]) for row in handle.saved.auto.table())
+        assert all(row["error"] is not None and math.isfinite(row["error"]) for row in handle.budget.table())
 
 
 def test_copies_of_a_model_do_not_hold_the_handle():
@@ -173,6 +171,6 @@ def test_values_that_cannot_be_coded_are_counted_once_and_kept():
     x[0, 0] = math.nan
     with compress_model(model, auto(0.25)) as handle:
         model(x).sum().backward()
-        assert 0 < handle.saved.record.nonfinite <= 2
+        assert 0 < handle.meters["saved"].nonfinite <= 2
         model(torch.randn(64, 32)).sum().backward()
-        assert all(1 <= row["bits"] <= 8 for row in handle.saved.auto.table())
+        assert all(1 <= row["bits"] <= 8 for row in handle.budget.table())

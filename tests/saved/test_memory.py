@@ -23,7 +23,7 @@ def test_what_is_saved_twice_is_stored_once():
     _, _, once = backward_of(lambda x: x.exp(), x)
     _, _, twice = backward_of(lambda x: (y := x.exp()) * y.sin() + y.view(4, -1).cos().view(64, 64) + y.T.tanh().T, x)
     # exp, sin's result, tanh's result; without sharing five more
-    assert twice.kept_bytes == 3 * once.kept_bytes
+    assert twice.payload_bytes == 3 * once.payload_bytes
 
 
 def test_memory_that_is_used_again_is_another_tensor():
@@ -82,9 +82,9 @@ def test_parameters_buffers_and_small_tensors_pass(monkeypatch):
         monkeypatch.setattr(handle.saved, "pack", lambda x: packed.append((x, inner(x))) or packed[-1][1])
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.randn(32, 64, requires_grad=True)).sum().backward()
-    kept = [tuple(x.shape) for x, p in packed if isinstance(p, site.Kept)]
+    kept = [tuple(x.shape) for x, p in packed if isinstance(p, site.Passthrough)]
     assert (64, 64) in kept, "autocast's copy of the weight"
-    assert all(not isinstance(p, site.Kept) for x, p in packed if tuple(x.shape) == (32, 64))
+    assert all(not isinstance(p, site.Passthrough) for x, p in packed if tuple(x.shape) == (32, 64))
     assert sum(tuple(x.shape) == (32, 64) for x, _ in packed) == 2
 
 
@@ -163,12 +163,12 @@ def test_live_bytes_stay_flat(backward):
             model.zero_grad()
             if step % 100 == 0:
                 sizes.append(live())
-        assert not handle.saved.active and not handle.saved._seen
+        assert not handle.saved.active and not handle.saved._stored
         assert sizes[1] == sizes[2]
     # the hooks are off: nothing is packed any more
-    before = handle.saved.record.kept_bytes
+    before = handle.meters["saved"].payload_bytes
     nn.Linear(64, 64)(x).sum().backward()
-    assert handle.saved.record.kept_bytes == before
+    assert handle.meters["saved"].payload_bytes == before
 
 
 def test_small_helpers():
@@ -179,7 +179,8 @@ def test_small_helpers():
 def test_means_and_deviations_of_norms_are_kept():
     with compress_model(nn.Sequential(nn.LayerNorm(32)), only("block:bits=2")) as handle:
         handle.model(torch.randn(64, 32, requires_grad=True)).sum().backward()
-    assert handle.saved.record.kept_bytes == 64 * 32 // 4 + 64 // 4 * 4 + 2 * 64 * 4  # codes, scales, two statistics
+    # codes, scales, two statistics
+    assert handle.meters["saved"].payload_bytes == 64 * 32 // 4 + 64 // 4 * 4 + 2 * 64 * 4
 
 
 def test_a_small_view_of_a_large_tensor_does_not_hold_it(monkeypatch):
@@ -187,7 +188,7 @@ def test_a_small_view_of_a_large_tensor_does_not_hold_it(monkeypatch):
     monkeypatch.setattr(site, "SMALLEST", 1 << 14)
     x, weight = torch.randn(64, 128, 32), torch.randn(4, 32, requires_grad=True)
     _, grad, record = backward_of(lambda x, w: F.linear((x * 1)[:, 0], w).square(), x, parameters=(weight,))
-    assert record.kept_bytes <= 64 * (32 + 4) * 4
+    assert record.payload_bytes <= 64 * (32 + 4) * 4
     y = x.clone().requires_grad_()
     F.linear((y * 1)[:, 0], weight).square().sum().backward()
     assert torch.equal(grad, y.grad)

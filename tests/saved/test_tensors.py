@@ -27,7 +27,7 @@ def test_identity_changes_no_bit(name):
     plain = train_steps(copy.deepcopy(model), batches)
     with compress_model(model, only("identity")) as handle:
         assert not differing(plain, train_steps(model, batches))
-        assert handle.saved.record.passes == 2 and handle.saved.record.raw_bytes > 0
+        assert handle.meters["saved"].calls == 2 and handle.meters["saved"].raw_bytes > 0
     assert not hooks_on(model)
 
 
@@ -63,7 +63,7 @@ def test_masks_of_rectifiers_are_exact_and_take_one_bit(module):
     x = x.requires_grad_()
     with compress_model(model, only("block:bits=2")) as handle:
         model(x * 1.0).sum().backward()
-        assert handle.saved.record.kept_bytes == 40 * 64 // 8
+        assert handle.meters["saved"].payload_bytes == 40 * 64 // 8
     assert torch.equal(x.grad, expected.grad)
 
 
@@ -90,7 +90,7 @@ def test_rectifiers_of_one_tensor_keep_their_own_masks():
 def test_a_tensor_that_the_codec_cannot_take_is_kept():
     x = torch.randn(64, 16)
     _, grad, record = backward_of(lambda x: x.square(), x, "lowrank:rank=20")
-    assert torch.equal(grad, 2 * x) and record.kept_bytes == record.raw_bytes == 64 * 16 * 4
+    assert torch.equal(grad, 2 * x) and record.payload_bytes == record.raw_bytes == 64 * 16 * 4
 
 
 def test_error_feedback_is_refused():
@@ -114,7 +114,7 @@ def test_dropout_is_exact():
     x, p = torch.randn(64, 64), 0.3
     y, grad, record = backward_of(lambda x: F.dropout(x, p, True), x)
     assert torch.equal(grad, torch.where(y != 0, torch.tensor(1 / (1 - p)), torch.tensor(0.0)))
-    assert record.kept_bytes == 64 * 64 // 8
+    assert record.payload_bytes == 64 * 64 // 8
 
 
 @pytest.mark.parametrize(("size", "width"), [(8, 1), (32, 2)])
@@ -124,13 +124,13 @@ def test_indices_of_pooling_take_the_fewest_bytes(size, width):
     F.max_pool2d(expected, 2).sum().backward()
     _, grad, record = backward_of(lambda x: F.max_pool2d(x, 2), x, "identity")
     assert torch.equal(grad, expected.grad)
-    assert record.kept_bytes == x.numel() * 4 + x.numel() // 4 * width
+    assert record.payload_bytes == x.numel() * 4 + x.numel() // 4 * width
 
 
 def test_bool_masks():
     x, mask = torch.randn(32, 32), torch.rand(32, 32) > 0.5
     _, grad, record = backward_of(lambda x: x.masked_fill(mask, 0.0), x)
-    assert torch.equal(grad, (~mask).float()) and record.kept_bytes == 128
+    assert torch.equal(grad, (~mask).float()) and record.payload_bytes == 128
 
 
 # Averages
@@ -214,8 +214,8 @@ def test_gradients_through_smooth_activations_are_right_on_average(make, bits):
             z = x.clone().requires_grad_()
             model(z).sum().backward()
             draws.append(z.grad)
-        record = handle.saved.record
-    assert record.kept_bytes * 8 == 200 * x.numel() * (3 if bits == 4 else bits)
+        record = handle.meters["saved"]
+    assert record.payload_bytes * 8 == 200 * x.numel() * (3 if bits == 4 else bits)
     draws, name = torch.stack(draws).double(), slopes_of(make())
     least = SLOPES[name](-extreme(name))
     width = (SLOPES[name](extreme(name)) - least) / (2 ** (3 if bits == 4 else bits) - 1)
