@@ -173,7 +173,7 @@ def int8(job: Job) -> None:
     batches = [collate_images([calibration[i] for i in range(start, min(start + 32, len(calibration)))])
                for start in range(0, len(calibration), 32)]  # fmt: skip
     quantized = quantize_static(model, batches)
-    save_quantized(quantized, job.folder("int8"), batches[0])
+    save_quantized(quantized, job.folder("int8"))
     job.finish("int8", {})
 
 

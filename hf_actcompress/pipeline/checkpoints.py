@@ -1,72 +1,76 @@
-"""What a rank of a PipelineTrainer writes down, so that a later run goes on exactly."""
+"""The checkpoints of a rank: safetensors with JSON beside them, so that reading one runs no code.
+
+They know the state that is written, and no trainer.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from ..attach import flatten_state, unflatten_state
 from .launch import share
 
-if TYPE_CHECKING:
-    from .training import PipelineTrainer
+KEPT = 2
 
 
-def save(trainer: PipelineTrainer) -> Path:
-    """This rank's part, as step-N/rankR.pt under checkpoints; the last two steps are kept."""
-    folder = trainer.folder / "checkpoints" / f"step-{trainer.step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        "step": trainer.step, "own": trainer.own,
-        "modules": {k: module.own_state_dict() for k, module in trainer.modules.items()},
-        "top": {k: module.state_dict() for k, module in trainer.modules.items()},
-        "optimizer": trainer.optimizer.state_dict(), "rates": trainer.rates.state_dict(),
-        "codecs": {stage.stage_index: stage.codec_state() for stage in trainer.stages},
-        "rng": torch.get_rng_state(), "history": json.dumps(trainer.history),
-    }  # fmt: skip
-    path = folder / f"rank{trainer.rank}.pt"
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """This rank's `state` as step-N/rankR.safetensors below `folder`; the last two steps are kept.
+
+    state: nested mappings of tensors and JSON values; keys become text.
+    """
+    rank = dist.get_rank()
+    path = _path(folder, step, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors, rest = flatten_state(state)
+    unfinished = path.with_suffix(".tmp")
+    save_file(tensors, unfinished, metadata={"state": json.dumps(rest)})
+    os.replace(unfinished, path)  # by renaming, so that a crash leaves no half of a file
     dist.barrier()  # older ones go when all have the new one
-    for step in _saved(trainer)[:-2]:
-        old = trainer.folder / "checkpoints" / f"step-{step}"
-        (old / path.name).unlink(missing_ok=True)
+    for old in _steps(folder, rank)[:-KEPT]:
+        _path(folder, old, rank).unlink(missing_ok=True)
         with suppress(OSError):  # another rank's part is still there, or it was the first to remove the folder
-            old.rmdir()
-    return folder
+            _path(folder, old, rank).parent.rmdir()
+    return path.parent
 
 
-def _saved(trainer: PipelineTrainer) -> list[int]:
-    found = (trainer.folder / "checkpoints").glob(f"step-*/rank{trainer.rank}.pt")
-    return sorted(int(re.sub(r"\D", "", path.parent.name)) for path in found)
+def load(folder: Path) -> tuple[dict[str, Any], Path]:
+    """This rank's state of the last step that every rank has, and its path.
 
-
-def resume(trainer: PipelineTrainer) -> None:
-    """From the last step of which every rank has a checkpoint; ValueError where there is none, or of other stages."""
-    every: list[Any] = [share(_saved(trainer), rank) for rank in range(trainer.size)]
-    common = set.intersection(*map(set, every))
+    Raises ValueError where there is no such step, and for a damaged file.
+    """
+    rank = dist.get_rank()
+    found: list[Any] = [share(_steps(folder, rank), other) for other in range(dist.get_world_size())]
+    common = set.intersection(*map(set, found))
     if not common:
+        old = " Files that end in .pt are version 0.1's; they can hold code, and are not read." if any(
+            folder.glob("step-*/rank*.pt")) else ""  # fmt: skip
         raise ValueError(
-            f"--resume: there is no step of which all ranks have a checkpoint under {trainer.folder}/checkpoints "
-            f"(found {every}). Train with --save_steps first, or leave --resume out."
+            f"--resume: there is no step of which all ranks have a checkpoint under {folder} (found {found}).{old} "
+            "Train with --save_steps first, or leave --resume out."
         )
-    step = max(common)
-    path = trainer.folder / "checkpoints" / f"step-{step}" / f"rank{trainer.rank}.pt"
-    state = torch.load(path, map_location=trainer.device, weights_only=True)
-    if state["own"] != trainer.own:
-        raise ValueError(
-            f"{path} holds the stages {state['own']}, this rank runs {trainer.own}: resume with the same topology."
-        )
-    for k, module in trainer.modules.items():
-        module.load_state_dict(state["top"][k])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.rates.load_state_dict(state["rates"])
-    for stage in trainer.stages:
-        stage.load_codec_state(state["codecs"][stage.stage_index])
-    torch.set_rng_state(state["rng"].cpu())
-    trainer.step, trainer.history = state["step"], json.loads(state["history"])
+    path = _path(folder, max(common), rank)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return unflatten_state(tensors, json.loads((file.metadata() or {})["state"])), path
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged ({reason}): remove its folder on every rank, and resume again.") from None
+
+
+def _path(folder: Path, step: int, rank: int) -> Path:
+    return folder / f"step-{step}" / f"rank{rank}.safetensors"
+
+
+def _steps(folder: Path, rank: int) -> list[int]:
+    names = (path.parent.name for path in folder.glob(f"step-*/rank{rank}.safetensors"))
+    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))

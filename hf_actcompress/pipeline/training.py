@@ -182,7 +182,7 @@ class PipelineTrainer:
 
         self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         if args.resume:
-            checkpoints.resume(self)
+            self.resume()
         for module in self.modules.values():
             module.train()
         with self._bar(self.steps) as bar:
@@ -317,7 +317,32 @@ class PipelineTrainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
     def save(self) -> Path:
         """This rank's part of everything that a resumed run needs; the last two are kept."""
-        return checkpoints.save(self)
+        state = {
+            "step": self.step, "own": self.own,
+            "modules": {k: module.state_dict() for k, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(), "rates": self.rates.state_dict(),
+            "codecs": {stage.stage_index: stage.codec_state() for stage in self.stages},
+            "rng": torch.get_rng_state(), "history": self.history,
+        }  # fmt: skip
+        return checkpoints.save(self.folder / "checkpoints", self.step, state)
+
+    def resume(self) -> None:
+        """Go on from the last step that every rank has; ValueError where there is none, or of other stages."""
+        state, path = checkpoints.load(self.folder / "checkpoints")
+        if state["own"] != self.own:
+            raise ValueError(
+                f"{path} holds the stages {state['own']}, this rank runs {self.own}: resume with the same topology."
+            )
+        for k, module in self.modules.items():
+            module.load_state_dict(state["modules"][str(k)])
+        # JSON knows no numbers as keys.
+        moments = {int(number): values for number, values in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        self.rates.load_state_dict(state["rates"])
+        for stage in self.stages:
+            stage.load_codec_state(state["codecs"][str(stage.stage_index)])
+        torch.set_rng_state(state["rng"])
+        self.step, self.history = state["step"], state["history"]
 
     def merge(self) -> bool:
         """Bring all trained weights together in `model` on rank 0; whether this is rank 0."""

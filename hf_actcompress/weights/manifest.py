@@ -4,7 +4,6 @@ safetensors, so that a pruned model loads by itself.  Nothing here prunes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .files import build_model, is_shape, read_json, read_safetensors, some
+
 MANIFEST = "pruned_shapes.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
-INSTALL = 'pip install "hf_actcompress[weights]"'
 # What layers remember of their shapes, and attention of its heads.
 ATTRIBUTES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",
@@ -71,19 +71,22 @@ def load_pruned(folder: str | os.PathLike[str], model: nn.Module | None = None) 
     weights or the model, before anything is changed.
     """
     folder = Path(folder)
-    manifest, weights = read_shapes(folder), _read_weights(folder)
+    manifest, weights = read_shapes(folder), read_safetensors(folder / WEIGHTS)
+    # Names without weights of their own share those of another name (tied embeddings).
+    stored = [list(value.shape) for value in weights.values()]
     wrong = [name for name, value in weights.items() if list(value.shape) != manifest["shapes"].get(name)]
+    wrong += [name for name, shape in manifest["shapes"].items() if name not in weights and shape not in stored]
     if wrong:
-        raise ValueError(f"{folder}: the manifest does not fit the weights at {_few(wrong)}; save the model again.")
+        raise ValueError(f"{folder}: the manifest does not fit the weights at {some(wrong)}; save the model again.")
     if model is None:
-        model = build(folder)
+        model = build_model(folder)
     apply_shapes(model, manifest)
     left = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [name for name in left.missing_keys if name not in tied and name in manifest["shapes"]
                and name not in _shared_names(model, weights)]  # fmt: skip
     if missing or left.unexpected_keys:
-        raise ValueError(f"{folder}: weights missing for {_few(missing)}, unexpected {_few(left.unexpected_keys)}.")
+        raise ValueError(f"{folder}: weights missing for {some(missing)}, unexpected {some(left.unexpected_keys)}.")
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.eval()
@@ -94,15 +97,29 @@ def is_pruned(folder: str | os.PathLike[str]) -> bool:
 
 
 def read_shapes(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest that `save_pruned` has written; ValueError for a missing, damaged or implausible one."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} holds no {MANIFEST}: it was not written by save_pruned.")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); save the model again.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is no manifest of format {FORMAT}; it may come from a newer version.")
+    return check_manifest(read_json(path, FORMAT), path)
+
+
+def check_manifest(manifest: Any, path: Path) -> dict[str, Any]:
+    """`manifest`, if all its fields are what `shape_manifest` writes; ValueError, which names the field, otherwise."""
+    shapes, modules, kept = (manifest.get(key) if isinstance(manifest, dict) else None
+                             for key in ("shapes", "modules", "kept_layers"))  # fmt: skip
+    for field, value in (("shapes", shapes), ("modules", modules), ("kept_layers", kept)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {field} is no mapping; save the model again.")
+    wrong = [f"shapes[{name!r}]" for name, shape in shapes.items() if not is_shape(shape)]
+    wrong += [f"kept_layers[{name!r}]" for name, numbers in kept.items() if not is_shape(numbers) or not numbers]
+    for name, attributes in modules.items():
+        good = isinstance(attributes, dict) and all(
+            key in ATTRIBUTES and (type(value) is int or is_shape(value)) for key, value in attributes.items()
+        )
+        wrong += [] if good else [f"modules[{name!r}]"]
+    if wrong:
+        raise ValueError(f"{path}: {some(wrong)} cannot be right; save the model again.")
     return manifest
 
 
@@ -111,8 +128,8 @@ def apply_shapes(model: nn.Module, manifest: dict[str, Any]) -> None:
 
     Raises ValueError, and changes nothing, where the model has other modules than the manifest.
     """
-    if type(model).__name__ != manifest["class"]:
-        raise ValueError(f"The manifest is that of a {manifest['class']}, the model a {type(model).__name__}.")
+    if type(model).__name__ != manifest.get("class"):
+        raise ValueError(f"The manifest is that of a {manifest.get('class')}, the model a {type(model).__name__}.")
     stacks = {}
     for path, kept in manifest["kept_layers"].items():
         stack = dict(model.named_modules()).get(path)
@@ -126,11 +143,11 @@ def apply_shapes(model: nn.Module, manifest: dict[str, Any]) -> None:
     if not stacks:
         names, own = set(model.state_dict()), set(manifest["shapes"])
         if names != own:
-            raise ValueError(f"The manifest does not fit {type(model).__name__}: it has {_few(own - names)}, the "
-                             f"model {_few(names - own)}.")  # fmt: skip
+            raise ValueError(f"The manifest does not fit {type(model).__name__}: it has {some(own - names)}, the "
+                             f"model {some(names - own)}.")  # fmt: skip
         odd = [n for n, v in model.state_dict().items() if v.dim() != len(manifest["shapes"][n])]
         if odd:
-            raise ValueError(f"The manifest does not fit {type(model).__name__}: other dimensions at {_few(odd)}.")
+            raise ValueError(f"The manifest does not fit {type(model).__name__}: other dimensions at {some(odd)}.")
     for path, dropped in stacks.items():
         stack = model.get_submodule(path)
         for i in reversed(dropped):
@@ -158,50 +175,8 @@ def apply_shapes(model: nn.Module, manifest: dict[str, Any]) -> None:
             module._buffers[leaf] = new
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no {WEIGHTS}.")
-    try:
-        return load_file(str(path))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); copy or save it again.") from None
-
-
-def register_vision() -> None:
-    """Makes transformers know torchvision's models, where torchvision is there."""
-    if importlib.util.find_spec("torchvision"):
-        from ..workloads import vision  # noqa: F401
-
-
-def build(folder: Path) -> nn.Module:
-    """The unpruned model of config.json, with random weights."""
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json to build the model from: pass load_pruned(folder, model).")
-    register_vision()
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["none"])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None:  # registered from outside
-        cls = transformers.AutoModelForImageClassification._model_mapping.get(type(config), None)
-    if cls is None:
-        raise ValueError(f"{folder}/config.json names the class {name!r}, which transformers does not have: pass "
-                         "load_pruned(folder, model).")  # fmt: skip
-    return cls(config)
-
-
 def _shared_names(model: nn.Module, weights: dict[str, torch.Tensor]) -> set[str]:
     """Names of tensors that another name has loaded already (tied embeddings)."""
     state = model.state_dict()
     loaded = {state[name].data_ptr() for name in weights if name in state}
     return {name for name, value in state.items() if value.data_ptr() in loaded}
-
-
-def _few(names: Any) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"

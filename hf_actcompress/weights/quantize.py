@@ -6,27 +6,26 @@ went in.  Weights alone: `weight_only.py`.
 
 from __future__ import annotations
 
-import gzip
 import inspect
-import io
 import json
 import os
 import platform
 import warnings
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .manifest import INSTALL, register_vision
+from .files import INSTALL, read_config, read_json, read_safetensors
+from .graph import graph_from_json, graph_to_json
 
-GRAPH, ABOUT = "int8.pt2.gz", "int8.json"
-FORMAT = 1
+WEIGHTS, ABOUT = "int8.safetensors", "int8.json"
+OLD_GRAPH = "int8.pt2.gz"  # of version 0.1
+FORMAT = 2
 
 
 class ExportedClassifier(nn.Module):
@@ -138,26 +137,21 @@ def convert(model: ExportedClassifier) -> ExportedClassifier:
 # Files
 
 
-def save_quantized(model: ExportedClassifier, folder: str | os.PathLike[str], example: Mapping[str, Any]) -> Path:
-    """Writes the graph with its int8 weights (gzip) and a small JSON; returns `folder`.  `example`: as before."""
+def save_quantized(model: ExportedClassifier, folder: str | os.PathLike[str]) -> Path:
+    """Writes the int8 weights (safetensors) and the graph (JSON) of a model; returns `folder`.
+
+    Raises ValueError for a model that is not quantized, or whose graph calls something else than torch's operators.
+    """
     if not isinstance(model, ExportedClassifier) or not model.quantized:
         raise ValueError("save_quantized takes what quantize_static or convert has returned.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = tuple(example[name] for name in model.names)
-    for node in model.graph.graph.nodes:
-        # Where each node came from in the source: several times the size of the graph.
-        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
-            node.meta.pop(key, None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(model.graph, values, dynamic_shapes=_dynamic(values))
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-    data = gzip.compress(buffer.getvalue(), 6, mtime=0)
-    (folder / GRAPH).write_bytes(data)
-    about = {"format": FORMAT, "inputs": model.names, "nbytes": len(data),
-             "torch": torch.__version__}  # fmt: skip
+    nodes = graph_to_json(model.graph.graph)
+    about = {"format": FORMAT, "inputs": model.names, "nodes": nodes,
+             "parameters": [name for name, _ in model.graph.named_parameters()]}  # fmt: skip
+    # Shared tensors under each of their names: safetensors stores each on its own.
+    tensors = {node["target"]: _attribute(model.graph, node["target"]) for node in nodes if node["op"] == "get_attr"}
+    save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, str(folder / WEIGHTS))
     (folder / ABOUT).write_text(json.dumps(about))
     if hasattr(model.config, "save_pretrained"):
         model.config.save_pretrained(folder)
@@ -167,27 +161,33 @@ def save_quantized(model: ExportedClassifier, folder: str | os.PathLike[str], ex
 def load_quantized(folder: str | os.PathLike[str]) -> ExportedClassifier:
     """What `save_quantized` has written, in eval mode.  Raises ValueError for a missing, cut or damaged file."""
     folder = Path(folder)
-    if not is_quantized(folder):
-        raise ValueError(f"{folder} holds no {ABOUT} and {GRAPH}: it was not written by save_quantized.")
-    register_vision()
+    if (folder / OLD_GRAPH).is_file() and not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder / OLD_GRAPH} was written by version 0.1 as a torch.export archive, which can run "
+                         "code when it is read: quantize the model again with this version.")  # fmt: skip
+    if not (is_quantized(folder) and (folder / WEIGHTS).is_file()):
+        raise ValueError(f"{folder} holds no {ABOUT} and {WEIGHTS}: it was not written by save_quantized.")
     _pt2e()  # registers the operators that the graph calls
-    about = json.loads((folder / ABOUT).read_text())
-    data = (folder / GRAPH).read_bytes()
-    if len(data) != about.get("nbytes") or about.get("format") != FORMAT:
-        raise ValueError(f"{folder / GRAPH} has {len(data)} bytes, {ABOUT} says {about.get('nbytes')} (format "
-                         f"{about.get('format')}, known {FORMAT}): the file is cut off or from another version.")
+    about, tensors = read_json(folder / ABOUT, FORMAT), read_safetensors(folder / WEIGHTS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = torch.export.load(io.BytesIO(gzip.decompress(data))).module()
-    except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
-        raise ValueError(f"{folder / GRAPH} is damaged ({str(error).splitlines()[0]}); save it again.") from None
-    config = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
-    return _finish(graph, about["inputs"], config)
+        names, parameters = about["inputs"], set(about["parameters"])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"inputs={names!r} are no names")
+        values = {name: nn.Parameter(value, requires_grad=False) if name in parameters else value
+                  for name, value in tensors.items()}  # fmt: skip
+        graph = graph_from_json(about["nodes"], values)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder / ABOUT} is damaged ({error}); save the model again.") from None
+    config = read_config(folder) if (folder / "config.json").is_file() else None
+    return _finish(graph, names, config)
 
 
 def is_quantized(folder: str | os.PathLike[str]) -> bool:
-    return (Path(folder) / ABOUT).is_file() and (Path(folder) / GRAPH).is_file()
+    return (Path(folder) / ABOUT).is_file()
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
 
 
 # PT2E

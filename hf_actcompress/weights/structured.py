@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .manifest import INSTALL, write_shapes
+from .files import INSTALL
+from .manifest import write_shapes
 
 logger = logging.getLogger(__name__)
 

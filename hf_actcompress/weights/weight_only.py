@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..ops.packing import ceil8, pack, unpack
-from .manifest import INSTALL, apply_shapes, build, shape_manifest
+from .files import INSTALL, build_model, read_json, read_safetensors, some
+from .manifest import apply_shapes, check_manifest, shape_manifest
 
 ABOUT, WEIGHTS = "few_bits.json", "few_bits.safetensors"
 FORMAT = 1
+BITS = (1, 4, 8)
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -154,23 +157,12 @@ def save_few_bits(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 def load_few_bits(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The model that `save_few_bits` has written, in eval mode; `model` and errors as in `load_pruned`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not (folder / ABOUT).is_file() or not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} holds no {ABOUT} and {WEIGHTS}: it was not written by save_few_bits.")
-    about = json.loads((folder / ABOUT).read_text())
-    try:
-        tensors = load_file(str(folder / WEIGHTS))
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or cut off ({error}); save it again.") from None
-    packed, shapes = about["packed"], about["shapes"]["shapes"]
-    wanted = {n for n in shapes if n not in packed and n not in about["shared"]}
-    wanted |= {f"{n}:{part}" for n in packed for part in ("codes", "scale")}
-    if wanted != set(tensors):
-        raise ValueError(f"{folder}: {ABOUT} does not fit {WEIGHTS} at {sorted(wanted ^ set(tensors))[:3]}.")
-    model = build(folder) if model is None else model
+    about, tensors = read_json(folder / ABOUT, FORMAT), read_safetensors(folder / WEIGHTS)
+    packed, shapes, shared = _check(about, tensors, folder)
+    model = build_model(folder) if model is None else model
     apply_shapes(model, about["shapes"])
     few = {(entry["bits"], entry.get("group")) for entry in packed.values() if entry["bits"] > 1}
     for bits, group in few:
@@ -179,7 +171,7 @@ def load_few_bits(folder: str | os.PathLike[str], model: nn.Module | None = None
     state = model.state_dict()
     with torch.no_grad():
         for name, shape in shapes.items():
-            if name in about["shared"]:
+            if name in shared:
                 continue
             if name not in packed:
                 state[name].copy_(tensors[name])
@@ -194,6 +186,39 @@ def load_few_bits(folder: str | os.PathLike[str], model: nn.Module | None = None
                 state[name].qdata.copy_((codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8))
                 state[name].scale.copy_(scale)
     return model.eval()
+
+
+def _check(about: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> tuple[dict, dict, dict]:
+    """(packed, shapes, shared) of the JSON, if they fit the tensors; ValueError, which names the field, otherwise."""
+    path = folder / ABOUT
+    shapes = check_manifest(about.get("shapes"), path)["shapes"]
+    packed, shared = about.get("packed"), about.get("shared")
+    if not isinstance(packed, dict) or not isinstance(shared, dict):
+        raise ValueError(f"{path}: packed or shared is no mapping; save the model again.")
+    wanted = {n for n in shapes if n not in packed and n not in shared}
+    wanted |= {f"{n}:{part}" for n in packed for part in ("codes", "scale")}
+    if wanted != set(tensors):
+        raise ValueError(f"{folder}: {ABOUT} does not fit {WEIGHTS} at {some(wanted ^ set(tensors))}.")
+    for name, of in shared.items():
+        if of not in shapes or shapes[of] != shapes.get(name):
+            raise ValueError(f"{path}: shared[{name!r}]={of!r} is no tensor of the same shape.")
+    for name, shape in shapes.items():
+        if name in shared:
+            continue
+        if name not in packed:
+            if list(tensors[name].shape) != shape:
+                raise ValueError(f"{path}: shapes[{name!r}]={shape} and the tensor is {list(tensors[name].shape)}.")
+            continue
+        entry, codes, scale = packed[name], tensors[f"{name}:codes"], tensors[f"{name}:scale"]
+        bits, group = (entry.get("bits"), entry.get("group")) if isinstance(entry, dict) else (None, None)
+        if bits not in BITS or not (group is None or (type(group) is int and group > 0)) or len(shape) < 2:
+            raise ValueError(f"{path}: packed[{name!r}]={entry!r} with shape {shape} is not understood.")
+        nbytes, rows = ceil8(math.prod(shape)) * bits // 8, shape[0]
+        scales = rows if bits == 1 or group is None else rows * (shape[1] // group)
+        if codes.dtype != torch.uint8 or codes.numel() != nbytes or scale.numel() != scales:
+            raise ValueError(f"{path}: {name!r} of shape {shape} and {bits} bits has {codes.numel()} bytes of codes "
+                             f"and {scale.numel()} scales, where {nbytes} and {scales} are needed.")  # fmt: skip
+    return packed, shapes, shared
 
 
 def is_few_bits(folder: str | os.PathLike[str]) -> bool:

@@ -72,8 +72,6 @@ def takes_images(name: str) -> bool:
 
     Raises ValueError for a name that is not found, and a model that classifies neither.
     """
-    from ..weights.manifest import register_vision
-
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name in (models.MINILM, models.TINY_BERT):
@@ -84,7 +82,6 @@ def takes_images(name: str) -> bool:
             return True
     elif not (folder / "config.json").is_file():
         raise ValueError(f"{name} has no config.json, which says what the model is.")
-    register_vision()
     auto = classifier_of(str(folder.resolve()) if folder.is_dir() else name)[1]
     return auto.__name__.endswith("ForImageClassification")
 
@@ -92,7 +89,7 @@ def takes_images(name: str) -> bool:
 def load_model(where: str, num_labels: int, images: bool) -> tuple[Any, Path | None, int | None]:
     """(model, its folder, bits that its compressed file counts) of a name, or a folder that transformers or
     hf_actcompress.weights has written.  Raises ValueError."""
-    from ..weights import checkpoint, manifest, quantize, weight_only
+    from ..weights import checkpoint, files, manifest, quantize, weight_only
 
     folder, loader = Path(where).expanduser(), models.load_image_model if images else models.load_text_model
     if not folder.is_dir():
@@ -102,9 +99,9 @@ def load_model(where: str, num_labels: int, images: bool) -> tuple[Any, Path | N
     if quantize.is_quantized(folder):
         return quantize.load_quantized(folder), folder, None
     if (folder / checkpoint.FILE_NAME).is_file():
-        model, structure = manifest.build(folder), checkpoint.read_manifest(folder)["structure"]
+        model, structure = files.build_model(folder), checkpoint.read_manifest(folder)["structure"]
         if isinstance(structure, dict) and "shapes" in structure:
-            manifest.apply_shapes(model, structure)
+            manifest.apply_shapes(model, manifest.check_manifest(structure, folder / checkpoint.FILE_NAME))
         checkpoint.load_compressed(folder, model)
         return model, folder, 8 * (folder / checkpoint.FILE_NAME).stat().st_size
     if weight_only.is_few_bits(folder):
@@ -124,12 +121,14 @@ def timm_or_none() -> Any:
 
 def classifier_of(name: str) -> tuple[Any, Any]:
     """(configuration, transformers' auto class of the classifier) of a folder or hub id."""
-    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
     from transformers.models.auto import modeling_auto as auto
+
+    from ..weights.files import read_config
 
     state = hub_state()
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=state != "online")
+        config = read_config(name, local_files_only=state != "online")
     except (OSError, ValueError, KeyError) as error:
         timm = timm_or_none()
         close = difflib.get_close_matches(name, timm.list_models(), 3) if timm else []

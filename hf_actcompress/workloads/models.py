@@ -251,7 +251,7 @@ def _torchvision_model(
         import torchvision  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--model {TORCHVISION}{name} needs torchvision: {EXAMPLES_INSTALL}.") from error
-    from hf_actcompress.workloads import vision
+    from hf_actcompress.models import vision
 
     model = vision.TorchvisionForImageClassification(vision.TorchvisionConfig(architecture=name, **labels))
     if pretrained:
@@ -277,7 +277,7 @@ def _transformers_image_model(name: str, labels: dict[str, Any], image_size: int
 
     def load(where: str) -> Any:
         if importlib.util.find_spec("torchvision"):
-            from hf_actcompress.workloads import vision  # noqa: F401  registers torchvision's models
+            from hf_actcompress.models import vision  # noqa: F401  registers torchvision's models
         model = AutoModelForImageClassification.from_pretrained(where, ignore_mismatched_sizes=True, **labels)
         return model, stored_preprocessing(model.config, where)
 

@@ -1,13 +1,18 @@
 """Static int8: close to the float model, small on disk, the same after loading; QAT that trains."""
 
+import gzip
+import json
+import pickle
+
 import pytest
 import torch
 from helpers.small_models import Net, bert, images, inputs, texts
 from torch import nn
 
+from hf_actcompress.cli import main
 from hf_actcompress.weights.quantize import (
     ABOUT,
-    GRAPH,
+    WEIGHTS,
     convert,
     load_quantized,
     prepare_qat,
@@ -53,14 +58,14 @@ def test_ranges_come_from_the_batches():
 
 def test_files_are_small_and_give_the_same(quantized, tmp_path):
     net, batches, model = quantized
-    save_quantized(model, tmp_path, inputs(batches[0]))
+    save_quantized(model, tmp_path)
     loaded = load_quantized(tmp_path)
     for rows in (8, 1, 3):
         batch = {"pixel_values": batches[1]["pixel_values"][:rows]}
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     wide = Net(width=192).eval()
-    save_quantized(quantize_static(wide, batches[:1]), tmp_path, inputs(batches[0]))
-    assert (tmp_path / GRAPH).stat().st_size < 0.4 * sum(p.nbytes for p in wide.parameters())
+    save_quantized(quantize_static(wide, batches[:1]), tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_size < 0.4 * sum(p.nbytes for p in wide.parameters())
 
 
 def test_lowered_kernels_compute_the_same(quantized):
@@ -114,7 +119,7 @@ def test_training_with_rounding_lowers_the_loss_and_converts(tmp_path):
     simulated = model(**inputs(batch)).logits
     final = convert(model)
     assert relative(final(**inputs(batch)).logits, simulated) < 0.05
-    save_quantized(final, tmp_path, inputs(batch))
+    save_quantized(final, tmp_path)
     assert torch.equal(load_quantized(tmp_path)(**inputs(batch)).logits, final(**inputs(batch)).logits)
 
 
@@ -129,14 +134,63 @@ def test_bad_input(quantized, tmp_path):
     with pytest.raises(ValueError, match="prepare_qat"):
         convert(model)
     with pytest.raises(ValueError, match="save_quantized takes"):
-        save_quantized(nn.Linear(2, 2), tmp_path, {})
+        save_quantized(nn.Linear(2, 2), tmp_path)
     with pytest.raises(ValueError, match=f"no {ABOUT}"):
         load_quantized(tmp_path)
-    save_quantized(model, tmp_path, inputs(batches[0]))
-    data = (tmp_path / GRAPH).read_bytes()
-    (tmp_path / GRAPH).write_bytes(data[:-100])
+    save_quantized(model, tmp_path)
+    data = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(data[:-100])
     with pytest.raises(ValueError, match="cut off"):
         load_quantized(tmp_path)
-    (tmp_path / GRAPH).write_bytes(data[:200] + bytes(100) + data[300:])
+    (tmp_path / WEIGHTS).write_bytes(data)
+    (tmp_path / ABOUT).write_text((tmp_path / ABOUT).read_text()[:-100])
     with pytest.raises(ValueError, match="damaged"):
+        load_quantized(tmp_path)
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["int8.pt2.gz", WEIGHTS, ABOUT])
+def test_a_pickle_in_any_of_the_files_is_not_executed(quantized, tmp_path, name):
+    folder, mark = tmp_path / "model", tmp_path / "executed"
+    save_quantized(quantized[2], folder)
+    data = pickle.dumps(Touch(mark))
+    pickle.loads(data).close()
+    assert mark.exists()  # so it would work
+    mark.unlink()
+    if name == "int8.pt2.gz":  # as version 0.1 wrote
+        (folder / WEIGHTS).unlink()
+        data = gzip.compress(data)
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match="version 0.1" if name == "int8.pt2.gz" else "damaged"):
+        load_quantized(folder)
+    assert main(["card", str(folder)]) == 2
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("target", "torch.serialization.os.system", "may call"),
+    ("target", "aten.from_file.default", "may call"),
+    ("target", "aten._unsafe_index.Tensor", "may call"),
+    ("target", "aten.conv2d.__class__", "may call"),
+    ("op", "call_module", "is a 'call_module'"),
+    ("args", [{"node": "nobody"}], "not complete"),
+    ("args", [{"dtype": "load"}], "not understood"),
+    ("name", "x; import os", "no proper name"),
+])  # fmt: skip
+def test_a_graph_can_name_only_operators_on_tensors(quantized, tmp_path, field, value, message):
+    save_quantized(quantized[2], tmp_path)
+    about = json.loads((tmp_path / ABOUT).read_text())
+    node = next(node for node in about["nodes"] if node["target"] == "aten.conv2d.default")
+    node[field] = value
+    (tmp_path / ABOUT).write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"{ABOUT} is damaged .*{message}"):
         load_quantized(tmp_path)
