@@ -1,7 +1,7 @@
-"""What all compressions of weights have in common: the nearest tensor of a kind (a projection), as a Theta.
+"""The base class of compressions of weights: from tensors to the nearest compressed form (a projection).
 
-A compression is a frozen dataclass whose fields are its options.  It takes one or several tensors; `joint` ones see
-them as one long vector.  Models, training and files are not known here.
+A compression is a frozen dataclass whose fields are its options.  It takes one or several tensors; a `joint` one
+treats them as one long vector.  Models, training and files are not known here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .compressed_form import Several, Theta
+from .compressed_form import CompressedForm, Several
 
 SWEEPS = 30  # of an alternating minimisation, at most
 GAIN = 1e-3  # relative gain below which it ends
@@ -26,11 +26,14 @@ class Compression:
     joint: bool = False
     needs_mu: bool = False  # whether it weighs a penalty against mu / 2 times the squared error
 
-    def compress(self, tensors: Sequence[Tensor], mu: float | None = None, start: Theta | None = None) -> Theta:
-        """The Theta nearest to the tensors (any floating dtype).
+    def compress(
+        self, tensors: Sequence[Tensor], mu: float | None = None, start: CompressedForm | None = None
+    ) -> CompressedForm:
+        """The compressed form nearest to the tensors (any shapes and floating dtypes).
 
         mu: with a penalty C(Theta), the minimum of C + mu / 2 * squared error is found.
         start: an earlier result, from which alternating minimisations go on.
+        Raises ValueError for NaN and Inf, and without mu where there is a penalty.
         """
         if self.needs_mu and not mu:
             raise ValueError(f"{self} weighs a penalty against mu/2 times the squared error: give mu > 0.")
@@ -41,7 +44,7 @@ class Compression:
             return self._compress(tensors, mu, start)
         return Several(tuple(self._compress([t], mu, None) for t in tensors))
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         raise NotImplementedError
 
     def __str__(self) -> str:

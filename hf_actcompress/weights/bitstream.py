@@ -30,6 +30,9 @@ def pack(codes: Ints, width: int) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], count: int, width: int) -> Ints:
+    """Inverse of `pack`.  Raises ValueError where `packed` is too short."""
+    if count < 0 or len(packed) < nbytes(count, width):
+        raise ValueError(f"{count} codes of {width} bits do not fit into {len(packed)} bytes")
     out, shifts = np.zeros(count, np.int64), np.arange(width)
     for i in range(0, count if width else 0, RUN):
         m = min(RUN, count - i)

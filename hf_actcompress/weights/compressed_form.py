@@ -1,8 +1,11 @@
-"""What compression leaves of one or several tensors: Theta.  Counted bits, decompressed values, stored form.
+"""The compressed form of tensors ("Theta" in the papers): counted bits, decompressed values, stored form.
 
-All tensors lie on the CPU; values are fp32.  Decompression uses only look-ups, single products and sums in a fixed
-order, so that it gives the same bits everywhere (codecs: as far as the codec does).  How Theta is found is not known
-here.
+All tensors lie on the CPU; values are fp32.  Decompression uses look-ups, single products and sums in a fixed order,
+so that it gives the same bits on every machine (a codec's payload: as far as the codec does).  How a compressed form
+is found is not known here.
+
+What a file says is checked before anything is allocated: `restore` and `Reader` raise ValueError, which names the
+field.
 """
 
 from __future__ import annotations
@@ -22,16 +25,40 @@ from .bitstream import from_gaps, gap_width, nbytes, pack, to_gaps, unpack, widt
 Shapes = Sequence[tuple[int, ...]]
 FLOAT = 32  # bits
 LEVELS = {"binary": (-1.0, 1.0), "ternary": (-1.0, 0.0, 1.0)}
+LARGEST_CODEBOOK = 2**16
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    torch.bool, torch.complex64, torch.complex128,
+)}  # fmt: skip
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: Any) -> torch.dtype:
+    """The dtype that a file names."""
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown")
+    return DTYPES[name]
+
+
+def whole(value: Any, least: int, most: int, field: str) -> int:
+    """A whole number from a file, if it lies between `least` and `most`."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{field}={value!r} is no whole number from {least} to {most}")
+    return value
 
 
 class Writer:
-    """Collects the stored form: packed fields, then to be joined by dtype."""
+    """Collects the stored form: one stream of values a dtype; codes of few bits go to that of uint8."""
 
     def __init__(self) -> None:
         self.streams: dict[str, list[Tensor]] = {}
 
     def put(self, x: Tensor) -> None:
-        self.streams.setdefault(str(x.dtype).removeprefix("torch."), []).append(x.detach().cpu().reshape(-1))
+        self.streams.setdefault(name_of(x.dtype), []).append(x.detach().cpu().reshape(-1))
 
     def codes(self, codes: Any, width: int) -> None:
         self.put(torch.from_numpy(pack(np.asarray(codes, np.int64), width)))
@@ -48,17 +75,19 @@ class Reader:
 
     def take(self, count: int, dtype: str = "float32") -> Tensor:
         stream, start = self.streams.get(dtype), self.at.get(dtype, 0)
-        if count == 0:
-            return torch.zeros(0, dtype=getattr(torch, dtype))
-        if stream is None or count < 0 or start + count > stream.numel():
-            raise ValueError(f"the manifest asks for {count} values of {dtype} more than the file holds")
+        left = 0 if stream is None else stream.numel() - start
+        whole(count, 0, left, f"number of {dtype} values")
+        if stream is None:
+            return torch.zeros(0, dtype=dtype_of(dtype))
         self.at[dtype] = start + count
         return stream[start : start + count].clone()
 
-    def codes(self, count: int, width: int) -> Any:
-        if not 0 <= width <= 32:
-            raise ValueError(f"the manifest asks for codes of {width} bits")
-        return unpack(self.take(nbytes(count, width), "uint8").numpy(), count, width)
+    def codes(self, count: int, width: int, below: int, field: str) -> Any:
+        """`count` codes of `width` bits, all less than `below`."""
+        found = unpack(self.take(nbytes(count, width), "uint8").numpy(), count, width)
+        if len(found) and int(found.max()) >= below:
+            raise ValueError(f"{field}: the file holds {int(found.max())}, and there are {below}")
+        return found
 
     def finish(self) -> None:
         rest = {name: s.numel() - self.at[name] for name, s in self.streams.items() if self.at[name] != s.numel()}
@@ -66,8 +95,8 @@ class Reader:
             raise ValueError(f"the file holds more values than the manifest names: {rest}")
 
 
-class Theta:
-    """`shapes` are those of the tensors it stands for."""
+class CompressedForm:
+    """Of the tensors of these `shapes`."""
 
     kind = ""
     shapes: Shapes
@@ -93,7 +122,7 @@ def split(flat: Tensor, shapes: Shapes) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Codes(Theta):
+class Codes(CompressedForm):
     """ceil(log2 k) bits a value and k floats; `levels` "binary" or "ternary": one float, the scale."""
 
     shapes: Shapes
@@ -119,8 +148,8 @@ class Codes(Theta):
 
 
 @dataclass(frozen=True)
-class Sparse(Theta):
-    """The values that stay, 32 bits each, or of a codebook; positions as gaps; the rest is zero."""
+class Sparse(CompressedForm):
+    """The values that are kept, 32 bits each or codes of a codebook; positions as gaps; all others are zero."""
 
     shapes: Shapes
     positions: Any  # integers, ascending
@@ -150,7 +179,7 @@ class Sparse(Theta):
 
 
 @dataclass(frozen=True)
-class Factors(Theta):
+class Factors(CompressedForm):
     """left [m, r] times right [n, r] transposed; the matrix has the tensor's first dimension as rows."""
 
     shapes: Shapes
@@ -175,7 +204,7 @@ class Factors(Theta):
 
 
 @dataclass(frozen=True)
-class Dense(Theta):
+class Dense(CompressedForm):
     """All values, 32 bits each: where factors would take more."""
 
     shapes: Shapes
@@ -194,7 +223,7 @@ class Dense(Theta):
 
 
 @dataclass(frozen=True)
-class Coded(Theta):
+class Coded(CompressedForm):
     """The payload of a codec."""
 
     shapes: Shapes
@@ -212,10 +241,10 @@ class Coded(Theta):
 
 
 @dataclass(frozen=True)
-class Several(Theta):
+class Several(CompressedForm):
     """Each tensor by itself."""
 
-    parts: tuple[Theta, ...]
+    parts: tuple[CompressedForm, ...]
 
     @property
     def shapes(self) -> Shapes:
@@ -233,10 +262,10 @@ class Several(Theta):
 
 
 @dataclass(frozen=True)
-class Sum(Theta):
+class Sum(CompressedForm):
     """Parts that are added, each of which stands for all of the tensors."""
 
-    parts: tuple[Theta, ...]
+    parts: tuple[CompressedForm, ...]
 
     @property
     def shapes(self) -> Shapes:
@@ -256,62 +285,89 @@ class Sum(Theta):
         return ["sum", *(part.store(out) for part in self.parts)]
 
 
-def restore(stored: Sequence[Any], shapes: Shapes, source: Reader) -> Theta:
-    """The Theta that `store` put; ValueError where manifest, shapes and file do not fit together."""
+def restore(stored: Any, shapes: Shapes, source: Reader) -> CompressedForm:
+    """The form that `store` wrote.
+
+    Raises ValueError, which names the field, where manifest, shapes and file do not fit together.
+    """
+    if not isinstance(stored, list) or not stored:
+        raise ValueError(f"{stored!r} describes no compression")
     kind, *rest = stored
     n = sum(math.prod(s) for s in shapes)
     if kind == "each":
         if len(rest) != len(shapes):
-            raise ValueError(f"the manifest describes {len(rest)} tensors where there are {len(shapes)}")
+            raise ValueError(f"each: {len(rest)} tensors are described where there are {len(shapes)}")
         return Several(tuple(restore(part, [shape], source) for part, shape in zip(rest, shapes, strict=True)))
     if kind == "sum":
+        if not rest:
+            raise ValueError("sum: there are no parts")
         return Sum(tuple(restore(part, shapes, source) for part in rest))
     if kind in ("codebook", *LEVELS):
-        count = rest[0] if kind == "codebook" else 1
-        k = count if kind == "codebook" else len(LEVELS[kind])
-        codes = source.codes(n, width_of(k))
-        _below(codes, k, "code")
-        return Codes(shapes, codes, source.take(count), kind)
+        size = whole(_only(rest), 1, LARGEST_CODEBOOK, "codebook: k") if kind == "codebook" else 1
+        k = size if kind == "codebook" else len(LEVELS[kind])
+        codes = source.codes(n, width_of(k), k, f"{kind}: code")
+        return Codes(shapes, codes, source.take(size), kind)
     if kind == "sparse":
-        width, fields = rest[:2]
-        positions = from_gaps(source.codes(fields, width), width)
-        _below(positions, n, "position")
+        if len(rest) not in (2, 3):
+            raise ValueError(f"sparse: {rest} are not width, fields and perhaps k")
+        width = whole(rest[0], 0, 32, "sparse: width")
+        fields = whole(rest[1], 0, n, "sparse: fields")  # each moves on by one place or more
+        positions = from_gaps(source.codes(fields, width, 2**width, "sparse: gap"), width)
+        if len(positions) and int(positions[-1]) >= n:
+            raise ValueError(f"sparse: the last position is {int(positions[-1])}, and there are {n} values")
         if len(rest) == 2:
             return Sparse(shapes, positions, source.take(len(positions)))
-        codes = source.codes(len(positions), width_of(rest[2]))
-        _below(codes, rest[2], "code")
-        return Sparse(shapes, positions, source.take(rest[2]), codes)
+        k = whole(rest[2], 1, LARGEST_CODEBOOK, "sparse: k")
+        codes = source.codes(len(positions), width_of(k), k, "sparse: code")
+        return Sparse(shapes, positions, source.take(k), codes)
     if kind == "lowrank":
-        (rank,), rows = rest, shapes[0][0]
+        if len(shapes) != 1 or len(shapes[0]) < 2:
+            raise ValueError(f"lowrank: {list(shapes)} is not the shape of one matrix")
+        rows = shapes[0][0]
+        columns = n // max(rows, 1)
+        rank = whole(_only(rest), 0, min(rows, columns), "lowrank: rank")
         return Factors(shapes, source.take(rows * rank).view(rows, rank),
-                       source.take(n // max(rows, 1) * rank).view(n // max(rows, 1), rank))  # fmt: skip
+                       source.take(columns * rank).view(columns, rank))  # fmt: skip
     if kind == "dense":
         return Dense(shapes, source.take(n))
     if kind == "codec":
-        return Coded(shapes, _restore_payload(rest[0], source))
-    raise ValueError(f"the manifest names an unknown kind of compression, {kind!r}; a newer version wrote it")
+        payload = _restore_payload(_only(rest), source)
+        if math.prod(payload.shape) != n:
+            raise ValueError(f"codec: the payload's shape is {payload.shape}, the tensor's {list(shapes)}")
+        return Coded(shapes, payload)
+    raise ValueError(f"{kind!r} is an unknown kind of compression; a newer version may have written it")
 
 
-def _below(codes: Any, limit: int, what: str) -> None:
-    if len(codes) and int(codes.max()) >= limit:
-        raise ValueError(f"the file holds the {what} {int(codes.max())}, and there are {limit}")
+def _only(rest: list[Any]) -> Any:
+    if len(rest) != 1:
+        raise ValueError(f"{rest} is not one option")
+    return rest[0]
+
+
+def _shape(value: Any, field: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{field}={value!r} is no shape")
+    return tuple(whole(size, 0, 2**48, field) for size in value)
 
 
 def _store_payload(payload: Payload, out: Writer) -> dict[str, Any]:
     for tensor in payload.tensors.values():
         out.put(tensor)
     return {
-        "codec": payload.codec, "shape": payload.shape, "dtype": str(payload.dtype).removeprefix("torch."),
-        "raw": payload.raw,
-        "tensors": {k: [str(t.dtype).removeprefix("torch."), *t.shape] for k, t in payload.tensors.items()},
+        "codec": payload.codec, "shape": list(payload.shape), "dtype": name_of(payload.dtype), "raw": payload.raw,
+        "tensors": {k: [name_of(t.dtype), *t.shape] for k, t in payload.tensors.items()},
         "parts": {k: _store_payload(part, out) for k, part in payload.parts.items()},
     }  # fmt: skip
 
 
-def _restore_payload(stored: dict[str, Any], source: Reader) -> Payload:
-    tensors = {name: source.take(math.prod(shape), dtype).view(shape)
-               for name, (dtype, *shape) in stored["tensors"].items()}  # fmt: skip
-    return Payload(
-        stored["codec"], tuple(stored["shape"]), getattr(torch, stored["dtype"]), tensors,
-        {name: _restore_payload(part, source) for name, part in stored["parts"].items()}, stored["raw"],
-    )  # fmt: skip
+def _restore_payload(stored: Any, source: Reader) -> Payload:
+    """What is inside is the codec's own; it checks codes against codebooks when it decodes."""
+    if not isinstance(stored, dict) or set(stored) != {"codec", "shape", "dtype", "raw", "tensors", "parts"}:
+        raise ValueError("codec: the payload's description is not complete")
+    tensors = {}
+    for name, (dtype, *sizes) in stored["tensors"].items():
+        shape = _shape(sizes, f"codec: {name}")
+        tensors[name] = source.take(math.prod(shape), dtype).view(shape)
+    parts = {name: _restore_payload(part, source) for name, part in stored["parts"].items()}
+    shape = _shape(stored["shape"], "codec: shape")
+    return Payload(stored["codec"], shape, dtype_of(stored["dtype"]), tensors, parts, stored["raw"] is True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..codecs import Codec, codec_names, parse_codec
 from .base import GAIN, SWEEPS, Compression, check, flatten, shapes_of
-from .compressed_form import Coded, Codes, Dense, Factors, Sum, Theta
+from .compressed_form import Coded, Codes, CompressedForm, Dense, Factors, Sum
 from .partition import assign, codebook
 from .pruning import Prune
 
@@ -34,7 +34,7 @@ class Codebook(Compression):
     def __post_init__(self) -> None:
         check(self.name, "k", self.k, isinstance(self.k, int) and 1 <= self.k <= 2**16, "an integer from 1 to 65536")
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         x = flatten(tensors)
         table = codebook(x, self.k).astype(np.float32)
         return Codes(shapes_of(tensors), assign(x, table.astype(np.float64)), torch.from_numpy(table))
@@ -47,7 +47,7 @@ class Binary(Compression):
     joint: bool = False
     name: ClassVar[str] = "binary"
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         x = flatten(tensors)
         scale = np.abs(x).mean() if x.size else 0.0
         return Codes(shapes_of(tensors), (x >= 0).astype(np.int64), torch.tensor([scale]).float(), "binary")
@@ -61,7 +61,7 @@ class Ternary(Compression):
     joint: bool = False
     name: ClassVar[str] = "ternary"
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         x = flatten(tensors)
         size = np.sort(np.abs(x))[::-1]
         sums, count = np.cumsum(size), np.arange(1, x.size + 1)
@@ -101,7 +101,7 @@ class LowRank(Compression):
     def needs_mu(self) -> bool:  # type: ignore[override]
         return self.rank == "auto"
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         (x,) = tensors
         if x.dim() < 2:
             raise ValueError(f"lowrank: a tensor of shape {tuple(x.shape)} is no matrix; leave it out of the pattern.")
@@ -122,9 +122,9 @@ class LowRank(Compression):
         else:
             rank = int(self.rank)
         root = s[:rank].sqrt()
-        theta = Factors(shapes_of(tensors), (u[:, :rank] * root).cpu().contiguous(),
+        form = Factors(shapes_of(tensors), (u[:, :rank] * root).cpu().contiguous(),
                         (vh[:rank].T * root).cpu().contiguous())  # fmt: skip
-        return theta if rank * (m + n) < m * n else Dense(theta.shapes, theta.values()[0].reshape(-1))
+        return form if rank * (m + n) < m * n else Dense(form.shapes, form.values()[0].reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Encode(Compression):
     codec: Codec
     name: ClassVar[str] = "codec"
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         return Coded(shapes_of(tensors), self.codec.encode(tensors[0].cpu().contiguous()))
 
     def __str__(self) -> str:
@@ -153,7 +153,7 @@ class Additive(Compression):
     def needs_mu(self) -> bool:  # type: ignore[override]
         return any(part.needs_mu for part in self.parts)
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         tensors = [t.cpu() for t in tensors]
         if isinstance(start, Sum):
             return self._alternate(tensors, mu, [part.values() for part in start.parts], reverse=False)[1]
@@ -166,19 +166,19 @@ class Additive(Compression):
     def _alternate(
         self, tensors: list[Tensor], mu: float | None, values: list[list[Tensor]], reverse: bool
     ) -> tuple[float, Sum]:
-        values, thetas = list(values), [None] * len(self.parts)
+        values, forms = list(values), [None] * len(self.parts)
         least, best = math.inf, None
         for sweep in range(SWEEPS):
             order = range(len(self.parts))
             for i in reversed(order) if reverse and sweep == 0 else order:
                 others = [v for j, v in enumerate(values) if j != i]
                 rest = [t - sum(v[at] for v in others) for at, t in enumerate(tensors)]
-                thetas[i] = self.parts[i].compress(rest, mu)
-                values[i] = thetas[i].values()
+                forms[i] = self.parts[i].compress(rest, mu)
+                values[i] = forms[i].values()
             error = _error(tensors, values)
             if best is not None and error >= (1 - GAIN) * least:
                 break
-            best, least = Sum(tuple(thetas)), error
+            best, least = Sum(tuple(forms)), error
         assert best is not None
         return least, best
 

@@ -42,10 +42,10 @@ class LCCallback(TrainerCallback):
     tune: the share of the optimizer steps at the end in which the model holds compressed weights and their floats
         (codebooks, values that stay, right factors) are trained, who shares which and what is zero being settled.
 
-    Training starts from direct compression.  Whatever runs the model in evaluation mode (evaluation, prediction,
-    `metric_for_best_model`) sees the compressed weights; checkpoints hold the trained ones, and beside them mu, lambda
-    and Theta, so that `resume_from_checkpoint` goes on exactly.  At the end the model holds the compressed weights:
-    the last, or with `load_best_model_at_end` those of the best checkpoint.
+    Training starts from direct compression.  In evaluation mode (evaluation, prediction, `metric_for_best_model`) the
+    model uses the compressed weights.  Checkpoints hold the trained ones, with mu, lambda and the compressed forms
+    beside them, so that `resume_from_checkpoint` continues exactly.  At the end the model holds the compressed
+    weights: the last, or with `load_best_model_at_end` those of the best checkpoint.
 
     Log lines get `lc/mu`, `lc/penalty` (its value at that moment), `lc/loss` (the logged loss with it), `lc/distance`
     (relative, between trained and compressed weights) and `lc/ratio` (of the whole model's bits).

@@ -1,14 +1,15 @@
-"""Learning-Compression: training and compression in turn, drawn together by a penalty.
+"""Learning-Compression: training and compression alternate, and a penalty draws their weights together.
 
     L step: w      <- steps on loss(w) + sum of mu/2 |w - Delta(Theta) - lambda/mu|^2
     C step: Theta  <- the compression nearest to w - lambda/mu
             lambda <- lambda - mu (w - Delta(Theta));  mu <- growth * mu
 
-and, if asked for, at the end: w = Delta(Theta), of which the floats are trained while its structure (who shares which
-entry, what is zero) stays.
+w are the weights, Theta their compressed form (compressed_form.py), Delta(Theta) what it decompresses to.  At the end,
+optionally, w = Delta(Theta) and only the floats of Theta are trained while its structure (which values share an entry,
+which are zero) is fixed.
 
-This file knows any model and any loop, and no Trainer.  Source: Carreira-Perpinan and Idelbayev, Model compression as
-constrained optimization, 2017 and 2018 ("Learning-compression" algorithms for neural net pruning).
+It works with any model and training loop, and knows no Trainer.  Source: Carreira-Perpinan and Idelbayev, Model
+compression as constrained optimization, 2017 and 2018 ("Learning-compression" algorithms for neural net pruning).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import count_bits, save_compressed
-from .compressed_form import Reader, Theta, Writer, restore
+from .compressed_form import CompressedForm, Reader, Writer, restore
 from .scheme import Scheme, Task, find_tasks
 from .tuning import Structure, project, structure
 
@@ -42,11 +43,11 @@ class LearningCompression:
         lc.finish()                     # the model holds the compressed weights
         lc.save("folder")               # a file of about lc.bits / 8 bytes
 
-    The first Theta is that of direct compression, with lambda = 0.
+    It starts from direct compression: lambda = 0.
 
     scheme: see `find_tasks`.
-    mu: the weight of the penalty in the first L step; growth: what it is multiplied with at each C step.  With SGD,
-        learning rate times mu should stay below 1.
+    mu: weight of the penalty in the first L step; growth: its factor at each C step.  With SGD, learning rate times mu
+        should stay below 1.
     share: applied to each decompressed tensor after a C step; with several processes a broadcast from the first.
 
     Raises ValueError for a scheme that does not fit, frozen or sharded parameters, mu <= 0 and growth < 1.
@@ -70,16 +71,16 @@ class LearningCompression:
         if any(hasattr(p, "placements") for p in self.parameters.values()):
             raise ValueError("Learning-Compression needs whole parameters; these are sharded (FSDP). Use DDP.")
         self.c_steps = 0
-        self.thetas: list[Theta] = []
+        self.forms: list[CompressedForm] = []  # one a task
         self.multipliers = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
         self._weights: dict[str, Tensor] = {}  # the trained ones, while the model holds the compressed ones
-        self._structures: list[Structure] | None = None  # settled ones
-        self._moved = False  # once settled: whether the weights have changed since Theta was taken from them
+        self._structures: list[Structure] | None = None  # once settled
+        self._moved = False  # once settled: whether the weights have changed since `forms` were computed from them
         self._compress()
 
     # -- L step ------------------------------------------------------------------------------------------------
     def penalty(self) -> Tensor:
-        """sum of mu/2 |w - Delta - lambda/mu|^2, to be added to the loss; 0 once settled."""
+        """sum of mu/2 |w - Delta - lambda/mu|^2, a scalar to be added to the loss; 0 once settled."""
         if self.settled:
             return next(iter(self.parameters.values())).new_zeros(())
         terms = [(p.float() - self._target[name]).square().sum() for name, p in self.parameters.items()]
@@ -89,7 +90,7 @@ class LearningCompression:
     def add_gradients(self) -> None:
         """Add the penalty's gradient to what `.grad` holds: the same as having added `penalty()` to the loss.
 
-        Once settled, the gradient's part within the structure takes the place of the whole.
+        Once settled, `.grad` becomes its projection onto the structure.
         """
         if self._structures is not None:
             for task, found in zip(self.tasks, self._structures, strict=True):
@@ -105,7 +106,7 @@ class LearningCompression:
     # -- C step ------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def c_step(self) -> None:
-        """Compress w - lambda/mu, update lambda, raise mu; nothing once settled."""
+        """Compress w - lambda/mu, update lambda, raise mu.  Does nothing once settled."""
         if self.settled:
             return
         self.use_trained()
@@ -116,14 +117,14 @@ class LearningCompression:
         self.c_steps += 1
         self._aim()
 
-    # -- training the floats of Theta --------------------------------------------------------------------------
+    # -- training the floats of the compressed forms -----------------------------------------------------------
     @property
     def settled(self) -> bool:
         return self._structures is not None
 
     @torch.no_grad()
     def settle(self) -> None:
-        """A last compression of w; from here on the weights are compressed ones, and its structure stays.
+        """Compress w once more and fix the structure: from here on the model holds compressed weights.
 
         Call `add_gradients` before and `hold` after every optimizer step.
         """
@@ -138,12 +139,12 @@ class LearningCompression:
         self._settle()
 
     def _settle(self) -> None:
-        self._structures = [structure(theta, self.parameters[task.names[0]].device)
-                            for task, theta in zip(self.tasks, self.thetas, strict=True)]  # fmt: skip
+        self._structures = [structure(form, self.parameters[task.names[0]].device)
+                            for task, form in zip(self.tasks, self.forms, strict=True)]  # fmt: skip
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Back to the structure after an optimizer step, whatever the optimizer: shared values are shared again."""
+        """Project the weights back onto the structure after an optimizer step (of any optimizer)."""
         if self._structures is None:
             return
         for task, found in zip(self.tasks, self._structures, strict=True):
@@ -153,31 +154,31 @@ class LearningCompression:
         self._moved = True
 
     def _take_over(self) -> None:
-        """Theta of the weights as they are, and the weights exactly those of Theta."""
+        """Compute `forms` from the weights as they are, and set the weights to exactly what these decompress to."""
         assert self._structures is not None
         self._moved = False
         for i, (task, found) in enumerate(zip(self.tasks, self._structures, strict=True)):
             flat = torch.cat([self.parameters[name].detach().reshape(-1).float() for name in task.names])
-            self.thetas[i] = found.theta(flat)
-            self._decompress(task, self.thetas[i])
+            self.forms[i] = found.form(flat)
+            self._decompress(task, self.forms[i])
         for name, p in self.parameters.items():
             p.copy_(self.delta[name])
 
     @torch.no_grad()
     def _compress(self) -> None:
-        thetas, self.delta = [], {}
+        forms, self.delta = [], {}
         for i, task in enumerate(self.tasks):
             now = [self.parameters[n].float() - self.multipliers[n] / self.mu for n in task.names]
-            theta = task.compression.compress(now, self.mu, self.thetas[i] if self.thetas else None)
-            thetas.append(theta)
-            self._decompress(task, theta)
-        self.thetas = thetas
+            form = task.compression.compress(now, self.mu, self.forms[i] if self.forms else None)
+            forms.append(form)
+            self._decompress(task, form)
+        self.forms = forms
         self._aim()
 
-    def _decompress(self, task: Task, theta: Theta) -> None:
-        for name, value in zip(task.names, theta.values(), strict=True):
+    def _decompress(self, task: Task, form: CompressedForm) -> None:
+        for name, value in zip(task.names, form.values(), strict=True):
             p = self.parameters[name]
-            # In the parameter's own dtype: what evaluation and the file will hold.
+            # In the parameter's dtype, as evaluation and the file will have it.
             value = value.to(p.device, p.dtype)
             self.delta[name] = (value if self.share is None else self.share(value)).float()
 
@@ -188,7 +189,7 @@ class LearningCompression:
     @torch.no_grad()
     def use_compressed(self) -> None:
         if self.settled:
-            if self._moved:  # not once more for every batch of an evaluation
+            if self._moved:  # not again for every batch of an evaluation
                 self._take_over()
         elif not self._weights:
             self._weights = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -218,18 +219,18 @@ class LearningCompression:
     # -- figures -----------------------------------------------------------------------------------------------
     @property
     def bits(self) -> int:
-        """Counted bits of the whole model: Theta, and all that is not compressed as it is."""
-        return count_bits(self.model) - self._dense_bits + sum(theta.bits for theta in self.thetas)
+        """Counted bits of the whole model: compressed forms, and everything else at full size."""
+        return count_bits(self.model) - self._dense_bits + sum(form.bits for form in self.forms)
 
     @property
     def ratio(self) -> float:
-        """Bits of the model as it was over `bits`."""
+        """Bits of the uncompressed model over `bits`."""
         return count_bits(self.model) / self.bits
 
     @property
     def layers_ratio(self) -> float:
-        """The same of the compressed parameters alone."""
-        return self._dense_bits / max(sum(theta.bits for theta in self.thetas), 1)
+        """The same for the compressed parameters alone."""
+        return self._dense_bits / max(sum(form.bits for form in self.forms), 1)
 
     @property
     def _dense_bits(self) -> int:
@@ -247,17 +248,17 @@ class LearningCompression:
     # -- state -------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, **about: Any) -> Path:
         """`save_compressed` with what was learned; bit for bit what the model holds after `finish()`."""
-        return save_compressed(self.model, folder, [(t.names, theta) for t, theta in
-                                                    zip(self.tasks, self.thetas, strict=True)], **about)  # fmt: skip
+        return save_compressed(self.model, folder, [(t.names, form) for t, form in
+                                                    zip(self.tasks, self.forms, strict=True)], **about)  # fmt: skip
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """(tensors, texts) for safetensors: mu, lambda and Theta."""
+        """(tensors, texts) for safetensors: mu, lambda and the compressed forms."""
         if self.settled:
             with torch.no_grad():
                 self._take_over()
-            self._settle()  # as whoever loads this starts
+            self._settle()  # the same start as that of a run which loads this
         out = Writer()
-        stored = [theta.store(out) for theta in self.thetas]
+        stored = [form.store(out) for form in self.forms]
         tensors = {f"theta.{dtype}": stream for dtype, stream in out.joined().items()}
         tensors |= {f"lambda.{name}": value.clone() for name, value in self.multipliers.items()}
         about = {"tasks": self._described(), "thetas": stored, "mu": self.mu, "c_steps": self.c_steps,
@@ -265,24 +266,33 @@ class LearningCompression:
         return tensors, {"lc": json.dumps(about)}
 
     def load_state_dict(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
-        """Continue from `state_dict`; ValueError if it belongs to another scheme."""
-        about = json.loads(texts["lc"])
+        """Continue from `state_dict`; ValueError if it belongs to another scheme or is damaged."""
+        try:
+            about = json.loads(texts["lc"])
+            missing = {"tasks", "thetas", "mu", "c_steps"} - set(about)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"The state of Learning-Compression cannot be read ({error}).") from None
+        if missing:
+            raise ValueError(f"The state of Learning-Compression lacks {', '.join(sorted(missing))}.")
         if about["tasks"] != self._described():
             raise ValueError(
                 f"The checkpoint was written with the scheme {about['tasks']}, this run has {self._described()}. "
                 "Resume with the same scheme, or start afresh from the checkpoint's weights."
             )
+        missing = {f"lambda.{name}" for name in self.parameters} - set(tensors)
+        if missing:
+            raise ValueError(f"The state of Learning-Compression lacks {', '.join(sorted(missing))}.")
         streams = {name.removeprefix("theta."): t for name, t in tensors.items() if name.startswith("theta.")}
         source = Reader(streams)
-        thetas = [restore(stored, [tuple(self.parameters[n].shape) for n in task.names], source)
+        forms = [restore(stored, [tuple(self.parameters[n].shape) for n in task.names], source)
                   for task, stored in zip(self.tasks, about["thetas"], strict=True)]  # fmt: skip
         source.finish()
         self.use_trained()
-        self.thetas, self.mu, self.c_steps = thetas, about["mu"], about["c_steps"]
+        self.forms, self.mu, self.c_steps = forms, about["mu"], about["c_steps"]
         for name, p in self.parameters.items():
             self.multipliers[name] = tensors[f"lambda.{name}"].to(p.device)
-        for task, theta in zip(self.tasks, thetas, strict=True):
-            self._decompress(task, theta)
+        for task, form in zip(self.tasks, forms, strict=True):
+            self._decompress(task, form)
         self._aim()
         self._structures, self._moved = None, False
         if about.get("settled"):

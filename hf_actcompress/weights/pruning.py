@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import GAIN, SWEEPS, Compression, check, flatten, shapes_of
-from .compressed_form import Sparse, Theta
+from .compressed_form import CompressedForm, Sparse
 from .partition import assign, codebook
 
 
@@ -69,7 +69,7 @@ class Prune(Compression):
         assert self.keep is not None
         return min(self.keep, n)
 
-    def _compress(self, tensors: list[Tensor], mu: float | None, start: Theta | None) -> Theta:
+    def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         x, shapes = flatten(tensors), shapes_of(tensors)
         if self.k is not None:
             return self._shared(x, shapes, mu)

@@ -1,9 +1,11 @@
 """Compressed files: bit-identical weights, as many bytes as were counted, and nothing half-loaded."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from helpers.files import Touch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,6 +18,7 @@ from hf_actcompress.weights import (
     save_compressed,
 )
 from hf_actcompress.weights.checkpoint import FILE_NAME
+from hf_actcompress.weights.compressed_form import Reader, Writer, restore
 from hf_actcompress.workloads.lenet import LeNet5
 
 SCHEMES = {
@@ -145,22 +148,67 @@ def test_another_model(saved):
     refused(saved, nn.Sequential(), "conv1.bias is only in the file")
 
 
-@pytest.mark.parametrize("change", [
-    lambda about: about["t"].update({"fc1.bias": [501]}),
-    lambda about: about["c"][0][0].pop(),
-    lambda about: about["c"][0].__setitem__(1, ["sparse", 60, 5]),
-    lambda about: about["c"][0].__setitem__(1, ["nonsense"]),
-    lambda about: about["c"][1][1].pop(),
-    lambda about: about["d"].update(float32=3),
-    lambda about: about["d"].update(nonsense=3),
-    lambda about: about.update(t=None),
-])  # fmt: skip
-def test_a_manifest_that_does_not_fit_its_data(saved, change):
-    path = saved / FILE_NAME
+def changed(folder, change):
+    """The file with another manifest, sealed as if it were right."""
+    path = folder / FILE_NAME
     data, about = checkpoint._open(load_file(path)[checkpoint.TENSOR])
     change(about)
     save_file({checkpoint.TENSOR: checkpoint._seal(data, about)}, path)
-    refused(saved, fresh(), "is damaged: its manifest does not fit its data")
+
+
+HUGE = 10**15
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda about: about["c"][0][0].pop(), "number of float32 values|sparse"),
+    (lambda about: about["c"][0][0].__setitem__(0, -1), "index of a tensor=-1"),
+    (lambda about: about["c"][0][0].__setitem__(0, 2), "conv2.weight: compressed twice"),
+    (lambda about: about["c"][0].__setitem__(1, ["sparse", 60, 5]), "sparse: width=60"),
+    (lambda about: about["c"][0].__setitem__(1, ["sparse", 0, HUGE]), f"sparse: fields={HUGE}"),
+    (lambda about: about["c"][0].__setitem__(1, ["sparse", 7, -3]), "sparse: fields=-3"),
+    (lambda about: about["c"][0][1].append(HUGE), f"sparse: k={HUGE}"),
+    (lambda about: about["c"][0].__setitem__(1, ["codebook", -1]), "codebook: k=-1"),
+    (lambda about: about["c"][1].__setitem__(1, ["lowrank", HUGE]), "lowrank"),
+    (lambda about: about["c"][0].__setitem__(1, ["nonsense"]), "unknown kind"),
+    (lambda about: about["c"][0].__setitem__(1, {}), "describes no compression"),
+    (lambda about: about["c"][1][1].pop(), "each"),
+    (lambda about: about["d"].update(float32=3), "uint8 values|float32 values|bytes of data"),
+    (lambda about: about["d"].update(float32=-1), "float32 values=-1"),
+    (lambda about: about["d"].update(float32=HUGE), f"float32 values={HUGE}"),
+    (lambda about: about["d"].update(nonsense=3), "dtype 'nonsense' is unknown"),
+    (lambda about: about["d"].update(load=3), "dtype 'load' is unknown"),
+    (lambda about: about.update(t=None), "NoneType"),
+    (lambda about: about["t"].update({"fc1.bias": [-500]}), "fc1.bias: .* is no shape"),
+    (lambda about: about["t"].update({"fc1.bias": [HUGE]}), "fc1.bias has the shape .*this machine has"),
+    (lambda about: about["t"].update({"fc1.bias": [True]}), "is no shape"),
+])  # fmt: skip
+def test_a_manifest_that_does_not_fit_its_data(saved, change, message):
+    changed(saved, change)
+    with pytest.raises(ValueError, match=f"{FILE_NAME} is damaged: its manifest does not fit its data .*({message})"):
+        load_compressed(saved)
+    net = fresh()
+    refused(saved, net, "is damaged: its manifest|does not fit the model")
+
+
+def test_a_code_beyond_the_codebook():
+    out = Writer()
+    out.codes([0, 3, 1], 2)
+    out.put(torch.zeros(3))
+    with pytest.raises(ValueError, match="codebook: code: the file holds 3, and there are 3"):
+        restore(["codebook", 3], [(3,)], Reader(out.joined()))
+
+
+def test_a_manifest_that_unpacks_to_too_much(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGEST_MANIFEST", 100)
+    with pytest.raises(ValueError, match="manifest is longer than 100 bytes"):
+        load_compressed(saved)
+
+
+def test_a_pickle_is_not_executed(saved, tmp_path):
+    mark = tmp_path / "executed"
+    (saved / FILE_NAME).write_bytes(pickle.dumps(Touch(mark)))
+    refused(saved, fresh(), "no compressed model, or is damaged")
+    assert not mark.exists()
 
 
 def test_another_safetensors_file(saved):

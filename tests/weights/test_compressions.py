@@ -18,8 +18,8 @@ def compress(spec, *tensors, mu=None):
     return parse_compression(spec).compress(tensors, mu)
 
 
-def error(theta, *tensors):
-    return sum(float((x - y).double().square().sum()) for x, y in zip(tensors, theta.values(), strict=True))
+def error(form, *tensors):
+    return sum(float((x - y).double().square().sum()) for x, y in zip(tensors, form.values(), strict=True))
 
 
 def randn(*shape, seed=0):
@@ -40,19 +40,19 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS)
 def test_stored_form_gives_the_same_values_and_the_counted_bits(spec):
     tensors = [randn(6, 7), randn(5, 2, 3, 3, seed=1)[:, :, 0]]
-    theta = compress(spec, *tensors, mu=1.0)
-    assert [tuple(v.shape) for v in theta.values()] == [(6, 7), (5, 2, 3)]
+    form = compress(spec, *tensors, mu=1.0)
+    assert [tuple(v.shape) for v in form.values()] == [(6, 7), (5, 2, 3)]
     out = Writer()
-    stored = theta.store(out)
+    stored = form.store(out)
     streams = out.joined()
     size = 8 * sum(s.numel() * s.element_size() for s in streams.values())
     # Packed fields end at whole bytes; there are at most three in each part.
-    assert theta.bits <= size <= theta.bits + 7 * 3 * 3
+    assert form.bits <= size <= form.bits + 7 * 3 * 3
     source = Reader(streams)
-    again = restore(stored, list(theta.shapes), source)
+    again = restore(stored, list(form.shapes), source)
     source.finish()
-    assert again.bits == theta.bits
-    for a, b in zip(theta.values(), again.values(), strict=True):
+    assert again.bits == form.bits
+    for a, b in zip(form.values(), again.values(), strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
@@ -87,35 +87,35 @@ def test_two_entries_everywhere_on_lenet5_give_the_known_ratio(k):
 
 @given(floats)
 def test_binary(x):
-    theta = compress("binary", x)
+    form = compress("binary", x)
     scale = x.abs().max().item()
     tries = np.linspace(0, scale, 201)
     least = min(float(((x.abs() - a) ** 2).sum()) for a in tries)
-    assert error(theta, x) <= least + 1e-5
-    assert theta.bits == x.numel() + 32
+    assert error(form, x) <= least + 1e-5
+    assert form.bits == x.numel() + 32
 
 
 @given(floats)
 def test_ternary(x):
-    theta = compress("ternary", x)
+    form = compress("ternary", x)
     least = float((x**2).sum())
     for kept in itertools.product((0, 1), repeat=x.numel()):
         mask = torch.tensor(kept).bool()
         if mask.any():
             a = x[mask].abs().mean()
             least = min(least, float(((x - mask * x.sign() * a) ** 2).sum()))
-    assert error(theta, x) == pytest.approx(least, abs=1e-5)
-    assert theta.bits == 2 * x.numel() + 32
+    assert error(form, x) == pytest.approx(least, abs=1e-5)
+    assert form.bits == 2 * x.numel() + 32
 
 
 @given(floats, st.integers(0, 8))
 def test_pruning_keeps_the_largest_and_none_of_none(x, keep):
-    theta = compress(f"prune:keep={keep}", x)
-    (y,) = theta.values()
+    form = compress(f"prune:keep={keep}", x)
+    (y,) = form.values()
     assert int((y != 0).sum()) <= keep
     assert (y[y != 0] == x[y != 0]).all()
     dropped = x.abs().sort().values[: max(x.numel() - keep, 0)]
-    assert error(theta, x) == pytest.approx(float((dropped**2).sum()), abs=1e-5)
+    assert error(form, x) == pytest.approx(float((dropped**2).sum()), abs=1e-5)
 
 
 @given(floats, st.floats(0, 20))
@@ -163,12 +163,12 @@ def test_pruning_is_joint_unless_told_otherwise():
 @given(floats, st.integers(1, 6), st.integers(1, 3))
 def test_a_codebook_for_what_stays(x, keep, k):
     """Never worse than keeping the largest magnitudes and then choosing the best codebook for them."""
-    theta = compress(f"prune:keep={keep},k={k}", x)
-    (y,) = theta.values()
+    form = compress(f"prune:keep={keep},k={k}", x)
+    (y,) = form.values()
     assert int((y != 0).sum()) <= keep and len(set(y[y != 0].tolist())) <= k
     kept = x[x.abs().sort(descending=True).indices[:keep]]
     simple = float((x**2).sum() - (kept**2).sum()) + error(compress(f"codebook:k={k}", kept), kept)
-    assert error(theta, x) <= simple + 1e-4
+    assert error(form, x) <= simple + 1e-4
 
 
 # Low rank
@@ -180,36 +180,36 @@ def test_fixed_rank_is_the_truncated_svd(shape):
     matrix = x.reshape(shape[0], -1)
     s = torch.linalg.svdvals(matrix)
     for rank in range(len(s) + 1):
-        theta = compress(f"lowrank:rank={rank}", x)
-        assert error(theta, x) == pytest.approx(float((s[rank:] ** 2).sum()), abs=1e-3)
-        assert theta.bits == 32 * min(rank * sum(matrix.shape), matrix.numel())
+        form = compress(f"lowrank:rank={rank}", x)
+        assert error(form, x) == pytest.approx(float((s[rank:] ** 2).sum()), abs=1e-3)
+        assert form.bits == 32 * min(rank * sum(matrix.shape), matrix.numel())
 
 
 @pytest.mark.parametrize("alpha", [0, 1e-3, 1e-2, 0.1, 1, 10])
 def test_the_chosen_rank_costs_least_and_never_more_than_dense(alpha):
     x = randn(20, 10) @ torch.diag(torch.logspace(0, -3, 10)) @ randn(10, 14, seed=1)
     mu, s = 0.5, torch.linalg.svdvals(x).double()
-    theta = compress(f"lowrank:rank=auto,alpha={alpha}", x, mu=mu)
-    own = alpha * theta.bits / 32 + mu / 2 * error(theta, x)
+    form = compress(f"lowrank:rank=auto,alpha={alpha}", x, mu=mu)
+    own = alpha * form.bits / 32 + mu / 2 * error(form, x)
     costs = [alpha * min(r * 34, 280) + mu / 2 * float((s[r:] ** 2).sum()) for r in range(len(s) + 1)]
     assert own == pytest.approx(min(costs), rel=1e-5, abs=1e-6)
-    assert theta.bits <= 32 * 280
+    assert form.bits <= 32 * 280
 
 
 def test_a_flat_spectrum_is_left_dense_where_factors_cost_more():
-    theta = compress("lowrank:rank=auto,alpha=0.05", torch.eye(8), mu=1.0)
-    assert theta.bits == 32 * 64 and error(theta, torch.eye(8)) < 1e-9
+    form = compress("lowrank:rank=auto,alpha=0.05", torch.eye(8), mu=1.0)
+    assert form.bits == 32 * 64 and error(form, torch.eye(8)) < 1e-9
     assert compress("lowrank:rank=auto,alpha=0.07", torch.eye(8), mu=1.0).bits == 0  # 64 alpha against 8 / 2
 
 
 def test_values_do_not_depend_on_the_number_of_threads():
-    theta = compress("lowrank:rank=30", randn(300, 200))
+    form = compress("lowrank:rank=30", randn(300, 200))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        (one,) = theta.values()
+        (one,) = form.values()
         torch.set_num_threads(2)
-        (two,) = theta.values()
+        (two,) = form.values()
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one, two)
@@ -221,12 +221,12 @@ def test_values_do_not_depend_on_the_number_of_threads():
 def test_a_sum_is_better_than_one_sweep_and_than_its_parts():
     x = randn(40, 50)
     x.view(-1)[::97] *= 12
-    theta = compress("codebook:k=2 + prune:keep=2%", x)
+    form = compress("codebook:k=2 + prune:keep=2%", x)
     first = compress("codebook:k=2", x)
     rest = x - first.values()[0]
     sweep = error(compress("prune:keep=2%", rest), rest)
-    assert error(theta, x) < 0.99 * sweep < error(first, x)
-    assert theta.bits == sum(part.bits for part in theta.parts)
+    assert error(form, x) < 0.99 * sweep < error(first, x)
+    assert form.bits == sum(part.bits for part in form.parts)
 
 
 def test_alternation_goes_on_from_an_earlier_result():

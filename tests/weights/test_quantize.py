@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from helpers.files import Touch
 from helpers.small_models import Net, bert, images, inputs, texts
 from torch import nn
 
@@ -146,16 +147,6 @@ def test_bad_input(quantized, tmp_path):
     (tmp_path / ABOUT).write_text((tmp_path / ABOUT).read_text()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         load_quantized(tmp_path)
-
-
-class Touch:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("name", ["int8.pt2.gz", WEIGHTS, ABOUT])

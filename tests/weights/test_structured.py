@@ -216,6 +216,11 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="does not fit the weights at head.weight"):
         load_pruned(tmp_path, other)
+    for field, value in (("shapes", {"head.weight": [-3, 5]}), ("modules", {"head": {"forward": 3}}), ("shapes", []),
+                         ("kept_layers", {"block": [True]})):  # fmt: skip
+        (tmp_path / MANIFEST).write_text(json.dumps({**manifest, field: value}))
+        with pytest.raises(ValueError, match=f"{MANIFEST}: {field}"):
+            load_pruned(tmp_path, other)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         load_pruned(tmp_path, other)

@@ -1,4 +1,4 @@
-"""Settled structures: projections onto the space that a Theta's floats span, and training within it."""
+"""Fixed structures: projections onto the space that the floats span, and training within it."""
 
 import pytest
 import torch
@@ -19,9 +19,9 @@ def tensors(spec, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def basis(theta, spec):
-    """The slow, obvious twin: how the tensors answer to each float of Theta, by finite differences of its values."""
-    flat = torch.cat([v.reshape(-1) for v in theta.values()])
+def basis(form, spec):
+    """The slow, obvious twin: how the tensors change with each float, by finite differences."""
+    flat = torch.cat([v.reshape(-1) for v in form.values()])
     directions = []
 
     def along(change):
@@ -42,34 +42,34 @@ def basis(theta, spec):
             bumps(inner, lambda new, i=i, part=part: rebuild(
                 dataclasses.replace(part, parts=(*part.parts[:i], new, *part.parts[i + 1:]))))  # fmt: skip
 
-    bumps(theta, lambda new: new)
+    bumps(form, lambda new: new)
     return torch.stack(directions, 1).double() if directions else torch.zeros(len(flat), 0).double()
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_projection_is_that_onto_the_space_of_the_floats(spec):
-    theta = parse_compression(spec).compress(tensors(spec))
-    found = structure(theta, torch.device("cpu"))
+    form = parse_compression(spec).compress(tensors(spec))
+    found = structure(form, torch.device("cpu"))
     x = tensors(spec, seed=1)
     flat = torch.cat([v.reshape(-1) for v in x]).double()
     for _ in range(6):  # a sum of parts that overlap comes nearer with every call
         ours = torch.cat([v.reshape(-1) for v in project(found, x)]).double()
     if "block" in spec:  # codecs stay as they are
-        expected = torch.cat([v.reshape(-1) for v in theta.values()]).double()
+        expected = torch.cat([v.reshape(-1) for v in form.values()]).double()
     else:
-        space = basis(theta, spec)
+        space = basis(form, spec)
         expected = space @ torch.linalg.lstsq(space, flat[:, None], driver="gelsd").solution[:, 0]
     assert torch.allclose(ours, expected, atol=1e-3 if "+" in spec else 1e-5)
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_theta_of_a_projected_tensor_has_the_same_bits_and_values(spec):
-    theta = parse_compression(spec).compress(tensors(spec))
-    found = structure(theta, torch.device("cpu"))
+def test_form_of_a_projected_tensor_has_the_same_bits_and_values(spec):
+    form = parse_compression(spec).compress(tensors(spec))
+    found = structure(form, torch.device("cpu"))
     inside = project(found, tensors(spec, seed=1))
     flat = torch.cat([v.reshape(-1) for v in inside])
-    again = found.theta(flat)
-    assert again.bits == theta.bits and type(again) is type(theta)
+    again = found.form(flat)
+    assert again.bits == form.bits and type(again) is type(form)
     assert torch.allclose(torch.cat([v.reshape(-1) for v in again.values()]), flat, atol=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_a_settled_model_is_trained_and_stays_within_its_structure(tmp_path, opt
 
     def hold(self):
         plain(self)
-        structures.append([theta.bits for theta in self.thetas])
+        structures.append([form.bits for form in self.forms])
         for task in self.tasks:
             if "codebook" in str(task.compression):
                 for name in task.names:
@@ -123,7 +123,7 @@ def test_a_settled_run_resumes_exactly(tmp_path):
     assert same(weights(whole), weights(again))
 
 
-def test_theta_is_taken_once_for_all_batches_of_an_evaluation(monkeypatch):
+def test_form_is_taken_once_for_all_batches_of_an_evaluation(monkeypatch):
     lc, seen = LearningCompression(torch.nn.Linear(8, 4), "codebook:k=2"), []
     plain = LearningCompression._take_over
     monkeypatch.setattr(LearningCompression, "_take_over", lambda self: seen.append(1) or plain(self))
@@ -155,10 +155,10 @@ def test_training_the_floats_lowers_the_loss_that_the_compressed_model_has():
         optimizer.step()
         lc.hold()
         losses.append(float(loss))
-    codes = lc.thetas[0].codes
+    codes = lc.forms[0].codes
     lc.finish()
     assert losses[-1] < losses[0] - 1e-3 and losses == sorted(losses, reverse=True)
-    assert (lc.thetas[0].codes == codes).all() and len(model.weight.unique()) <= 3
+    assert (lc.forms[0].codes == codes).all() and len(model.weight.unique()) <= 3
 
 
 @pytest.mark.parametrize("tune", [-0.1, 1.0, 2])

@@ -1,11 +1,15 @@
 """Weights of few bits: the codes are what they say, files are small, and loading gives the same model."""
 
+import copy
+import json
+
 import pytest
 import torch
 from helpers.small_models import Net, bert, images, inputs, texts
 from torch import nn
 
 from hf_actcompress.weights.weight_only import (
+    ABOUT,
     WEIGHTS,
     Binarize,
     binarize,
@@ -95,3 +99,27 @@ def test_bad_input(tmp_path):
     (tmp_path / WEIGHTS).write_bytes(data[:-50])
     with pytest.raises(ValueError, match="damaged or cut off"):
         load_few_bits(tmp_path, Net())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda about: about["packed"]["block.0.weight"].update(bits=3), r"packed\['block.0.weight'\]=.*not understood"),
+    (lambda about: about["shapes"]["shapes"].update({"block.0.weight": [10**15, 4]}), "bytes of codes and"),
+    (lambda about: about["shapes"]["shapes"].update({"block.0.weight": [-1, 4]}), r"shapes\['block.0.weight'\]"),
+    (lambda about: about["shapes"]["modules"]["block.0"].update(forward=3), r"modules\['block.0'\] cannot be right"),
+    (lambda about: about["shared"].update({"head.bias": "nobody"}), "does not fit|no tensor of the same shape"),
+    (lambda about: about.update(format=9), "not of format 1"),
+    (lambda about: about.pop("packed"), "no mapping"),
+])  # fmt: skip
+def test_a_json_that_cannot_be_right_is_refused_before_anything_is_changed(tmp_path, change, message):
+    net = Net(width=32)
+    binarize(net, "block.*")
+    finish_binarize(net)
+    save_few_bits(net, tmp_path)
+    about = json.loads((tmp_path / ABOUT).read_text())
+    change(about)
+    (tmp_path / ABOUT).write_text(json.dumps(about))
+    other = Net(width=32)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_few_bits(tmp_path, other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
