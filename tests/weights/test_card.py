@@ -1,9 +1,11 @@
 """The report card: numbers that are known beforehand, and a command that loads what the package writes."""
 
 import json
+import pickle
 
 import pytest
 import torch
+from helpers.files import Touch
 from helpers.small_models import Net, images, inputs
 from torch import nn
 
@@ -152,3 +154,14 @@ def test_the_command_loads_what_the_package_writes(tmp_path, capsys):
     assert pruned["flops"] < 0.5 * dense["flops"]
     assert main(["card", str(tmp_path / "none")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_the_command_reads_no_pickled_weights(tmp_path, capsys):
+    pytest.importorskip("timm")
+    model, _ = load_image_model("resnet10t", 10, 32)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "executed")))
+    assert main(["card", str(tmp_path), "--max-samples", "8"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
