@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MINILM, TINY_BERT, EFFICIENTNET = "minilm", "tiny-bert", "efficientnet-lite0"
 TORCHVISION = "torchvision:"
 TINY_VOCABULARY, TINY_LENGTH = 4000, 256
-# For from_pretrained.  No file that can hold code is read, neither pickled weights (pytorch_model.bin) nor Python files.
+# For from_pretrained.  No file that can hold code is read: no pickled weights (pytorch_model.bin), no Python files.
 # A head of another number of classes is made anew; transformers logs it.
 SAFE = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
 
