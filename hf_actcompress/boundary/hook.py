@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec
+from ..codecs.base import FLOAT_DTYPES
 from ..models.hooks import outside_of_graphs
 from ..models.layers import first_tensor, replace_first_tensor
 from ..observe.events import Listener
@@ -99,18 +100,25 @@ class Boundary:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.enabled:
             return None
-        x = first_tensor(output)
-        if x is None or not x.is_floating_point():
-            raise ValueError(
-                f"{self.name}: the output is a {type(output).__name__} without a floating point tensor, so there is "
-                "nothing to compress. Choose other layers with first, last and layers, or name the blocks with blocks."
-            )
         recorded = self.passes.recorded()
         if not self.evaluate and not (module.training and recorded):
             return None
+        x = first_tensor(output)
+        if x is None or x.dtype not in FLOAT_DTYPES or x.layout != torch.strided or x.is_nested:
+            raise ValueError(self._misfit(output, x))
         # A layer may be kept in eval mode inside a model that trains (frozen batch norms).
         trains = recorded and (module.training or x.requires_grad)
         return replace_first_tensor(output, _Compress.apply(x, self, trains))
+
+
+    def _misfit(self, output: Any, x: Tensor | None) -> str:
+        if x is None or not x.is_floating_point():
+            found = f"a {type(output).__name__} without a floating point tensor, so there is nothing to compress"
+        else:
+            kind = "nested tensor" if x.is_nested else "tensor"
+            found = f"a {kind} of {x.dtype} in layout {x.layout}, and codecs take dense ones of 16, 32 or 64 bits"
+        return (f"{self.name}: the output is {found}. Choose other layers with first, last and layers, or name the "
+                "blocks with blocks; where only evaluation has such tensors, evaluate='off' leaves them alone.")
 
 
 class _Compress(torch.autograd.Function):

@@ -1,11 +1,15 @@
 """A boundary without gradients, in evaluation, with NaN and Inf, and its meter."""
 
 
+import copy
+
 import pytest
 import torch
+from helpers import batch_of, build, loss_of, points, stack
 from helpers.boundaries import SPECS, STATEFUL, attach, meter, metered, values
 from torch import nn
 
+from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.observe.meter import Meter
 
@@ -189,3 +193,111 @@ def test_metering_changes_no_value(spec):
     assert (silent.samples, loud.samples) == (0, 3)
     assert silent.payload_bytes == loud.payload_bytes
     assert all(torch.equal(a, b) for a, b in zip(never, always, strict=True))
+
+
+# What is training
+
+
+def states(handle):
+    return {name: entry["state"] for name, entry in handle.state_dict().items()}
+
+
+def generated(model, ids):
+    torch.manual_seed(0)
+    return model.generate(ids, max_new_tokens=4, do_sample=True, pad_token_id=0)
+
+
+def test_generate_in_train_mode_is_evaluation():
+    """With evaluate="off" it is exact, and it never changes the codecs' states; training goes on compressed."""
+    model, batch = build("t5").train(), batch_of("t5")
+    plain = generated(model, batch["input_ids"])
+    for evaluate in ("off", "on"):
+        config = ActCompressConfig("ef+uniform:bits=1", last=0, evaluate=evaluate)
+        with compress_model(model, config) as handle:
+            loss_of(model, batch).backward()
+            trained = copy.deepcopy(states(handle))
+            found = generated(model, batch["input_ids"])
+            assert torch.equal(found, plain) == (evaluate == "off")
+            torch.testing.assert_close(states(handle), trained, rtol=0, atol=0)
+            calls = {row["calls"] for row in handle.stats() if row["direction"] == "forward"}
+            assert (calls == {1}) == (evaluate == "off")
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_reentrant_checkpointing_is_training(segments):
+    """Its forward pass runs without gradients, and several layers at once."""
+    model, (x, y) = stack(segments=segments, reentrant=True, dropout=0.0).train(), points()
+    config = ActCompressConfig("uniform:bits=1", first=4, last=0, evaluate="off")
+    losses = []
+    for _ in range(2):
+        with compress_model(model, config, example_inputs=x) as handle:
+            losses.append(nn.functional.cross_entropy(model(x), y))
+            losses[-1].backward()
+            assert all(row["calls"] == 1 for row in handle.stats())
+        model.segments = 0
+    assert torch.equal(*losses)
+
+
+class Convert(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+@pytest.mark.parametrize("make", [
+    lambda x: x.to(torch.complex64), lambda x: x.to(torch.float8_e4m3fn), lambda x: x.to_sparse(),
+    lambda x: torch.nested.nested_tensor([x, x[:2]]),
+    lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+])  # fmt: skip
+def test_what_no_codec_takes_is_refused_with_its_name_and_passes_where_evaluation_is_off(make):
+    layer = Convert(make).train()
+    attach(layer, "block:bits=4", evaluate=False)
+    with pytest.raises(ValueError, match=r"the\.layer: the output is a .*Choose other layers.*evaluate='off'"):
+        layer(values(4, 8))
+    layer.eval()(values(4, 8))
+
+
+# Measurements
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_isolated_works_on_copies_and_tells_other_listeners(spec):
+    def run(measure):
+        layer, outputs, seen = nn.Identity().train(), [], []
+        boundary = attach(layer, spec, spec)
+        for step in range(3):
+            x = values(6, 16, seed=step).requires_grad_()
+            if measure:
+                with boundary.isolated(seen.append):
+                    layer(values(6, 16, seed=step).requires_grad_()).backward(x.detach())
+            y = layer(x)
+            y.backward(x.detach())
+            outputs += [y.detach(), x.grad]
+        return outputs, meter(boundary.forward), seen
+
+    (plain, counted, _), (measured, other, events) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
+    assert counted.calls == other.calls == 3 and counted.error == other.error
+    assert [(e.site, e.name, e.direction) for e in events[:2]] == [
+        ("boundary", "the.layer", "forward"), ("boundary", "the.layer", "backward"),
+    ]  # fmt: skip
+    assert torch.equal(events[0].decode(), plain[0]) and events[0].raw_bytes == 6 * 16 * 4 > events[0].payload_bytes
+
+
+def test_candidates_replace_the_codecs_for_a_while():
+    layer = nn.Identity().train()
+    boundary, seen = attach(layer, "uniform:bits=1", "uniform:bits=1"), []
+    boundary.enabled = False
+    with boundary.candidates(seen.append) as channels:
+        x = values(6, 16).requires_grad_()
+        layer(x).backward(x.detach())
+        assert torch.equal(x.grad, x) and not seen
+        channels["backward"].codec = parse_codec("kmeans:bits=1")
+        first, second = (torch.autograd.grad(layer(x), x, values(6, 16, seed=1))[0] for _ in range(2))
+        assert torch.equal(first, second) and first.unique().numel() == 2
+        assert [event.direction for event in seen] == ["backward", "backward"]
+    assert not boundary.enabled and str(boundary.backward.codec) == "uniform:bits=1"
+    assert meter(boundary.backward).calls == 0
