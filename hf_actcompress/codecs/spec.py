@@ -77,7 +77,7 @@ def convert(name: str, key: str, text: str, hint: Any) -> Any:
                 return kind(text)
             except ValueError:
                 what = "an integer" if kind is int and float not in kinds else "a number"
-            if kind is float or float not in kinds:
+            if str not in kinds and (kind is float or float not in kinds):
                 raise ValueError(f"{name}: {key}={text!r} is not {what}.")
     return text
 

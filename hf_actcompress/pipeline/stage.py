@@ -57,6 +57,9 @@ class CompressedPipelineStage(LinkedStage):
             grad_codec = codec.for_gradients()
         if grad_codec != grad_codec.for_gradients():
             raise ValueError(f"grad_codec={grad_codec} is for activations alone; use {grad_codec.for_gradients()}.")
+        for one in (codec, grad_codec):
+            if "wire" in one.traits.unfit:
+                raise ValueError(f"{one} cannot be used between stages: {one.traits.unfit['wire']}")
         self.codecs = {FORWARD: codec, BACKWARD: grad_codec}
         self.seed, self.steps, self.agree = seed, 0, dict(agree or {})
         self.bytes, self.raw_bytes, self.seconds = Counter(), Counter(), Counter()

@@ -23,6 +23,7 @@ class Compression:
     """Subclasses set `name` and implement `_compress` for tensors that belong together."""
 
     name: ClassVar[str] = ""
+    main: ClassVar[str] = ""  # the option that a spec always shows
     joint: bool = False
     needs_mu: bool = False  # whether it weighs a penalty against mu / 2 times the squared error
 
@@ -48,14 +49,10 @@ class Compression:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        always = {"codebook": "k", "lowrank": "rank"}.get(self.name)
-        options = [f"{f.name}={_text(getattr(self, f.name))}" for f in dataclasses.fields(self)  # type: ignore
-                   if getattr(self, f.name) != f.default or f.name == always]  # fmt: skip
+        """The spec: the name and the options that differ from their defaults, plus `main`."""
+        options = [f"{f.name}={str(getattr(self, f.name)).lower()}" for f in dataclasses.fields(self)  # type: ignore
+                   if getattr(self, f.name) != f.default or f.name == self.main]  # fmt: skip
         return f"{self.name}:{','.join(options)}" if options else self.name
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Any:

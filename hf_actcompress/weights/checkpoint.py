@@ -143,7 +143,7 @@ def load_compressed(folder: str | Path, model: nn.Module | None = None) -> dict[
         state = _decompress(about, data)
     except _Misfit as error:
         raise ValueError(str(error)) from None
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
+    except (ValueError, LookupError, ArithmeticError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{path} is damaged: its manifest does not fit its data ({error}).") from error
     if model is not None:
         model.load_state_dict(state)

@@ -332,8 +332,9 @@ def restore(stored: Any, shapes: Shapes, source: Reader) -> CompressedForm:
         return Dense(shapes, source.take(n))
     if kind == "codec":
         payload = _restore_payload(_only(rest), source)
-        if math.prod(payload.shape) != n:
+        if [payload.shape] != [tuple(shape) for shape in shapes]:
             raise ValueError(f"codec: the payload's shape is {payload.shape}, the tensor's {list(shapes)}")
+        _check_payload(payload)
         return Coded(shapes, payload)
     raise ValueError(f"{kind!r} is an unknown kind of compression; a newer version may have written it")
 
@@ -360,8 +361,23 @@ def _store_payload(payload: Payload, out: Writer) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _check_payload(payload: Payload) -> None:
+    """Decoders trust the sizes of what they decode, so these have to be the ones that the codec itself makes."""
+    codec = parse_codec(payload.codec)
+    example = torch.randn(payload.shape, generator=torch.Generator().manual_seed(0)).to(payload.dtype)
+    expected = {"raw": (payload.shape, payload.dtype)} if payload.raw else _layout(codec.encode(example))
+    if _layout(payload) != expected:
+        raise ValueError(f"codec: the payload holds {_layout(payload)}, and {codec} makes {expected}")
+
+
+def _layout(payload: Payload, path: str = "") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    found = {path + name: (tuple(tensor.shape), tensor.dtype) for name, tensor in payload.tensors.items()}
+    for name, part in payload.parts.items():
+        found |= _layout(part, f"{path}{name}/")
+    return found
+
+
 def _restore_payload(stored: Any, source: Reader) -> Payload:
-    """What is inside is the codec's own; it checks codes against codebooks when it decodes."""
     if not isinstance(stored, dict) or set(stored) != {"codec", "shape", "dtype", "raw", "tensors", "parts"}:
         raise ValueError("codec: the payload's description is not complete")
     tensors = {}

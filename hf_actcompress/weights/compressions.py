@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..codecs import Codec, codec_names, parse_codec
+from ..codecs.spec import build, did_you_mean, split_spec
 from .base import GAIN, SWEEPS, Compression, check, flatten, shapes_of
 from .compressed_form import Coded, Codes, CompressedForm, Dense, Factors, Sum
 from .partition import assign, codebook
@@ -30,6 +30,7 @@ class Codebook(Compression):
     k: int = 2
     joint: bool = False
     name: ClassVar[str] = "codebook"
+    main: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:
         check(self.name, "k", self.k, isinstance(self.k, int) and 1 <= self.k <= 2**16, "an integer from 1 to 65536")
@@ -84,6 +85,7 @@ class LowRank(Compression):
     rank: int | str = "auto"
     alpha: float | None = None
     name: ClassVar[str] = "lowrank"
+    main: ClassVar[str] = "rank"
 
     def __post_init__(self) -> None:
         if self.rank != "auto":
@@ -133,6 +135,10 @@ class Encode(Compression):
 
     codec: Codec
     name: ClassVar[str] = "codec"
+
+    def __post_init__(self) -> None:
+        if "weights" in self.codec.traits.unfit:
+            raise ValueError(f"{self.codec} cannot compress weights: {self.codec.traits.unfit['weights']}")
 
     def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
         return Coded(shapes_of(tensors), self.codec.encode(tensors[0].cpu().contiguous()))
@@ -208,40 +214,15 @@ def parse_compression(spec: str | Compression) -> Compression:
     if len(parts) > 1:
         return Additive(tuple(parse_compression(part) for part in parts))
     name, _, tail = parts[0].partition(":")
-    if name == "codec":
-        return Encode(parse_codec(tail))
-    if name not in OWN:
-        try:
-            return Encode(parse_codec(parts[0]))
-        except ValueError as error:
-            if name.split("|")[0].removeprefix("ef+") in codec_names():
-                raise
-            raise ValueError(
-                f"Unknown compression '{name}' in '{spec}'. Compressions: {', '.join(OWN)}; codecs: "
-                f"{', '.join(codec_names())}; sums are written 'codebook:k=2 + prune:keep=1%'."
-            ) from error
-    options = {}
-    known = [f.name for f in dataclasses.fields(OWN[name])]  # type: ignore[arg-type]
-    for item in filter(None, (t.strip() for t in tail.split(","))):
-        key, equals, value = (t.strip() for t in item.partition("="))
-        if not equals or not value:
-            raise ValueError(f"'{item}' in '{spec}' is not option=value. Example: codebook:k=4.")
-        if key not in known or key in options:
-            reason = "is given twice" if key in options else f"is unknown to {name}"
-            raise ValueError(f"The option '{key}' in '{spec}' {reason}. Options: {', '.join(known)}.")
-        options[key] = _value(value)
+    if name in OWN:
+        return build(OWN[name], name, split_spec(parts[0], "compression", "codebook:k=4")[1], spec)
     try:
-        return OWN[name](**options)
-    except TypeError as error:
-        raise ValueError(f"'{spec}' is not understood ({error}). Options of {name}: {', '.join(known)}.") from error
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+        codec = parse_codec(tail if name == "codec" else parts[0])
+    except ValueError as error:
+        if name == "codec" or set(re.split(r"[|+]", name)) & set(codec_names()):
+            raise
+        raise ValueError(
+            f"Unknown compression '{name}' in '{spec}'.{did_you_mean(name, [*OWN, *codec_names()])} Compressions: "
+            f"{', '.join(OWN)}; codecs: {', '.join(codec_names())}; sums are written 'codebook:k=2 + prune:keep=1%'."
+        ) from error
+    return Encode(codec)

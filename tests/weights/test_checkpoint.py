@@ -1,6 +1,7 @@
 """Compressed files: bit-identical weights, as many bytes as were counted, and nothing half-loaded."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from helpers.files import Touch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_actcompress.codecs import Codec, Payload
 from hf_actcompress.weights import (
     LearningCompression,
     checkpoint,
@@ -214,3 +216,56 @@ def test_a_pickle_is_not_executed(saved, tmp_path):
 def test_another_safetensors_file(saved):
     save_file({"weight": torch.zeros(3)}, saved / FILE_NAME)
     refused(saved, fresh(), r"no compressed model.*holds \['weight'\]")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda stored: stored["tensors"]["codes"].__setitem__(1, 1), "codec: the payload holds .* block:bits=4 makes"),
+    (lambda stored: stored["tensors"]["codes"].__setitem__(1, HUGE), f"codec: codes={HUGE}"),
+    (lambda stored: stored["tensors"]["codes"].__setitem__(1, -1), "codec: codes=-1"),
+    (lambda stored: stored.update(shape=[500, 8000]), "codec: the payload's shape"),
+    (lambda stored: stored.update(codec="block:bits=2"), "codec: the payload holds"),
+    (lambda stored: stored.update(codec="nobody"), "Unknown codec 'nobody'"),
+    (lambda stored: stored.update(dtype="load"), "dtype 'load' is unknown"),
+    (lambda stored: stored.pop("raw"), "not complete"),
+])  # fmt: skip
+def test_a_payload_that_its_codec_would_not_make(tmp_path, lenet, change, message):
+    save_compressed(lenet, tmp_path, {"fc1": "block:bits=4"})
+    changed(tmp_path, lambda about: change(about["c"][0][1][1]))
+    with pytest.raises(ValueError, match=f"damaged.*fc1.weight: .*{message}"):
+        load_compressed(tmp_path)
+
+
+def test_what_a_codec_passes_on_uncompressed(tmp_path):
+    net = nn.Linear(4, 4)
+    with torch.no_grad():
+        net.weight[0, 0] = 2.0**50
+    save_compressed(net, tmp_path, "block:bits=4")
+    assert torch.equal(load_compressed(tmp_path)["weight"], net.weight)
+
+
+def test_a_codec_from_outside(tmp_path, lenet, monkeypatch):
+    """Registered, a codec works by its spec; where it is not, the file is refused with its name."""
+    from hf_actcompress.codecs import registry
+
+    monkeypatch.setattr(registry, "CODECS", dict(registry.CODECS))
+
+    @registry.register_codec("signs")
+    @dataclasses.dataclass(frozen=True)
+    class Signs(Codec):
+        size: float = 0.5
+
+        def _encode(self, x, state):
+            return Payload(str(self), tuple(x.shape), x.dtype, {"signs": (x >= 0).to(torch.uint8)})
+
+        def _decode(self, payload):
+            return (payload.tensors["signs"].to(payload.dtype) * 2 - 1) * self.size
+
+        def _payload_nbytes(self, shape, dtype):
+            return torch.Size(shape).numel()
+
+    save_compressed(lenet, tmp_path, {"fc1": "signs:size=0.25"})
+    found = load_compressed(tmp_path)["fc1.weight"]
+    assert torch.equal(found, torch.where(lenet.fc1.weight >= 0, 0.25, -0.25))
+    del registry.CODECS["signs"]
+    with pytest.raises(ValueError, match="fc1.weight: Unknown codec 'signs'"):
+        load_compressed(tmp_path)

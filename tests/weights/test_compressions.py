@@ -240,21 +240,22 @@ def test_alternation_goes_on_from_an_earlier_result():
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ("codebok:k=2", "Unknown compression 'codebok'.*codebook.*codecs: identity"),
+    ("codebok:k=2", "Unknown compression 'codebok'.*Did you mean 'codebook'.*codecs: .*identity"),
     ("codebook:k=0", "k=0 is not an integer from 1"),
-    ("codebook:q=2", "option 'q'.*unknown to codebook. Options: k, joint"),
-    ("codebook:k=2,k=3", "given twice"),
+    ("codebook:q=2", "codebook has no option 'q'.*Options: k, joint"),
+    ("codebook:k=2,k=3", "gives k twice"),
     ("codebook:k", "is not option=value"),
     ("prune", "exactly one of keep=, l0=, l1= and l1_norm=; got none"),
     ("prune:keep=3,l0=1", r"exactly one of .* got \['keep', 'l0'\]"),
     ("prune:keep=-1", "keep=-1 is not a count such as 104 or a share"),
-    ("prune:keep=0.5", "keep=0.5 is not a count"),
+    ("prune:keep=0.5", "keep='0.5' is not a count"),
     ("prune:keep=101%", "keep='101%' is not"),
     ("prune:l1=1,k=4", "goes with keep= or l0="),
     ("lowrank", "rank=auto needs alpha="),
     ("lowrank:rank=3,alpha=1", "a fixed rank takes none"),
     ("lowrank:rank=x", "not an integer of 0 or more, or auto"),
     ("block:bits=99", "bits=99"),
+    ("delta+block:bits=4", "cannot compress weights"),
     ("", "such as 'codebook:k=2'"),
     ("codebook:k=2 + nonsense", "Unknown compression 'nonsense'"),
 ])  # fmt: skip
