@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,11 +25,23 @@ from .observe.events import Listener
 from .observe.meter import Meter
 from .observe.probe import Probe
 from .ops.cpu.malloc import KeptMemory
-from .saved.budget import CODEC, Budget, parse_share
+from .saved.budget import CODEC, Budget
 from .saved.hooks import install, is_hook
 from .saved.tensors import COMPILED, SavedTensors
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _switched_off(sites: Iterable[Any]) -> Iterator[None]:
+    before = [(site, site.enabled) for site in sites]
+    for site, _ in before:
+        site.enabled = False
+    try:
+        yield
+    finally:
+        for site, enabled in before:
+            site.enabled = enabled
 
 
 class Handle:
@@ -54,29 +66,23 @@ class Handle:
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
+    @property
+    def sites(self) -> list[Boundary | SavedTensors]:
+        """Every boundary, and the saved tensors if they are compressed."""
+        return [*self.boundaries.values(), *([] if self.saved is None else [self.saved])]
+
     def remove(self) -> None:
-        """Take every hook off.  Statistics stay readable.  Calling it again does nothing."""
-        for remover in self._removers:
-            remover.remove()
-        self._removers.clear()
-        for boundary in self.boundaries.values():
-            # A graph compiled while the hooks were there may still call them.
-            boundary.enabled = False
-        if self.saved is not None:
-            self.saved.enabled = False
+        """Take every hook off and undo every setting.  Statistics stay readable.  Calling it again does nothing."""
+        while self._removers:
+            self._removers.pop().remove()
+        for site in self.sites:
+            site.enabled = False  # a graph that was compiled while the hooks were there may still call them
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run without compression for a while, hooks staying in place."""
-        sites = self._sites()
-        before = [site.enabled for site in sites]
-        for site in sites:
-            site.enabled = False
-        try:
+        """Run without any compression for a while, hooks staying in place."""
+        with _switched_off(self.sites):
             yield
-        finally:
-            for site, enabled in zip(sites, before, strict=True):
-                site.enabled = enabled
 
     @contextlib.contextmanager
     def isolated(self, *listeners: Listener) -> Iterator[None]:
@@ -85,20 +91,20 @@ class Handle:
         Only `listeners` are told of what the sites do (observe/events.py); states and meters are as before afterwards.
         """
         with contextlib.ExitStack() as stack:
-            for site in self._sites():
+            for site in self.sites:
                 stack.enter_context(site.isolated(*listeners))
             yield
 
-    def _sites(self) -> list[Boundary | SavedTensors]:
-        return [*self.boundaries.values(), *([] if self.saved is None else [self.saved])]
-
     def set_epoch(self, epoch: int) -> bool:
         """Switch codecs as `schedule` says; returns whether any changed."""
+        if not self.boundaries or self.auto is not None:
+            self.epoch = epoch
+            return False
         codecs = self.config.scheduled(epoch)
         changed = codecs != self.config.scheduled(self.epoch)
         self.epoch = epoch
         for name, boundary in self.boundaries.items():
-            if name not in self._named and self.auto is None:
+            if name not in self._named:
                 boundary.set_codecs(*codecs)
         if changed:
             logger.info("epoch %d: boundaries now use %s forward and %s backward", epoch, *codecs)
@@ -166,53 +172,59 @@ class Handle:
 
 def compress_model(
     model: nn.Module,
-    config: ActCompressConfig | str | None = None,
+    config: ActCompressConfig | str | dict | Codec | None = None,
     *,
     example_inputs: Any = None,
 ) -> Handle:
-    """Compress the activations that leave the first layers and enter the last ones, and their gradients.
+    """Compress the activations that leave the first layers and enter the last ones, and their gradients; or the
+    tensors that autograd saves; or both.
 
     model: any transformers or timm model, also inside DistributedDataParallel or torch.compile; or any module whose
-        blocks `hf_actcompress.models.layers.find_layers` recognises.
-    config: an ActCompressConfig, or just a codec spec.
+        blocks `hf_actcompress.find_layers` recognises.
+    config: an ActCompressConfig, or the codec of boundaries (default block:bits=4).
     example_inputs: inputs of one forward pass, for models whose input cannot be guessed.
 
-    With `saved` on a CPU, malloc keeps what this process frees until the handle is removed (codecs/malloc.py).
-
+    Everything is checked first and attached then: after an error the model is as it was.
     Raises ValueError for a model without layers, `first` or `last` beyond them, a glob that matches nothing, a codec
-    that cannot take a layer's output (a rank above its features), and a model that is compressed already.
+    (also one of the schedule, or chosen by an earlier run) that cannot take a layer's output, such as a rank above its
+    features, and a model that is compressed already.
     """
-    if not isinstance(config, ActCompressConfig):
-        config = ActCompressConfig() if config is None else ActCompressConfig(codec=config)
+    config = ActCompressConfig.of(config)
     inner = unwrap(model)
-    for name, module in inner.named_modules():
-        if any(isinstance(hook, Boundary) or is_hook(hook) for hook in module._forward_hooks.values()):
-            raise ValueError(
-                f"The model is compressed already (a hook sits at '{name}'). Call handle.remove() on the handle "
-                "that compress_model returned, or leave its `with` block, before attaching again. Where the handle is "
-                "lost (a copied model, a run that was stopped): hf_actcompress.remove_compression(model)."
-            )
-    compiled = hasattr(model, "_orig_mod") or any(
-        module._compiled_call_impl is not None for module in (model, *inner.modules())
-    )
-    if config.saved and compiled:
-        raise ValueError(COMPILED)
-    layers = find_layers(inner, example_inputs, config.blocks) if _needs_layers(config) else []
-    cuts = select_boundaries(layers, config.first, config.last, config.placement, config.stack)
-    codecs = {layer.module: config.scheduled(0) for layer in cuts}
-    named = {}
+    _refuse_second(inner)
+    if config.saved:
+        _refuse_compiled(model, inner)
+    layers = find_layers(inner, example_inputs, config.blocks) if config.boundaries else []
+    cuts, named = _cuts(config, layers)
+    _check_fits(config, layers, cuts, named)
+    if config.saved:
+        _check_saved_fits(config, inner, layers, example_inputs)
+    handle = Handle(inner, config, layers)
+    try:
+        _attach(handle, cuts, named)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _cuts(config: ActCompressConfig, layers: list[Layer]) -> tuple[dict[str, tuple[Codec, Codec]], set[str]]:
+    """(codecs of both directions by the module path of each cut, the paths among them whose codecs `layers=` fixes)"""
+    chosen = select_boundaries(layers, config.first, config.last, config.placement, config.stack)
+    codecs, named = {layer.module: config.scheduled(0) for layer in chosen}, set()
     for pattern, value in (config.layers or {}).items():
         for layer in match_layers(layers, pattern):
-            named[layer.module] = layer
+            named.add(layer.module)
             codecs[layer.module] = config.codecs_of(value)
-    for layer in layers:
-        if layer.module in codecs and layer.shape is not None:
-            _check_fits(layer, *codecs[layer.module])
-    handle = Handle(inner, config, layers)
+    return codecs, named
+
+
+def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[str]) -> None:
+    config, model = handle.config, handle.model
     # Ranks draw different noise.  The launchers' variable is used, so that nothing here needs torch.distributed.
     seed = config.seed + 1_000_003 * int(os.environ.get("RANK", 0))
     passes = Passes()
-    for layer in layers:
+    for layer in handle.layers:
         if layer.module not in codecs:
             continue
         boundary = Boundary(
@@ -230,46 +242,93 @@ def compress_model(
         handle.cuts[layer.name] = layer
         if layer.module in named:
             handle._named.add(layer.name)
-        handle._removers.append(inner.get_submodule(layer.module).register_forward_hook(boundary))
+        handle._removers.append(model.get_submodule(layer.module).register_forward_hook(boundary))
     if handle.boundaries:
-        handle._removers.append(inner.register_forward_pre_hook(passes, prepend=True))
-        handle._removers.append(inner.register_forward_hook(passes, always_call=True))
+        handle._removers.append(model.register_forward_pre_hook(passes, prepend=True))
+        handle._removers.append(model.register_forward_hook(passes, always_call=True))
     if config.saved:
-        if config.saved.startswith("auto"):
-            handle.budget = Budget(handle, parse_share(config.saved))
-        codec, bits = (parse_codec(config.saved), None) if handle.budget is None else (CODEC, handle.budget.bits)
+        if config.saved_share is not None:
+            handle.budget = Budget(handle, config.saved_share)
+        codec, bits = (config.saved_codec(), None) if handle.budget is None else (CODEC, handle.budget.bits)
         handle.saved = SavedTensors(codec, bits, seed=seed, nonfinite=config.nonfinite)
         handle.meters["saved"] = Meter(every=0)
         handle.saved.listeners.append(handle.meters["saved"])
-        handle._removers += install(handle.saved, inner)
-        if all(parameter.device.type == "cpu" for parameter in inner.parameters()):
-            handle._removers.append(KeptMemory())  # activations are freed one by one, and come anew in every pass
-    elif not handle.boundaries:
-        logger.warning("first=0, last=0 and no layers: nothing is compressed.")
-    if config.auto is not None and (free := [name for name in handle.boundaries if name not in handle._named]):
+        handle._removers += install(handle.saved, model)
+    if config.keep_freed_memory:
+        handle._removers.append(KeptMemory())
+    free = [name for name in handle.boundaries if name not in handle._named]
+    if config.auto is not None and free:
         handle.auto = AutoCodec(handle, config.auto, free, backward=config.grad_codec is None)
         handle.auto.set(config.resolved or {})
     if config.analysis:
         handle.probe = Probe(handle, config.analysis_every)
         # Before the hooks of saved tensors, which would keep what the probe's own passes save.
-        handle._removers.append(inner.register_forward_pre_hook(handle.probe, prepend=True, with_kwargs=True))
+        handle._removers.append(model.register_forward_pre_hook(handle.probe, prepend=True, with_kwargs=True))
     for tuner in (handle.budget, handle.auto):  # before the probe, which measures what is chosen
         if tuner is not None:
-            handle._removers.append(inner.register_forward_pre_hook(tuner, prepend=True, with_kwargs=True))
-    return handle
+            handle._removers.append(model.register_forward_pre_hook(tuner, prepend=True, with_kwargs=True))
 
 
-def _needs_layers(config: ActCompressConfig) -> bool:
-    return bool(config.first or config.last or config.layers or not config.saved)
+# -- checks before anything is attached ----------------------------------------------------------------------------
+def _refuse_second(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(isinstance(hook, Boundary) or is_hook(hook) for hook in module._forward_hooks.values()):
+            raise ValueError(
+                f"The model is compressed already (a hook sits at '{name}'). Call handle.remove() on the handle "
+                "that compress_model returned, or leave its `with` block, before attaching again. Where the handle is "
+                "lost (a copied model, a run that was stopped): hf_actcompress.remove_compression(model)."
+            )
 
 
-def _check_fits(layer: Layer, *codecs: Codec) -> None:
-    """Refuse a codec that cannot take a layer's output (a rank above its features) now, not in the first step."""
-    for codec in codecs:
-        try:
-            codec.payload_nbytes(layer.shape, layer.dtype)
-        except ValueError as error:
-            raise ValueError(f"{layer.name}: {error}") from None
+def _refuse_compiled(model: nn.Module, inner: nn.Module) -> None:
+    modules = (model, *inner.modules())
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in modules):
+        raise ValueError(COMPILED)
+
+
+def _check_fits(
+    config: ActCompressConfig, layers: list[Layer], cuts: dict[str, tuple[Codec, Codec]], named: set[str]
+) -> None:
+    """Every codec that a boundary will ever use can take the layer's output, as far as its shape is known."""
+    resolved = dict(config.resolved or {})
+    for layer in layers:
+        if layer.module not in cuts:
+            continue
+        uses = [("layers", *cuts[layer.module])] if layer.module in named else list(config.all_scheduled())
+        if layer.module not in named and (chosen := resolved.pop(layer.name, None)):
+            uses.append((f"resolved[{layer.name!r}]", *map(parse_codec, chosen.values())))
+        for option, *codecs in uses:
+            for codec in codecs:
+                if layer.shape is not None and (reason := _misfit(codec, layer.shape, layer.dtype)):
+                    raise ValueError(f"{option}: {layer.name}: {reason}")
+    if resolved:
+        raise ValueError(
+            f"resolved= names {', '.join(map(repr, resolved))}, where this model has no boundary whose codec is "
+            f"chosen automatically. It has: {', '.join(n.name for n in layers if n.module in cuts.keys() - named)}. "
+            "Leave resolved= out to have codecs chosen anew."
+        )
+
+
+def _check_saved_fits(config: ActCompressConfig, model: nn.Module, layers: list[Layer], example_inputs: Any) -> None:
+    """Refuse a codec of saved tensors that can take no layer's output."""
+    codec = config.saved_codec()
+    if codec is None or not _misfit(codec, (8, 8), torch.float32):
+        return  # it takes every shape
+    if not layers:
+        with contextlib.suppress(ValueError):  # layers are no condition for saved tensors
+            layers = find_layers(model, example_inputs, config.blocks)
+    reasons = [_misfit(codec, layer.shape, layer.dtype) for layer in layers if layer.shape is not None]
+    if reasons and all(reasons):
+        raise ValueError(f"saved: {reasons[-1]} No layer's output of this model can be compressed with it.")
+
+
+def _misfit(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Why the codec cannot take such a tensor, or None."""
+    try:
+        codec.payload_nbytes(shape, dtype)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def remove_compression(model: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -17,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .attach import Handle, compress_model, flatten_state, unflatten_state
+from .attach import Handle, compress_model
+from .codecs.states import load_states, save_states
 from .config import ActCompressConfig
 from .observe.meter import Meter
 from .observe.records import FILE_NAME as ANALYSIS_NAME
@@ -57,9 +57,7 @@ class ActCompressCallback(TrainerCallback):
     """
 
     def __init__(self, config: ActCompressConfig | str | None = None, *, example_inputs: Any = None) -> None:
-        if not isinstance(config, ActCompressConfig):
-            config = ActCompressConfig() if config is None else ActCompressConfig(codec=config)
-        self.config = config
+        self.config = ActCompressConfig.of(config)
         self.example_inputs = example_inputs
         self.handle: Handle | None = None
         self.stats: list[dict[str, Any]] = []
@@ -101,13 +99,25 @@ class ActCompressCallback(TrainerCallback):
             self._record_analysis(args, state)
         if state.global_step > 0:
             self._load(resumed_from(args, state))
-        cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
-        if self.handle.auto is None:
-            logger.info("compressing %s: %s forward, %s backward", cuts, *self.config.scheduled(self._epoch))
-        else:
-            logger.info("compressing %s: %s", cuts, self.config.codec)
-        if self.config.evaluate == "both" and self._trainer is not None:
-            self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
+        logger.info("compressing %s", self._describe())
+        if self._trainer is not None:
+            self._trainer._save_checkpoint = _SaveStates(self._trainer, self._save)
+            if self.config.evaluate == "both":
+                self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
+
+    def _describe(self) -> str:
+        """What is compressed where, for the log."""
+        assert self.handle is not None
+        parts = []
+        if self.handle.cuts:
+            cuts = ", ".join(f"{name} (layer {layer.index})" for name, layer in self.handle.cuts.items())
+            codecs = self.config.codec
+            if self.config.auto is None:
+                codecs = "{} forward, {} backward".format(*self.config.scheduled(self._epoch or 0))
+            parts.append(f"{cuts}: {codecs}")
+        if self.config.saved:
+            parts.append(f"saved tensors: {self.config.saved}")
+        return "; ".join(parts)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,22 +156,8 @@ class ActCompressCallback(TrainerCallback):
             state.log_history[-1].update(extra)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.handle is None or not folder.is_dir():
-            return
-        self._remember_choice()
-        if state.is_world_process_zero:
-            self.config.save_pretrained(folder)
-            if self.handle.budget is not None:
-                table = self.handle.budget.table()
-                (folder / ALLOTMENT_NAME).write_text(json.dumps(table, indent=1) + "\n")
-        tensors, rest = flatten_state(self.handle.state_dict())
-        meters = {name: vars(meter) for name, meter in self.handle.meters.items()}
-        metadata = {"state": json.dumps(rest), "meters": json.dumps(meters)}
-        # By renaming, so that a crash leaves no half of a file.
-        unfinished = folder / f"{_state_file()}.tmp"
-        save_file(tensors, unfinished, metadata=metadata)
-        os.replace(unfinished, folder / _state_file())
+        if self._trainer is None:  # else the state is in the checkpoint already
+            self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.is_world_process_zero)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,6 +165,20 @@ class ActCompressCallback(TrainerCallback):
         self._detach()
 
     # -- helpers ----------------------------------------------------------------------------------------------
+    def _save(self, folder: Path, first_process: bool) -> None:
+        """Write the configuration, and this process's codec states and meters, into a checkpoint's folder."""
+        if self.handle is None:
+            return
+        self._remember_choice()
+        folder.mkdir(parents=True, exist_ok=True)
+        if first_process:
+            self.config.save_pretrained(folder)
+            if self.handle.budget is not None:
+                table = self.handle.budget.table()
+                (folder / ALLOTMENT_NAME).write_text(json.dumps(table, indent=1) + "\n")
+        meters = {name: vars(meter) for name, meter in self.handle.meters.items()}
+        save_states(folder / _state_file(), self.handle.state_dict(), meters=meters)
+
     def _record_analysis(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.handle is not None and self.handle.probe is not None
         probe, write = self.handle.probe, None
@@ -189,8 +199,10 @@ class ActCompressCallback(TrainerCallback):
             self.config = dataclasses.replace(self.config, resolved=self.handle.auto.chosen)
 
     def _detach(self) -> None:
-        if self._trainer is not None and isinstance(vars(self._trainer).get("evaluate"), _EvaluateTwice):
-            del self._trainer.evaluate
+        if self._trainer is not None:
+            for name, kind in (("evaluate", _EvaluateTwice), ("_save_checkpoint", _SaveStates)):
+                if isinstance(vars(self._trainer).get(name), kind):
+                    getattr(self._trainer, name).restore(self._trainer, name)
         if self.handle is None:
             return
         self._remember_choice()
@@ -247,8 +259,8 @@ class ActCompressCallback(TrainerCallback):
         if found.nonfinite:
             result["compress/saved/nonfinite"] = found.nonfinite
         if torch.accelerator.is_available():
+            # Since the process began or the user reset it: these statistics are the user's.
             result["compress/saved/peak_mb"] = round(torch.accelerator.max_memory_allocated() / 1e6, 3)
-            torch.accelerator.reset_peak_memory_stats()
         return result
 
     def _go_first(self) -> None:
@@ -258,47 +270,91 @@ class ActCompressCallback(TrainerCallback):
             logger.warning("the calling Trainer was not found: compression metrics reach log_history only")
 
     def _load(self, folder: Path) -> None:
+        """Take over what a checkpoint holds of codecs and meters; names, once, what it does not hold."""
         assert self.handle is not None
-        path = folder / _state_file()
+        path, why, values, meters = folder / _state_file(), "", {}, {}
         if not path.is_file():
-            logger.warning("%s has no %s: codecs start with fresh state", folder, path.name)
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s cannot be read (%s): codecs start with fresh state", path, error)
-            return
-        missed = self.handle.load_state_dict(unflatten_state(tensors, json.loads(metadata["state"])))
-        if missed:
-            logger.warning("no saved state for %s (other codecs then): they start afresh", ", ".join(missed))
-        for name, values in json.loads(metadata["meters"]).items():
+            why = f"{folder} has no {path.name}"
+        else:
+            try:
+                values, more = load_states(path)
+                meters = more.get("meters", {})
+            except ValueError as error:
+                why = str(error).rstrip(".")
+        missing = self.handle.load_state_dict(values)
+        if missing:
+            why = why or f"{folder} was written with other codecs"
+            logger.warning("%s: these codecs start with fresh state: %s", why, ", ".join(missing))
+        for name, saved in meters.items():
             if (meter := self.handle.meters.get(name)) is not None:
-                vars(meter).update({**values, "every": meter.every})
+                vars(meter).update({**saved, "every": meter.every})
                 self._logged[name] = copy.copy(meter)
 
 
-class _EvaluateTwice:
-    """Stands in for `trainer.evaluate`: compressed, then without compression under another name."""
+class _Replaced:
+    """A method of one Trainer, replaced by this object until `restore`."""
 
-    def __init__(self, evaluate: Any, handle: Handle) -> None:
-        self.evaluate, self.handle = evaluate, handle
-        self._inside = False
+    def __init__(self, method: Any) -> None:
+        self.method = method
 
-    def __call__(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def restore(self, owner: Any, name: str) -> None:
+        """What was there before: the class's own method, or what somebody had put in its place."""
+        delattr(owner, name)
+        if self.method != getattr(owner, name):
+            setattr(owner, name, self.method)
+
+
+class _SaveStates(_Replaced):
+    """`Trainer._save_checkpoint`, with the codecs' state in the folder before the rest.
+
+    The Trainer deletes older checkpoints before it tells callbacks of the new one (`on_save`): a run that is killed in
+    between would be left with a checkpoint without states.  Only this method knows the folder, too, which a
+    hyperparameter search puts into the trial's own.
+    """
+
+    def __init__(self, trainer: Any, save: Any) -> None:
+        super().__init__(trainer._save_checkpoint)
+        self.trainer, self.save = trainer, save
+
+    def __call__(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
+        self.save(folder, self.trainer.is_world_process_zero())
+        self.trainer.accelerator.wait_for_everyone()  # the first process deletes older checkpoints for all
+        return self.method(model, trial, *args, **kwargs)
+
+
+class _EvaluateTwice(_Replaced):
+    """`Trainer.evaluate`, compressed, and once more without compression under another name."""
+
+    PREFIX = "metric_key_prefix"
+
+    def __init__(self, method: Any, handle: Handle) -> None:
+        super().__init__(method)
+        self.handle, self._inside = handle, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self._inside:  # the Trainer calls itself once for each of several data sets
-            return self.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return self.method(*args, **kwargs)
         self._inside = True
         try:
-            metrics = self.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = self.method(*args, **kwargs)
             with self.handle.disabled():
-                prefix = f"{metric_key_prefix}_{UNCOMPRESSED}"
-                return {**metrics, **self.evaluate(eval_dataset, ignore_keys, prefix)}
+                return {**metrics, **self._again(args, kwargs)}
         finally:
             self._inside = False
+
+    def _again(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, float]:
+        """The same evaluation under another prefix.  Trainers have arguments of their own, in orders of their own."""
+        signature = inspect.signature(self.method)
+        if self.PREFIX in signature.parameters:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            bound.arguments[self.PREFIX] = f"{bound.arguments[self.PREFIX]}_{UNCOMPRESSED}"
+            return self.method(*bound.args, **bound.kwargs)
+        prefix = f"{kwargs.get(self.PREFIX, 'eval')}_{UNCOMPRESSED}"
+        if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            return self.method(*args, **{**kwargs, self.PREFIX: prefix})
+        return {f"{UNCOMPRESSED}_{key}": value for key, value in self.method(*args, **kwargs).items()}
 
 
 def _epoch(state: TrainerState) -> int:
@@ -310,30 +366,34 @@ def _state_file() -> str:
     return f"actcompress_state_rank{os.environ.get('RANK', 0)}.safetensors"
 
 
-# A Trainer hands its callbacks neither itself nor the folder that it resumes from: the calling frames tell.
+# A Trainer hands its callbacks neither itself nor the folder that it resumes from, and neither can be had otherwise:
+# the frames that called the event have both.
+def _callers() -> Iterator[dict[str, Any]]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals
+        frame = frame.f_back
+
+
 def go_first(callback: Any) -> Any:
     """Move a callback before those that report, so that they see what its `on_log` adds; the Trainer, or None.
 
     To be called within one of the callback's own events.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if hasattr(caller, "callback_handler"):
-            handler = caller.callback_handler
+    for values in _callers():
+        trainer = values.get("self")
+        if hasattr(trainer, "callback_handler"):
+            handler = trainer.callback_handler
             # A new list: the handler is iterating over the old one.
             handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
-            return caller
-        frame = frame.f_back
+            return trainer
     return None
 
 
 def resumed_from(args: Any, state: Any) -> Path:
     """The checkpoint folder that the calling run was resumed from."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        folder = frame.f_locals.get("resume_from_checkpoint")
+    for values in _callers():
+        folder = values.get("resume_from_checkpoint")
         if isinstance(folder, (str, os.PathLike)):
             return Path(folder)
-        frame = frame.f_back
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"

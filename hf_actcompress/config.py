@@ -1,124 +1,203 @@
-"""What to compress, where and when: one dataclass, as Python, JSON or command line."""
+"""What to compress, where and when: one dataclass, for Python, JSON and the command line.
+
+Importing this file loads no torch: the command line shows the fields' help texts without it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .codecs import Codec, parse_codec
 from .observe.target import START, Target, is_auto
 from .observe.warning import WARN_ERROR
-from .saved.budget import parse_share
+
+if TYPE_CHECKING:
+    from .codecs import Codec
 
 CONFIG_NAME = "actcompress_config.json"
-PLACEMENTS = ("every", "cuts")
-EVALUATE = ("on", "off", "both")
-NONFINITE = ("pass", "raise")
+DEFAULT_CODEC = "block:bits=4"
+DIRECTIONS = ("forward", "backward")
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def _boundary(default: Any, help: str, **metadata: Any) -> Any:
+    """An option that means something only where there are boundaries."""
+    return _option(default, help, boundary=True, **metadata)
 
 
 @dataclass
 class ActCompressConfig:
-    """Which codec at which boundary.
+    """Which codec compresses which tensors.
 
-    codec: forward codec, as a spec ("block:bits=4").  Or "auto:ratio=8": codecs and bits for each boundary and
-        direction, chosen by what they do to the gradient, so that bytes shrink by 8 over all; or "auto:error=0.1", a
-        relative error of the gradient to stay within.  With a `grad_codec`, only the forward ones are chosen.
-    grad_codec: codec of the gradients that come back; None means the same as `codec`, "identity" turns it off.
-    first, last: compress the outputs of the first k layers and the inputs of the last N (0 leaves that end alone).
-        Layer 0 is a CNN's stem or a transformer's embeddings with block 0; the head is the last layer.
-    placement: "every" compresses at each of those layers, "cuts" only where a pipeline would be cut: after layer
-        first - 1 and before the last N layers.
-    layers: overrides and additions by glob: {"encoder.layer.3": "sort:bits=8"} or
-        {"blocks.*": {"codec": ..., "grad_codec": ...}}.
-    blocks: the model's blocks as module paths or globs in run order ("net.*"), for models in which none are found.
-    saved: codec of the tensors that autograd saves for the backward pass, or "auto:budget=0.15", which gives each the
-        bits that it needs within that share of the bytes; None leaves them alone.  With first=0 and last=0 nothing
-        else is compressed.
-    stack: "encoder" or "decoder", to compress only that stack of an encoder-decoder.
-    schedule: {epoch: codec}, or {epoch: {"codec": ..., "grad_codec": ...}}; the latest entry that has begun counts,
-        and before the first one `codec` and `grad_codec` do.
-    evaluate: whether evaluation runs compressed: "on", "off", or "both" (two sets of metrics).
-    nonfinite: "pass" lets tensors with NaN or Inf through uncompressed and counts them; "raise" stops.
-    seed: of stochastic rounding and cold starts.
-    meter_every: the error is measured at every n-th call of a boundary; 0 never.
-    analysis: at every `analysis_every`-th step the batch is run twice on the side, with and without compression, and
-        what that does to every tensor and to the parameters' gradient is recorded (docs/analysis.md).
-    warn_error: a run is warned of once (by the callback) where the relative error at a boundary, of activations or of
-        gradients, is above this; 0 never (docs/analysis.md: how often that is right).
-    resolved: what auto has chosen, by layer: {"encoder.layer.0": {"forward": ..., "backward": ...}}.  Written by a
-        run; a model that is compressed with it starts from there.
+    `codec` compresses the activations that cross layer boundaries, and their gradients: the model computes with what a
+    receiver would decode, so this tells what compression training survives.  `saved` compresses the tensors that
+    autograd keeps for the backward pass: forward values stay exact and training needs less memory.  Either may be
+    given, or both.  An option of boundaries without `codec` (`first=2`) means `codec="block:bits=4"`.
+
+        ActCompressConfig("block:bits=4", first=1, last=2)
+        ActCompressConfig(saved="block:bits=4")
+
+    Each field's `metadata["help"]` describes it; command-line options are made from the fields.  Codecs may be given
+    as specs, dicts or `Codec` objects, and are kept as specs.
+    Raises ValueError for a value that is not allowed, for options that contradict each other or belong to what is
+    switched off, and where nothing would be compressed.
     """
 
-    codec: str = "block:bits=4"
-    grad_codec: str | None = None
-    first: int = 1
-    last: int = 1
-    placement: str = "every"
-    layers: dict[str, Any] | None = None
-    blocks: list[str] | None = None
-    saved: str | None = None
-    stack: str | None = None
-    schedule: dict[int, Any] | None = None
-    evaluate: str = "on"
-    nonfinite: str = "pass"
-    seed: int = 0
-    meter_every: int = 10
-    analysis: bool = False
-    analysis_every: int = 100
-    warn_error: float = WARN_ERROR
-    resolved: dict[str, dict[str, str]] | None = None
+    codec: str | None = _option(
+        None, "Codec of the activations at layer boundaries, as a spec: block:bits=4. auto:ratio=8 chooses codecs and "
+        "bits for each boundary and direction so that bytes shrink by 8 over all; auto:error=0.1 keeps the relative "
+        "error of the gradient below that. On the command line 'none' runs without compression.",
+    )  # fmt: skip
+    grad_codec: str | None = _boundary(
+        None, "Codec of the gradients that come back; default: the same as codec. 'identity' leaves them alone."
+    )
+    first: int | None = _boundary(
+        None, "Compress the outputs of the first k layers (default 1). Layer 0 is a CNN's stem, or a transformer's "
+        "embeddings with block 0.",
+    )  # fmt: skip
+    last: int | None = _boundary(
+        None, "Compress the inputs of the last N layers (default 1). The head is the last layer."
+    )
+    placement: str = _boundary(
+        "every", "'every' layer of those, or only the two 'cuts' where a pipeline would be cut: after layer first - 1 "
+        "and before the last N layers.", choices=("every", "cuts"),
+    )  # fmt: skip
+    layers: dict[str, Any] | str | None = _boundary(
+        None, "Codecs by glob, as a mapping (JSON on the command line): {\"encoder.layer.3\": \"sort:bits=8\"} or "
+        "{\"blocks.*\": {\"codec\": ..., \"grad_codec\": ...}}. They override the others and add boundaries.",
+    )  # fmt: skip
+    blocks: list[str] | None = _boundary(
+        None, "The model's blocks as module paths or globs in the order in which they run, where none are found."
+    )
+    stack: str | None = _boundary(
+        None, "'encoder' or 'decoder': compress only that stack of an encoder-decoder.",
+        choices=("encoder", "decoder"),
+    )  # fmt: skip
+    schedule: dict[int, Any] | str | None = _boundary(
+        None, "Codecs by epoch, as a mapping (JSON on the command line): {0: \"sort:bits=8\", 40: \"block\"} or "
+        "{4: {\"codec\": ..., \"grad_codec\": ...}}. The latest entry that has begun counts; before the first one "
+        "codec and grad_codec do.",
+    )  # fmt: skip
+    evaluate: str = _boundary(
+        "on", "Whether evaluation runs compressed: 'on', 'off', or 'both' (two sets of metrics).",
+        choices=("on", "off", "both"),
+    )  # fmt: skip
+    saved: str | None = _option(
+        None, "Codec of the tensors that autograd saves for the backward pass: block:bits=4. auto:budget=0.15 gives "
+        "each tensor the bits that it needs so that all take that share of the bytes.",
+    )  # fmt: skip
+    keep_freed_memory: bool = _option(
+        False, "On a CPU with glibc: let malloc keep freed memory for the next tensors while compression is attached. "
+        "Steps are faster; the process's memory does not shrink between them.",
+    )  # fmt: skip
+    nonfinite: str = _option(
+        "pass", "Tensors with NaN or Inf: 'pass' lets them through uncompressed and counts them, 'raise' stops.",
+        choices=("pass", "raise"),
+    )  # fmt: skip
+    seed: int = _option(0, "Seed of stochastic rounding and of codecs' first states.", option="codec_seed")
+    meter_every: int = _boundary(10, "Measure the error at every n-th call of a boundary; 0 never.")
+    analysis: bool = _option(
+        False, "Run every analysis_every-th batch twice more, with and without compression, and record what that does "
+        "to every tensor and to the parameters' gradient (docs/analysis.md).",
+    )  # fmt: skip
+    analysis_every: int = _option(100, "Steps between records of the analysis.")
+    warn_error: float = _boundary(
+        WARN_ERROR, "Warn once where the relative error at a boundary is above this; 0 never (docs/analysis.md)."
+    )
+    resolved: dict[str, dict[str, str]] | None = _boundary(
+        None, "What codec='auto:...' has chosen, by layer. A run writes it into its checkpoints; a model that is "
+        "compressed with it starts from there.", option=None,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        self.codec = str(Target.parse(self.codec) if is_auto(self.codec) else _spec(self.codec, "codec"))
-        if is_auto(self.grad_codec):
-            raise ValueError(f"grad_codec={self.grad_codec!r}: auto chooses both directions; give it as codec alone.")
-        if self.auto is None and self.resolved is not None:
-            raise ValueError(f"resolved belongs to codec='auto:...', and codec is {self.codec!r}.")
-        if self.auto is not None and self.schedule is not None:
-            raise ValueError(f"codec={self.codec!r} decides by itself when codecs change; leave schedule out.")
-        for name, codecs in (self.resolved or {}).items():
-            for direction, spec in codecs.items():
-                _spec(spec, f"resolved[{name!r}][{direction!r}]")
-        if self.grad_codec is not None:
-            self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
-        if self.saved is not None:
-            auto = isinstance(self.saved, str) and self.saved.strip().lower().startswith("auto")
-            codec = None if auto else _spec(self.saved, "saved")
-            self.saved = f"auto:budget={parse_share(self.saved):g}" if auto else str(codec)
-            if codec is not None and "saved" in codec.traits.unfit:
-                raise ValueError(f"saved={self.saved!r}: {codec.traits.unfit['saved']}")
-        for name in ("first", "last", "meter_every", "seed"):
+        self._check_numbers()
+        self._settle_sites()
+        self._check_codecs()
+        if not self.analysis and self.analysis_every != 100:
+            raise ValueError(f"analysis_every={self.analysis_every!r} needs analysis=True.")
+
+    # -- checks -----------------------------------------------------------------------------------------------
+    def _check_numbers(self) -> None:
+        for name, least in (("first", 0), ("last", 0), ("meter_every", 0), ("seed", 0), ("analysis_every", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} is not a whole number of 0 or more.")
-        if not isinstance(self.analysis, bool):
-            raise ValueError(f"analysis={self.analysis!r} is neither True nor False.")
-        every = self.analysis_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"analysis_every={every!r} is not a whole number of 1 or more.")
+            if value is None and name in ("first", "last"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} is not a whole number of {least} or more.")
+        for name in ("analysis", "keep_freed_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False.")
         limit = self.warn_error
         if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 <= limit < float("inf"):
             raise ValueError(f"warn_error={limit!r} is not a number of 0 or more (0 never warns).")
-        for name, allowed in (("placement", PLACEMENTS), ("evaluate", EVALUATE), ("nonfinite", NONFINITE)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(allowed)}.")
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata.get("choices")
+            if allowed and value not in allowed and not (value is None and f.default is None):
+                raise ValueError(f"{f.name}={value!r} is not known; choose one of: {', '.join(allowed)}.")
+
+    def _settle_sites(self) -> None:
+        """Whether there are boundaries, and so what `codec`, `first` and `last` are where they were not given."""
+        given = [f.name for f in fields(self) if f.metadata.get("boundary") and getattr(self, f.name) != f.default]
+        if self.codec is None and self.saved is None:
+            if not given:
+                raise ValueError(
+                    "Nothing is to be compressed. codec='block:bits=4' compresses the activations that cross layer "
+                    "boundaries and their gradients (which compression does training survive?); saved='block:bits=4' "
+                    "compresses what autograd keeps for the backward pass (training in less memory). Give either, or "
+                    "both."
+                )
+            self.codec = DEFAULT_CODEC
+        default = 0 if self.codec is None else 1
+        numbers = {name: getattr(self, name) for name in ("first", "last")}
+        self.first, self.last = (default if value is None else value for value in numbers.values())
+        if self.boundaries:
+            return
+        if self.saved is None:
+            raise ValueError(
+                "first=0 and last=0 leave no layer boundary, and neither layers= nor saved= is given: nothing "
+                "would be compressed."
+            )
+        for name in given:
+            if numbers.get(name) != 0:  # first=0, last=0 say the same in other words
+                why = "first=0 and last=0" if self.codec is not None else f"saved={self.saved!r} alone"
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} belongs to layer boundaries, and with {why} there are none. "
+                    f"Leave it out, or give codec= and the layers to cut at."
+                )
+
+    def _check_codecs(self) -> None:
+        if self.codec is not None:
+            self.codec = str(Target.parse(self.codec) if is_auto(self.codec) else _spec(self.codec, "codec"))
+        if is_auto(self.grad_codec):
+            raise ValueError(f"grad_codec={self.grad_codec!r}: auto chooses both directions; give it as codec= alone.")
+        if self.grad_codec is not None:
+            self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
+        if self.saved is not None:
+            share = self.saved_share
+            self.saved = str(self.saved_codec()) if share is None else f"auto:budget={share:g}"
         if self.layers is not None:
-            if not isinstance(self.layers, dict):
-                raise ValueError(f"layers={self.layers!r} is not a mapping of glob to codec.")
-            for pattern, value in self.layers.items():
+            layers = _mapping(self.layers, "layers", "glob to codec: {'blocks.*': 'sort:bits=8'}")
+            for pattern, value in layers.items():
                 self.codecs_of(value, f"layers[{pattern!r}]")
-            self.layers = {pattern: _plain(value) for pattern, value in self.layers.items()}
+            self.layers = {pattern: _plain(value) for pattern, value in layers.items()}
         if self.schedule is not None:
             self.schedule = self._checked_schedule(self.schedule)
+        if self.auto is not None and self.schedule is not None:
+            raise ValueError(f"codec={self.codec!r} decides by itself when codecs change; leave schedule= out.")
+        if self.resolved is not None:
+            self._check_resolved(self.resolved)
 
     def _checked_schedule(self, schedule: Any) -> dict[int, Any]:
-        if not isinstance(schedule, dict):
-            raise ValueError(f"schedule={schedule!r} is not a mapping of epoch to codec: {{0: 'sort:bits=8'}}.")
         result = {}
-        for epoch, value in schedule.items():
+        for epoch, value in _mapping(schedule, "schedule", "epoch to codec: {0: 'sort:bits=8'}").items():
             try:
                 number = int(epoch)  # JSON has only string keys
             except (TypeError, ValueError):
@@ -129,12 +208,43 @@ class ActCompressConfig:
             result[number] = _plain(value)
         return dict(sorted(result.items()))
 
+    def _check_resolved(self, resolved: Any) -> None:
+        if self.auto is None:
+            raise ValueError(f"resolved= belongs to codec='auto:...', and codec is {self.codec!r}.")
+        needed = DIRECTIONS if self.grad_codec is None else ("forward",)
+        for name, chosen in _mapping(resolved, "resolved", "layer to {'forward': codec, 'backward': codec}").items():
+            if not isinstance(chosen, dict) or not set(needed) <= set(chosen) <= set(DIRECTIONS):
+                raise ValueError(
+                    f"resolved[{name!r}]={chosen!r} has to name a codec for {' and '.join(map(repr, needed))}. Leave "
+                    "resolved= out to have them chosen anew."
+                )
+            for direction, spec in chosen.items():
+                _spec(spec, f"resolved[{name!r}][{direction!r}]")
+
+    # -- what it says ------------------------------------------------------------------------------------------
+    @property
+    def boundaries(self) -> bool:
+        """Whether layer boundaries are compressed."""
+        return self.codec is not None and bool(self.first or self.last or self.layers)
+
     @property
     def auto(self) -> Target | None:
         """The target of codec="auto:...", or None for a codec that is named."""
         return Target.parse(self.codec) if is_auto(self.codec) else None
 
-    # -- codecs -----------------------------------------------------------------------------------------------
+    @property
+    def saved_share(self) -> float | None:
+        """The budget of saved="auto:budget=...", or None for a codec that is named."""
+        if not is_auto(self.saved):
+            return None
+        from .saved.budget import parse_share
+
+        return parse_share(self.saved)
+
+    def saved_codec(self) -> Codec | None:
+        """The codec of saved tensors, where one is named."""
+        return None if self.saved is None or is_auto(self.saved) else _spec(self.saved, "saved", site="saved")
+
     def codecs_of(self, value: Any = None, where: str = "codec") -> tuple[Codec, Codec]:
         """(codec, grad_codec) of an entry of `layers` or `schedule`; None means the config's own two.
 
@@ -158,7 +268,18 @@ class ActCompressConfig:
         begun = [e for e in (self.schedule or {}) if e <= epoch]
         return self.codecs_of(self.schedule[max(begun)] if begun else None)  # type: ignore[index]
 
+    def all_scheduled(self) -> Iterator[tuple[str, Codec, Codec]]:
+        """(option, codec, grad_codec) of the start and of every entry of the schedule."""
+        yield "codec", *self.codecs_of()
+        for epoch, value in (self.schedule or {}).items():
+            yield f"schedule[{epoch}]", *self.codecs_of(value)
+
     # -- forms ------------------------------------------------------------------------------------------------
+    @classmethod
+    def of(cls, config: "ActCompressConfig | str | dict | Codec | None") -> "ActCompressConfig":
+        """A configuration as it is, or one of boundaries from a codec."""
+        return config if isinstance(config, ActCompressConfig) else cls(codec=config or DEFAULT_CODEC)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -184,71 +305,93 @@ class ActCompressConfig:
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"There is no {CONFIG_NAME} at {path}. Write one with config.save_pretrained(folder).")
-        return cls.from_dict(json.loads(path.read_text()))
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}). Write it with config.save_pretrained(folder).") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}, where a mapping of option to value is needed.")
+        return cls.from_dict(values)
 
 
-def _spec(value: Any, where: str) -> Codec:
+def _spec(value: Any, where: str, site: str = "boundary") -> Codec:
+    """The codec, which its own spec has to give again: that is what configurations and checkpoints keep."""
+    from .codecs import Codec, parse_codec
+
     try:
-        return parse_codec(value)
+        codec = parse_codec(value)
+        if isinstance(value, Codec):
+            parse_codec(str(codec))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if site in codec.traits.unfit:
+        raise ValueError(f"{where}={str(codec)!r}: {codec.traits.unfit[site]}")
+    return codec
+
+
+def _mapping(value: Any, name: str, what: str) -> dict[Any, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={value!r} is not a mapping of {what}, nor JSON of one ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} is not a mapping of {what}.")
+    return value
 
 
 def _plain(value: Any) -> Any:
     """Codecs as specs, so that the configuration is JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Codec) else value
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
-@dataclass
-class CompressionArguments:
-    """The same as command line options, for HfArgumentParser."""
+# -- the command line ------------------------------------------------------------------------------------------------
+def option_of(name: str) -> str | None:
+    """The command-line option of a field, without its dashes; None for a field that has none."""
+    return {f.name: f.metadata.get("option", f.name) for f in fields(ActCompressConfig)}[name]
 
-    codec: str = field(
-        default="block:bits=4",
-        metadata={"help": "Forward codec, e.g. block:bits=4, or auto:ratio=8. 'none' runs without compression."},
-    )
-    grad_codec: str | None = field(
-        default=None, metadata={"help": "Codec of the gradients; default: the same. 'identity' turns it off."}
-    )
-    first: int = field(default=1, metadata={"help": "Compress the outputs of the first k layers."})
-    last: int = field(default=1, metadata={"help": "Compress the inputs of the last N layers."})
-    placement: str = field(default="every", metadata={"help": "'every' layer of those, or only the two 'cuts'."})
-    layers: str | None = field(
-        default=None, metadata={"help": "Overrides by glob as JSON, e.g. '{\"blocks.*\": \"sort:bits=8\"}'."}
-    )
-    blocks: list[str] | None = field(
-        default=None, metadata={"help": "The model's blocks as module paths or globs, where none are found."}
-    )
-    saved: str | None = field(
-        default=None, metadata={"help": "Codec of what autograd saves, e.g. block:bits=4 or auto:budget=0.15."}
-    )
-    stack: str | None = field(default=None, metadata={"help": "Only this stack of an encoder-decoder."})
-    schedule: str | None = field(
-        default=None, metadata={"help": "Codecs by epoch as JSON, e.g. '{\"0\": \"sort:bits=8\", \"40\": \"block\"}'."}
-    )
-    evaluate: str = field(default="on", metadata={"help": "Whether evaluation runs compressed: on, off or both."})
-    nonfinite: str = field(default="pass", metadata={"help": "NaN and Inf: 'pass' them on and count, or 'raise'."})
-    codec_seed: int = field(default=0, metadata={"help": "Seed of stochastic rounding and cold starts."})
-    meter_every: int = field(default=10, metadata={"help": "Measure the error at every n-th call; 0 never."})
-    analysis: bool = field(
-        default=False, metadata={"help": "Record what compression does to tensors and gradients (docs/analysis.md)."}
-    )
-    analysis_every: int = field(default=100, metadata={"help": "Steps between records of the analysis."})
-    warn_error: float = field(
-        default=WARN_ERROR, metadata={"help": "Warn once where boundaries' relative error is above this; 0 never."}
-    )
 
-    def to_config(self) -> ActCompressConfig | None:
-        """The configuration, or None for `--codec none`."""
-        if self.codec.strip().lower() == "none":
+def help_of(name: str) -> str:
+    """What the field `name` means."""
+    return {f.name: f.metadata["help"] for f in fields(ActCompressConfig)}[name]
+
+
+def _as_typed(text: str) -> str:
+    """An error's text with options as they stand on a command line: `--first` for `first=`."""
+    names = {f.name: option_of(f.name) for f in fields(ActCompressConfig) if option_of(f.name)}
+    either = "|".join(names)
+    text = re.sub(rf"^({either})(?=[:\[])", lambda m: f"--{names[m[1]]}", text)
+    return re.sub(rf"(?<![\w:,'-])({either})=(?=(\S?))", lambda m: f"--{names[m[1]]}" + " " * (m[2] != ""), text)
+
+
+def _to_config(self: Any, default: str | None = None) -> ActCompressConfig | None:
+    """The configuration, or None for `--codec none` without `--saved`.
+
+    default: the codec where neither `--codec` nor `--saved` is given.
+    Raises ValueError, which names options as they are typed.
+    """
+    values = {f.name: getattr(self, option) for f in fields(ActCompressConfig) if (option := option_of(f.name))}
+    codec = values["codec"].strip().lower() if isinstance(values["codec"], str) else values["codec"]
+    if codec == "none":
+        values["codec"] = None
+        if values["saved"] is None:
             return None
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "codec_seed"}
-        for name in ("layers", "schedule"):
-            if isinstance(values[name], str):
-                try:
-                    values[name] = json.loads(values[name])
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"--{name} is not JSON ({error}); got {values[name]!r}.") from None
-        return ActCompressConfig(**values, seed=self.codec_seed)
+    elif codec is None and values["saved"] is None:
+        values["codec"] = default
+    try:
+        return ActCompressConfig(**values)
+    except ValueError as error:
+        raise ValueError(_as_typed(str(error))) from None
+
+
+# For HfArgumentParser.  The same fields, under names that do not meet those of TrainingArguments (`seed`).
+CompressionArguments = make_dataclass(
+    "CompressionArguments",
+    [(f.metadata.get("option", f.name), f.type, field(default=f.default, metadata={"help": f.metadata["help"]}))
+     for f in fields(ActCompressConfig) if f.metadata.get("option", f.name)],
+    namespace={"__doc__": "Command-line options, made from the fields of ActCompressConfig.", "__module__": __name__,
+               "to_config": _to_config},
+)  # fmt: skip
+CompressionArguments.__module__ = __name__

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -45,15 +46,78 @@ def test_the_defaults_and_a_plain_spec():
         assert handle.config == ActCompressConfig("sort:bits=8")
 
 
-def test_nothing_to_compress_is_allowed_and_said(caplog):
+def test_saved_alone_leaves_forward_values_alone():
     model = build("bert")
-    with compress_model(model, config(first=0, last=0)) as handle:
-        assert not handle.boundaries
-        assert handle.stats() == []
-        assert not hooks_on(model)
-        with handle.disabled():
+    batch = batch_of("bert")
+    with torch.no_grad():
+        plain = model.eval()(**batch).logits
+        with compress_model(model, config(codec=None, first=None, last=None, saved="block:bits=2")) as handle:
+            assert not handle.boundaries
+            assert torch.equal(plain, model(**batch).logits)
             handle.set_epoch(1)
-    assert "nothing is compressed" in caplog.text
+
+
+BOTH = {"forward": "block:bits=4", "backward": "block:bits=4"}
+WIDE = "lowrank:rank=500"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"codec": WIDE}, r"^codec: .*rank=500"),
+    ({"grad_codec": WIDE}, r"^codec: .*rank=500"),
+    ({"schedule": {1: WIDE}}, r"^schedule\[1\]: .*rank=500"),
+    ({"schedule": {3: {"grad_codec": WIDE}}}, r"^schedule\[3\]: .*rank=500"),
+    ({"layers": {"*layer.1": WIDE}}, r"^layers: .*rank=500"),
+    ({"layers": {"no.such": "block"}}, r"no\.such"),
+    ({"codec": "auto:ratio=8", "resolved": {"no.such": BOTH}}, r"resolved= names 'no\.such', where this model has"),
+    ({"codec": "auto:ratio=8", "resolved": {"bert.encoder.layer.0": {**BOTH, "forward": WIDE}}}, r"^resolved\['bert"),
+    ({"codec": None, "first": None, "last": None, "saved": WIDE}, r"^saved: .*No layer's output"),
+    ({"codec": None, "first": None, "last": None, "saved": WIDE + "|block"}, r"^saved: .*No layer's output"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_and_the_model_is_as_it_was(options, message):
+    model = build("bert")
+    with pytest.raises(ValueError, match=message):
+        compress_model(model, config(**options))
+    assert not hooks_on(model)
+
+
+def test_a_failure_while_attaching_leaves_the_model_as_it_was(monkeypatch):
+    model = build("bert")
+
+    def fail(*args):
+        raise MemoryError("no room for hooks")
+
+    monkeypatch.setattr("hf_actcompress.attach.install", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        compress_model(model, config(saved="block:bits=4"))
+    assert not hooks_on(model)
+
+
+def test_disabled_covers_every_site():
+    model, batch = build("bert"), batch_of("bert")
+
+    def gradient():
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact = gradient()
+    with compress_model(model, config(codec="block:bits=2", saved="block:bits=2")) as handle:
+        with handle.disabled():
+            with handle.disabled():  # nested: off until the outer one ends
+                pass
+            assert torch.equal(gradient(), exact)
+        assert not torch.equal(gradient(), exact)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc is not glibc's")
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_allocator_is_left_alone_unless_that_is_asked_for(monkeypatch, asked):
+    settings = []
+    monkeypatch.setattr("hf_actcompress.ops.cpu.malloc._keep", lambda: settings.append("kept") is None)
+    with compress_model(build("bert"), config(saved="block:bits=4", keep_freed_memory=asked)):
+        pass
+    assert settings == ["kept"] * asked
 
 
 def test_the_stacks_of_an_encoder_decoder():

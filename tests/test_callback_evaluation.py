@@ -1,6 +1,5 @@
 """What the Trainer reports when it evaluates, during and after training."""
 
-
 import pytest
 from helpers import build, hooks_on
 from helpers.trainers import (
@@ -15,6 +14,7 @@ from helpers.trainers import (
     weights,
     without_dropout,
 )
+from transformers import Trainer, TrainerCallback
 
 
 def merged(trainer):
@@ -91,3 +91,53 @@ def test_evaluation_does_not_change_training(tmp_path):
         return weights(trained(tmp_path, callback("ef+kmeans:bits=2"), model=model, num_train_epochs=1, **options))
 
     assert same(run(), run(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4))
+
+
+class Asking(Trainer):
+    """A Trainer whose evaluate has arguments of its own, as for question answering and generation."""
+
+    def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval", **more):
+        self.seen.append((eval_examples, more.get("max_length"), metric_key_prefix))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+
+class Closed(Trainer):
+    """A Trainer whose evaluate takes no prefix."""
+
+    def evaluate(self, eval_dataset=None):
+        self.seen.append(())
+        return {"eval_answer": 42.0}
+
+
+class EvaluateAt(TrainerCallback):
+    def __init__(self, step, *args, **kwargs):
+        self.step, self.args, self.kwargs, self.metrics = step, args, kwargs, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.metrics = self.trainer.evaluate(*self.args, **self.kwargs)
+
+
+@pytest.mark.parametrize(("kind", "args", "kwargs", "seen", "keys"), [
+    (Asking, (None, "examples"), {"max_length": 5}, [("examples", 5, "eval"), ("examples", 5, "eval_uncompressed")],
+     {"eval_loss", "eval_uncompressed_loss"}),
+    (Asking, (None, "examples", None, "test"), {},
+     [("examples", None, "test"), ("examples", None, "test_uncompressed")], {"test_loss", "test_uncompressed_loss"}),
+    (Closed, (), {}, [(), ()], {"eval_answer", "uncompressed_eval_answer"}),
+])  # fmt: skip
+def test_both_evaluations_get_the_arguments_that_the_user_gave(tmp_path, kind, args, kwargs, seen, keys):
+    during = EvaluateAt(2, *args, **kwargs)
+    trainer = make_trainer(tmp_path, callback(evaluate="both"), during, kind=kind, max_steps=3)
+    trainer.seen, during.trainer = [], trainer
+    trainer.train()
+    assert trainer.seen == seen
+    assert keys <= set(during.metrics)
+    assert "evaluate" not in vars(trainer)
+
+
+def test_a_method_that_somebody_else_replaced_is_there_again(tmp_path):
+    trainer = make_trainer(tmp_path, callback(evaluate="both"), max_steps=1)
+    theirs = trainer.evaluate = lambda *args, **kwargs: {}
+    trainer.train()
+    assert trainer.evaluate is theirs
+    assert "_save_checkpoint" not in vars(trainer)

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from helpers import hooks_on
+from helpers import build, hooks_on
 from helpers.trainers import (
     COARSE,
     FIRST,
@@ -110,7 +110,8 @@ def test_resuming_with_another_codec_warns_and_starts_afresh(tmp_path, caplog):
     compression = callback("kmeans:bits=3")
     with caplog.at_level(logging.WARNING, "hf_actcompress"):
         trained(tmp_path, compression, resume=str(tmp_path / "checkpoint-3"), **CHECKPOINTS)
-    assert f"no saved state for {FIRST}/forward, {FIRST}/backward" in caplog.text
+    text = f"was written with other codecs: these codecs start with fresh state: {FIRST}/forward, {FIRST}/backward"
+    assert caplog.text.count(text) == 1
     assert {row["codec"] for row in compression.stats} == {"kmeans:bits=3"}
 
 
@@ -120,8 +121,53 @@ def test_a_state_file_cut_short_by_a_crash_is_named_and_left_out(tmp_path, caplo
     path.write_bytes(path.read_bytes()[:100])
     with caplog.at_level(logging.WARNING, "hf_actcompress"):
         trained(tmp_path, callback("kmeans:bits=2"), resume=str(tmp_path / "checkpoint-3"), **CHECKPOINTS)
-    assert "actcompress_state_rank0.safetensors cannot be read" in caplog.text
+    assert "actcompress_state_rank0.safetensors is not a file of states" in caplog.text
+    assert f"start with fresh state: {FIRST}/forward" in caplog.text
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_states_are_in_the_checkpoint_before_an_older_one_may_go(tmp_path, monkeypatch):
+    """The Trainer deletes older checkpoints within _save_checkpoint, before on_save."""
+    kept = []
+
+    def rotate(*args, **kwargs):
+        newest = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        kept.append((newest.name, sorted(path.name for path in newest.glob("actcompress*"))))
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+    trained(tmp_path, callback("ef+block:bits=4"), save_strategy="steps", save_steps=2, max_steps=4)
+    files = ["actcompress_config.json", "actcompress_state_rank0.safetensors"]
+    assert kept == [("checkpoint-2", files), ("checkpoint-4", files)]
+
+
+def test_a_hyperparameter_search_keeps_states_in_the_trials_folder(tmp_path):
+    pytest.importorskip("optuna")
+    trainer = make_trainer(
+        tmp_path, callback("ef+topk:ratio=0.2"), model_init=lambda trial=None: build("bert"), max_steps=2,
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}, n_trials=2,
+        direction="minimize", backend="optuna", compute_objective=lambda metrics: metrics.get("eval_loss", 0.0),
+    )  # fmt: skip
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("actcompress_state*"))
+    assert found == [f"run-{n}/checkpoint-2/actcompress_state_rank0.safetensors" for n in (0, 1)]
+
+
+def test_a_scheduled_codec_that_does_not_fit_is_found_before_the_first_step(tmp_path):
+    trainer = make_trainer(tmp_path, callback(schedule={2: "lowrank:rank=500"}), num_train_epochs=4)
+    with pytest.raises(ValueError, match=r"^schedule\[2\]: .*rank=500"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not hooks_on(trainer.model)
+
+
+def test_a_checkpoint_without_states_is_no_loss_for_codecs_without_any(tmp_path, caplog):
+    trained(tmp_path, callback("block:bits=4"), **CHECKPOINTS)
+    (tmp_path / "checkpoint-3" / "actcompress_state_rank0.safetensors").unlink()
+    with caplog.at_level(logging.WARNING, "hf_actcompress"):
+        trained(tmp_path, callback("block:bits=4"), resume=str(tmp_path / "checkpoint-3"), **CHECKPOINTS)
+    assert "fresh state" not in caplog.text
 
 
 # Schedule

@@ -1,5 +1,6 @@
 """The configuration: its forms round-trip, and every wrong value is refused with what is allowed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -102,6 +103,62 @@ def test_wrong_values_are_refused_with_a_remedy(values, message):
         ActCompressConfig(**values)
 
 
+@pytest.mark.parametrize("values", [{}, {"seed": 3}, {"nonfinite": "raise"}, {"analysis": True}])
+def test_nothing_to_compress_is_an_error_that_says_what_each_site_does(values):
+    with pytest.raises(ValueError, match=r"Nothing is to be compressed\. codec=.*boundaries.*saved=.*less memory"):
+        ActCompressConfig(**values)
+
+
+def test_saved_alone_is_saved_alone():
+    config = ActCompressConfig(saved="block:bits=4")
+    assert (config.codec, config.first, config.last, config.boundaries) == (None, 0, 0, False)
+    assert ActCompressConfig.from_dict(config.to_dict()) == config
+    both = ActCompressConfig("sort:bits=8", saved="block:bits=4")
+    assert (both.first, both.last, both.boundaries) == (1, 1, True)
+    # What version 0.1 wrote into its checkpoints.
+    assert not ActCompressConfig("block:bits=4", first=0, last=0, saved="block:bits=4").boundaries
+
+
+def test_an_option_of_boundaries_means_boundaries():
+    for values in ({"first": 2}, {"layers": {"a": "block"}}, {"evaluate": "both"}, {"grad_codec": "identity"}):
+        config = ActCompressConfig(**values)
+        assert (config.codec, config.boundaries) == ("block:bits=4", True)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"saved": "block", "first": 1}, r"first=1 belongs to layer boundaries, and with saved='block' alone"),
+    ({"saved": "block", "evaluate": "off"}, r"evaluate='off' belongs to layer boundaries"),
+    ({"saved": "block", "layers": {"a": "block"}}, r"layers=.* belongs to layer boundaries"),
+    ({"codec": "block", "first": 0, "last": 0, "saved": "block", "schedule": {1: "sort"}}, r"schedule=.* belongs to"),
+    ({"codec": "block", "first": 0, "last": 0}, r"first=0 and last=0 leave no layer boundary"),
+    ({"first": 0, "last": 0}, r"first=0 and last=0 leave no layer boundary"),
+    ({"codec": "block", "analysis_every": 5}, r"analysis_every=5 needs analysis=True"),
+    ({"codec": "block", "keep_freed_memory": 1}, r"keep_freed_memory=1 is neither True nor False"),
+    ({"codec": "block", "stack": "middle"}, r"stack='middle' is not known; choose one of: encoder, decoder"),
+    ({"saved": "ef+block"}, r"saved='ef\+block:bits=4': "),
+    ({"saved": "delta+block"}, r"saved='delta\+block:bits=4': "),
+    ({"codec": "auto:ratio=8", "schedule": {1: "block"}}, r"decides by itself when codecs change; leave schedule="),
+    ({"codec": "block", "resolved": {"a": {"forward": "block"}}}, r"resolved= belongs to codec='auto:\.\.\.'"),
+    ({"codec": "auto:ratio=8", "resolved": {"a": {"forward": "block"}}}, r"resolved\['a'\]=.* name a codec for"),
+    ({"codec": "auto:ratio=8", "resolved": {"a": {"forward": "block", "backward": "blok"}}}, r"resolved\['a'\]\['ba"),
+    ({"codec": "auto:ratio=8", "resolved": {"a": "block"}}, r"resolved\['a'\]='block' has to name"),
+    ({"codec": "auto:ratio=8", "grad_codec": "auto:ratio=8"}, r"auto chooses both directions"),
+])  # fmt: skip
+def test_conflicts_are_errors(values, message):
+    with pytest.raises(ValueError, match=message):
+        ActCompressConfig(**values)
+
+
+def test_a_file_that_is_not_a_configuration(tmp_path):
+    path = tmp_path / "actcompress_config.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"is not JSON \(.*\)\. Write it"):
+        ActCompressConfig.from_pretrained(tmp_path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"holds a list, where a mapping"):
+        ActCompressConfig.from_pretrained(tmp_path)
+
+
 def test_unknown_entries_are_refused():
     with pytest.raises(ValueError, match=r"Unknown configuration entries \['codecs'\]; known are: codec, grad_"):
         ActCompressConfig.from_dict({"codecs": "block"})
@@ -120,8 +177,40 @@ def parsed(*argv):
     return arguments.to_config()
 
 
-def test_no_option_means_the_defaults():
-    assert parsed() == ActCompressConfig()
+def test_no_option_means_the_default_of_the_script():
+    (arguments,) = HfArgumentParser(CompressionArguments).parse_args_into_dataclasses([])
+    assert arguments.to_config("block:bits=4") == ActCompressConfig("block:bits=4")
+    with pytest.raises(ValueError, match=r"Nothing is to be compressed\. --codec 'block:bits=4' compresses the act"):
+        arguments.to_config()
+
+
+def test_saved_alone_on_the_command_line():
+    assert parsed("--saved", "block:bits=4") == ActCompressConfig(saved="block:bits=4")
+    assert parsed("--codec", "none", "--saved", "block:bits=4") == ActCompressConfig(saved="block:bits=4")
+
+
+def test_options_are_made_from_the_fields():
+    ours = {f.name: f for f in dataclasses.fields(ActCompressConfig)}
+    theirs = {f.name: f for f in dataclasses.fields(CompressionArguments)}
+    assert set(ours) - set(theirs) == {"seed", "resolved"}
+    assert set(theirs) - set(ours) == {"codec_seed"}
+    for name in set(ours) & set(theirs):
+        assert theirs[name].metadata["help"] == ours[name].metadata["help"]
+        assert theirs[name].default == ours[name].default
+    assert all(f.metadata["help"].endswith((".", ").")) for f in ours.values())
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (("--first", "-1"), "--first -1 is not a whole number"),
+    (("--codec_seed", "-1"), "--codec_seed -1 is not a whole number"),
+    (("--codec", "blok"), "--codec: Unknown codec 'blok'"),
+    (("--layers", '{"a": "blok"}'), r"--layers\['a'\]: Unknown codec"),
+    (("--saved", "block", "--first", "2"), "--first 2 belongs to layer boundaries, and with --saved 'block'"),
+    (("--codec", "auto:ratio=8", "--schedule", '{"1": "block"}'), "--codec 'auto:ratio=8' decides.*leave --schedule"),
+])  # fmt: skip
+def test_errors_name_options_as_they_are_typed(argv, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parsed(*argv)
 
 
 def test_every_option_reaches_the_configuration():
@@ -142,12 +231,12 @@ def test_none_runs_without_compression(text):
 
 @pytest.mark.parametrize("option", ["layers", "schedule"])
 def test_options_that_are_not_json(option):
-    with pytest.raises(ValueError, match=rf"--{option} is not JSON \(.*\); got '0: sort'"):
+    with pytest.raises(ValueError, match=rf"--{option} '0: sort' is not a mapping.*nor JSON of one \(.*\)"):
         parsed(f"--{option}", "0: sort")
 
 
 def test_json_of_another_shape():
-    with pytest.raises(ValueError, match=r"schedule=\['sort'\] is not a mapping"):
+    with pytest.raises(ValueError, match=r"--schedule \['sort'\] is not a mapping"):
         parsed("--schedule", '["sort"]')
 
 

@@ -7,7 +7,8 @@ import torch
 from helpers import batch_of, boundaries_on, build, hooks_on, logits_of, points, stack, train_steps
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.attach import flatten_state, remove_compression, unflatten_state
+from hf_actcompress.attach import remove_compression
+from hf_actcompress.codecs.states import flatten_state, unflatten_state
 
 COARSE = "uniform:bits=1"
 

@@ -39,13 +39,13 @@ def add_parser(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from ..config import CompressionArguments
+    from ..config import ActCompressConfig
     from ..plan.inspection import cut_sizes, describe, inspect_model
     from ..workloads.by_name import build_by_name
 
     codecs = parse_codecs(args.codec or INSPECT_CODECS, "--codec")
     options = {name: getattr(args, name) for name in CUT}
-    config = CompressionArguments(codec=str(codecs[0]), **options).to_config()
+    config = ActCompressConfig(str(codecs[0]), **options)
     named = build_by_name(args.model, seq_len=args.seq_len, image_size=args.image_size)
     found = inspect_model(named.build, named.inputs, args.batch_size, f"{args.model!r} with {named.example}")
     cuts = cut_sizes(found.layers, config, codecs)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.config import CompressionArguments
+from hf_actcompress.config import DEFAULT_CODEC, CompressionArguments
 from hf_actcompress.workloads.results import print_results, write_results
 
 logger = logging.getLogger(__name__)
@@ -30,11 +30,11 @@ DEFAULTS = {
 def parse_arguments(types: Sequence[type], argv: Sequence[str] | None, defaults: Mapping[str, Any]) -> tuple[Any, ...]:
     """`parse_plain`, and CompressionArguments as the last of the results.
 
-    Raises ValueError for a wrong codec too.
+    Without --codec and --saved the scripts compress boundaries to 4 bits.  Raises ValueError for a wrong codec too.
     """
     parsed = parse_plain([*types, CompressionArguments], argv, defaults)
     # A misspelt codec should not cost the loading of data and model first.
-    parsed[-1].to_config()
+    parsed[-1].to_config(DEFAULT_CODEC)
     return parsed
 
 
@@ -104,7 +104,7 @@ def train_and_report(
 
     if training_args.device.type == "cpu":
         keep_freed_memory()  # a step spends up to half of its time on page faults otherwise
-    config = compression.to_config()
+    config = compression.to_config(DEFAULT_CODEC)
     callback = None if config is None else ActCompressCallback(config)
     trainer = Trainer(
         model=model,
@@ -118,7 +118,7 @@ def train_and_report(
     )
     record: dict[str, Any] = {
         **about,
-        "codec": "none" if config is None else config.codec,
+        "codec": config.codec if config is not None and config.codec else "none",
         "epochs": training_args.num_train_epochs,
         "batch_size": training_args.train_batch_size * training_args.gradient_accumulation_steps,
         "learning_rate": training_args.learning_rate,

@@ -33,7 +33,9 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def make_trainer(folder: Any, *callbacks: Any, model: Any = None, data: Any = None, **options: Any) -> Trainer:
+def make_trainer(
+    folder: Any, *callbacks: Any, model: Any = None, data: Any = None, kind: type = Trainer, **options: Any
+) -> Trainer:
     """Options go to TrainingArguments, except `model_init`, `eval_dataset` and `compute_metrics`."""
     own = {name: options.pop(name) for name in ("model_init", "eval_dataset", "compute_metrics") if name in options}
     values = {
@@ -43,7 +45,7 @@ def make_trainer(folder: Any, *callbacks: Any, model: Any = None, data: Any = No
     }  # fmt: skip
     if model is None and "model_init" not in own:
         model = build("bert")
-    return Trainer(
+    return kind(
         model=model,
         args=TrainingArguments(output_dir=str(folder), **values),
         train_dataset=rows() if data is None else data,

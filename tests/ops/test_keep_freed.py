@@ -1,4 +1,4 @@
-"""What a process frees is its next tensors' memory, without page faults: for good, or while saved= is attached."""
+"""What a process frees is its next tensors' memory, without page faults: for good, or while a model is compressed."""
 
 import ctypes
 
@@ -6,7 +6,7 @@ import pytest
 from helpers.processes import run
 
 from hf_actcompress import keep_freed_memory
-from hf_actcompress.ops.cpu.malloc import TUNED, VARIABLE, KeptMemory
+from hf_actcompress.ops.cpu.malloc import TUNED, KeptMemory
 
 BEGIN = """
 import ctypes, resource, torch
@@ -33,7 +33,7 @@ for size in (1 << 20, 100 << 20):  # what glibc takes from its heap by then, and
 """
 ATTACHED = """
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
-config = ActCompressConfig(first=0, last=0, saved="block:bits=4")
+config = ActCompressConfig(saved="block:bits=4", keep_freed_memory=True)
 faults(100 << 20)
 first = compress_model(model, config)
 second = compress_model(torch.nn.Linear(4, 4), config)
@@ -53,7 +53,7 @@ needs_glibc = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    for name in (*TUNED, VARIABLE, "GLIBC_TUNABLES"):
+    for name in (*TUNED, "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -83,7 +83,6 @@ def test_saved_keeps_it_as_long_as_it_is_attached(tmp_path):
 @pytest.mark.parametrize(
     "environment",
     [
-        {"HF_ACTCOMPRESS_KEEP_FREED": "0"},
         {"MALLOC_TOP_PAD_": "1000"},
         {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"},
     ],

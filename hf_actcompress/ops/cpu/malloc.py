@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 # Where glibc's own adjustment of its thresholds ends once large tensors were freed; mallopt turns it off for good.
 USUAL = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
-VARIABLE = "HF_ACTCOMPRESS_KEEP_FREED"
 TUNED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 _lock = threading.Lock()
@@ -33,8 +32,8 @@ def keep_freed_memory() -> bool:
     A training step on a CPU frees and takes gigabytes, and each page given back costs a fault: a plain step of
     MobileNetV2 takes a third longer with them (docs/memory.md).  Holds until the process ends, whatever else runs
     in it; what lies free is counted as the process's own by the system.  `malloc_trim(0)` of libc gives it back once.
-    `saved` does the same on its own, for as long as it is attached.  Settings of malloc in the environment (`TUNED`,
-    GLIBC_TUNABLES) and HF_ACTCOMPRESS_KEEP_FREED=0 stand: then nothing is done.
+    `ActCompressConfig(keep_freed_memory=True)` does the same for as long as compression is attached.  Settings of
+    malloc in the environment (`TUNED`, GLIBC_TUNABLES) stand: then nothing is done.
 
     Returns whether malloc took it: not then, nor where there is no glibc (musl, macOS), where nothing changes.  A
     malloc that was preloaded may take it without effect.
@@ -57,7 +56,7 @@ class KeptMemory:
             self.held = _keep()
             _holders += self.held
         if self.held:
-            logger.info("malloc keeps what is freed (%s=0 turns this off)", VARIABLE)
+            logger.info("malloc keeps freed memory until compression is removed")
 
     def remove(self) -> None:
         """Calling it again does nothing."""
@@ -76,9 +75,7 @@ class KeptMemory:
 
 def _set_by_environment() -> bool:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    return (
-        os.environ.get(VARIABLE) == "0" or any(name in os.environ for name in TUNED) or "glibc.malloc." in tunables
-    )
+    return any(name in os.environ for name in TUNED) or "glibc.malloc." in tunables
 
 
 def _keep() -> bool:
