@@ -366,34 +366,3 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def flatten_state(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A nested state as (tensors by path, everything else as JSON values), for safetensors."""
-    tensors: dict[str, torch.Tensor] = {}
-    rest: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
-            # Products depend on the memory order in their last bits, and safetensors knows only one.
-            rest[key] = {"tensor": path, "stride": list(torch.empty_like(value).stride())}
-        elif isinstance(value, dict):
-            inner_tensors, inner_rest = flatten_state(value, f"{path}\x1f")
-            tensors.update(inner_tensors)
-            rest[key] = inner_rest
-        else:
-            rest[key] = value
-    return tensors, rest
-
-
-def unflatten_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten_state`."""
-    result = {}
-    for key, value in rest.items():
-        if isinstance(value, dict) and set(value) == {"tensor", "stride"}:
-            tensor = tensors[value["tensor"]]
-            result[key] = torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
-        else:
-            result[key] = unflatten_state(tensors, value) if isinstance(value, dict) else value
-    return result

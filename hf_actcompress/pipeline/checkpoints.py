@@ -5,18 +5,14 @@ They know the state that is written, and no trainer.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..attach import flatten_state, unflatten_state
+from ..codecs.states import load_states, save_states
 from .launch import share
 
 KEPT = 2
@@ -30,10 +26,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     rank = dist.get_rank()
     path = _path(folder, step, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors, rest = flatten_state(state)
-    unfinished = path.with_suffix(".tmp")
-    save_file(tensors, unfinished, metadata={"state": json.dumps(rest)})
-    os.replace(unfinished, path)  # by renaming, so that a crash leaves no half of a file
+    save_states(path, state)
     dist.barrier()  # older ones go when all have the new one
     for old in _steps(folder, rank)[:-KEPT]:
         _path(folder, old, rank).unlink(missing_ok=True)
@@ -59,12 +52,9 @@ def load(folder: Path) -> tuple[dict[str, Any], Path]:
         )
     path = _path(folder, max(common), rank)
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return unflatten_state(tensors, json.loads((file.metadata() or {})["state"])), path
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is damaged ({reason}): remove its folder on every rank, and resume again.") from None
+        return load_states(path)[0], path
+    except ValueError as error:
+        raise ValueError(f"{error} It is damaged: remove its folder on every rank, and resume again.") from None
 
 
 def _path(folder: Path, step: int, rank: int) -> Path:
