@@ -20,6 +20,7 @@ MODEL = (
 )
 UNLIMITED = 10_000  # columns of a pipe or file, where nothing is folded or left out
 GAP = 2  # spaces between two columns of a table
+CONTROL = {code: None for code in (*range(9), *range(11, 32), 127)}  # characters that would steer the terminal
 
 
 # Arguments
@@ -103,14 +104,16 @@ def make_console() -> Any:
 
 def print_table(
     title: str, names: Sequence[str], rows: Sequence[Sequence[Any]], *, keys: Sequence[str] = (),
-    left: Sequence[str] = (), drop: Sequence[str] = (), split: bool = False, styles: Sequence[str | None] = (),
+    left: Sequence[str] = (), drop: Sequence[str] = (), last: Sequence[str] = (), split: bool = False,
+    styles: Sequence[str | None] = (),
 ) -> None:  # fmt: skip
     """A table that keeps its answer at every width.
 
     names: headings.  rows: cells, as str or rich's Text.
-    keys: columns that are never cut nor left out (default: the first).  They are folded where a name may be divided.
+    keys: columns of names (default: the first); they are folded into lines where a name may be divided.
     left: more columns that are aligned to the left; all others hold numbers and are aligned to the right.
     drop: columns that are left out where the terminal is too narrow, the least important first; a line names them.
+    last: more of them, left out only where folding does not help.
     split: the table goes on below, with the keys repeated, instead of leaving columns out.
     styles: of the rows.
     """
@@ -119,8 +122,9 @@ def print_table(
 
     console = make_console()
     keys = keys or names[:1]
-    blocks, left_out = fit(names, rows, console.width, keys, drop, split)
-    console.print(title, style="bold")
+    rows = [[cell.translate(CONTROL) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    blocks, left_out = fit(names, rows, console.width, keys, drop, last, split)
+    console.print(" ".join(title.translate(CONTROL).split()), style="bold")
     for block_names, block_rows in blocks:
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         for name in block_names:
@@ -139,36 +143,42 @@ Block = tuple[list[str], list[list[Any]]]
 
 
 def fit(
-    names: Sequence[str], rows: Sequence[Sequence[Any]], width: int, keys: Sequence[str], drop: Sequence[str],
-    split: bool,
+    names: Sequence[str], rows: Sequence[Sequence[Any]], width: int, keys: Sequence[str], drop: Sequence[str] = (),
+    last: Sequence[str] = (), split: bool = False,
 ) -> tuple[list[Block], list[str]]:  # fmt: skip
     """The table as blocks (headings, rows) that are at most `width` wide where that can be done, and the headings of
-    the columns that were left out."""
+    the columns that were left out.  The arguments are those of `print_table`."""
     columns = {name: [name, *(row[i] for row in rows)] for i, name in enumerate(names)}
-    others = [name for name in names if name not in keys]
-    whole_keys = {name: columns[name] for name in keys}
+    as_given = {name: columns[name] for name in keys}
     left_out: list[str] = []
 
     def excess() -> int:
         return sum(map(_width, columns.values())) + GAP * (len(columns) - 1) - width
 
-    def fold(limit: int) -> None:
-        columns.update({name: [wrap(str(cell), limit) for cell in cells] for name, cells in whole_keys.items()})
+    def fold(limit: int, divide: bool = False) -> None:
+        for name in (name for name in keys if name in columns):
+            columns[name] = [wrap(str(cell), limit, divide) for cell in as_given[name]]
+
+    def leave_out(unwanted: Sequence[str]) -> None:
+        for name in unwanted:
+            if name in columns and excess() > 0:
+                left_out.append(name)
+                del columns[name]
 
     if excess() > 0:
-        fold(max(12, 2 * width // 5))
-    for name in [] if split else drop:
-        if name in columns and excess() > 0:
-            left_out.append(name)
-            del columns[name]
-    if not split and excess() > 0:
-        rest = sum(_width(columns[name]) + GAP for name in columns if name not in keys)
-        fold(max(8, (width - rest) // len(keys) - GAP))
+        fold(2 * width // 5)
+        if not split:
+            leave_out(drop)
+            for divide in (False, True):
+                for limit in range(2 * width // 5, 7, -1):
+                    if excess() > 0:
+                        fold(limit, divide)
+                leave_out(last)
     if not split:
         return [_block(columns, [name for name in names if name in columns])], left_out
     room = width - sum(_width(columns[name]) + GAP for name in keys)
     groups: list[list[str]] = [[]]
-    for name in others:
+    for name in (name for name in names if name not in keys):
         if groups[-1] and sum(_width(columns[n]) + GAP for n in [*groups[-1], name]) - GAP > room:
             groups.append([])
         groups[-1].append(name)
@@ -186,17 +196,18 @@ def _width(cells: Iterable[Any]) -> int:
     return max(cell_len(line) for cell in cells for line in str(cell).split("\n"))
 
 
-def wrap(text: str, width: int) -> str:
-    """`text` in lines of at most `width`, divided after a comma, dot, slash, bar or space where there is one."""
+def wrap(text: str, width: int, divide: bool = False) -> str:
+    """`text` in lines of at most `width`, divided after commas, dots, slashes, bars and spaces; with `divide` anywhere
+    where that is not enough."""
     lines = []
     for line in text.split("\n"):
         now = ""
-        for piece in re.findall(r"[^,./|\s]*[,./|\s]|[^,./|\s]+", line):
+        for piece in re.findall(r"(?:[^,./|\s]|\.(?=\d))+[,./|\s]?|[,./|\s]", line):  # 0.1 stays whole
             if now and len(now) + len(piece.rstrip()) > width:
                 lines.append(now.rstrip())
                 now = ""
             now += piece
-            while len(now.rstrip()) > width:
+            while divide and len(now.rstrip()) > width:
                 lines.append(now[:width])
                 now = now[width:]
         lines.append(now.rstrip())

@@ -89,7 +89,7 @@ def _print_cuts(cuts: list[dict[str, Any]]) -> list[str]:
             head, nbytes = cut["layer"].name if number == 0 else "", size["payload_bytes"]
             if nbytes is None:
                 rows.append([head, size["codec"], "-", "-", "-"])
-                notes.append(f"{size['codec']} at {cut['layer'].name}: {size['reason']}")
+                notes.append(f"{cut['layer'].name}: {size['reason']}")
             else:
                 rows.append([head, size["codec"], f"{nbytes:,}", _mega(nbytes), f"{size['ratio']:.2f}"])
     print_table("What the codecs leave at each cut", ["cut after", "codec", "bytes", "MB", "ratio"], rows,

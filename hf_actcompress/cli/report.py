@@ -105,8 +105,9 @@ def _print(sections: Sequence[Section], comparisons: Sequence[dict[str, Any]], m
     """The same as the Markdown, fitted into a terminal."""
     console = make_console()
     for task, about, rows in sections:
-        _print_rows(f"{task}: {about}", rows, accuracy_columns(),
-                    drop=("in std", "rel. error", "backward ratio", "seeds", "drop", "backward"))  # fmt: skip
+        _print_rows(f"{task}: {about}", rows, accuracy_columns(), keys=("forward", "backward", "compressed"),
+                    drop=("in std", "rel. error", "backward ratio", "seeds", "drop"),
+                    last=("backward", "plain"))  # fmt: skip
     for comparison in comparisons:
         _print_rows(comparison["title"], comparison["rows"], comparison_columns(comparison),
                     drop=("seeds", "ours: samples/s over none", "drop", "ratio"))  # fmt: skip
@@ -116,10 +117,10 @@ def _print(sections: Sequence[Section], comparisons: Sequence[dict[str, Any]], m
         console.print(f"{note}\n", style="dim")
 
 
-def _print_rows(title: str, rows: Sequence[Any], columns: Sequence[Column], drop: Sequence[str]) -> None:
+def _print_rows(title: str, rows: Sequence[Any], columns: Sequence[Column], **options: Sequence[str]) -> None:
     left = [c.name for c in columns if not all(isinstance(c.value(row), int | float | None) for row in rows)]
-    cells = [[column.text(row) for column in columns] for row in rows]
-    print_table(title, [column.name for column in columns], cells, left=left, drop=drop)
+    cells = [[" ".join(column.text(row).split()) for column in columns] for row in rows]
+    print_table(title, [column.name for column in columns], cells, left=left, **options)
 
 
 def _need_matplotlib() -> None:

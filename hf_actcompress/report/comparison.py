@@ -13,6 +13,7 @@ from .tables import (
     Column,
     Record,
     Row,
+    complete,
     drop_against,
     markdown_table,
     plain_text,
@@ -114,7 +115,7 @@ def comparison_notes(comparison: Mapping[str, Any]) -> str:
              f"Ours ({metrics}): {'; '.join(comparison['settings']) or 'no runs yet'}."]  # fmt: skip
     notes += [note for note in (comparison.get("differs"), comparison["speed"]) if note]
     notes += [f"{len(done)} of {len(rows)} rows are run."] * (len(done) < len(rows))
-    return " ".join(notes + [DIVERGED] * any(ours[f"{ours['variant']}_diverged"] for ours in done))
+    return " ".join(notes + [DIVERGED] * (not all(complete(ours, ours["variant"]) for ours in done)))
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:

@@ -162,8 +162,8 @@ def accuracy_table(records: Iterable[Record]) -> list[Row]:
     `plain_diverged` (seeds whose metric is NaN or infinite), `compressed_missing` and `plain_missing` (seeds without
     a metric, where others have one), `ratio` and `grad_ratio` (bytes before over bytes after, summed over boundaries
     and seeds; against fp32 where the runs are in fp32), `rel_error` (forward, mean over boundaries and seeds), `drop`
-    (mean of `none` minus mean of this row; None where a seed of either diverged, since a mean of the others would
-    hide that) and `drop_stds` (the drop in standard deviations of `none`).
+    (mean of `none` minus mean of this row; None where a seed of either diverged or has no metric, since a mean of the
+    others would hide that) and `drop_stds` (the drop in standard deviations of `none`).
 
     Raises ValueError where the runs of a task differ in more than codec and seed, or one seed appears twice.
     """
@@ -183,12 +183,15 @@ def accuracy_table(records: Iterable[Record]) -> list[Row]:
 
 def drop_against(none: Row | None, row: Row) -> tuple[float | None, float | None]:
     """What is lost against the row without compression, and the same in its standard deviations."""
-    if none is None or none["plain"] is None or none["plain_diverged"]:
-        return None, None
-    if row["compressed"] is None or row["compressed_diverged"]:
+    if none is None or not complete(none, "plain") or not complete(row, "compressed"):
         return None, None
     drop = none["plain"] - row["compressed"]
     return drop, drop / none["plain_std"] if none["plain_std"] else None
+
+
+def complete(row: Row, variant: str) -> bool:
+    """Whether every seed of the row has a finite metric."""
+    return row[variant] is not None and not row[f"{variant}_diverged"] and not row[f"{variant}_missing"]
 
 
 def codecs_of(record: Record) -> tuple[str, str]:
@@ -313,7 +316,8 @@ LEGEND = (
     "activations, |y - x| / |x|."
 )
 DIVERGED = (
-    "diverged: seeds whose metric is NaN or infinite. Means are those of the other seeds, and no drop is computed."
+    "diverged: seeds whose metric is NaN or infinite; missing: seeds without it. Means are those of the other seeds, "
+    "and no drop is computed."
 )
 
 
@@ -336,7 +340,8 @@ def accuracy_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def legend_of(rows: Iterable[Row]) -> str:
-    return f"{LEGEND} {DIVERGED}" if any(r["compressed_diverged"] or r["plain_diverged"] for r in rows) else LEGEND
+    unusual = ("compressed_diverged", "compressed_missing", "plain_diverged", "plain_missing")
+    return f"{LEGEND} {DIVERGED}" if any(row[key] for row in rows for key in unusual) else LEGEND
 
 
 def accuracy_section(records: Sequence[Record], figures: Mapping[str, str] | None = None) -> str:
