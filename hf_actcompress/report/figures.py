@@ -83,7 +83,7 @@ def error_against_bits(record: Mapping[str, Any], path: str | os.PathLike[str]) 
         ax.set_title(DIRECTIONS[direction], loc="left", fontsize=9, fontweight="bold")
         ax.set_xlabel("bits left of each 32-bit value, scales included")
         ax.set_ylabel("error of the parameters' gradient" if direction == "forward" else "")
-        if direction == "backward":
+        if direction == "backward" and groups:
             ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _title(figure, record, "error of the gradient against bits, mean of all cuts (one at a time)")
     return save_figure(figure, path)

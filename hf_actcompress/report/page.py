@@ -16,7 +16,7 @@ from typing import Any
 from .charts import Point, Series, curves, legend, scatter
 from .comparison import comparison_columns, comparison_notes, records_of
 from .plots import chosen_curves, mean_curve
-from .style import PERCENT, STYLES, family, label
+from .style import NAMES, PERCENT, STYLES, family, label
 from .tables import (
     Column,
     Record,
@@ -116,11 +116,12 @@ def _task(section: Section, anchor: str, records: Sequence[Record]) -> str:
         gone = [label(row["codec"]) for row in rows
                 if row["compressed"] is not None and not _finite(row["compressed"])]
         note = f"Not drawn, since every seed diverged: {'; '.join(gone)}." if gone else ""
+        families = dict.fromkeys(point.family for point in points)
         parts.append(_figure(
             f"{metric} against compression", scatter(
                 points, title=f"{task}: {metric} against the forward compression ratio",
                 x_name="forward compression ratio (log scale)", y_name=metric, base=base, least=0.05 * scale,
-            ), legend([(name, name) for name in dict.fromkeys(point.family for point in points)]), note))  # fmt: skip
+            ), legend([(name, NAMES.get(name, name)) for name in families]), note))  # fmt: skip
     series = _loss_series(rows, records)
     if series:
         parts.append(_figure("Training loss", curves(series, title=f"{task}: training loss", x_name="step",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .style import STYLES, Style, escape_math, family, label, make_figure, save_figure, short_label, style_of
+from .style import NAMES, STYLES, Style, escape_math, family, label, make_figure, save_figure, short_label, style_of
 from .tables import Record, Row, accuracy_table, codecs_of, scale_of, summarize_values
 
 
@@ -69,8 +69,8 @@ def draw_panel(ax: Any, task: str, rows: list[Row]) -> None:
     ax.set_ylim(bottom - short, top + short)
     ax.set_title(escape_math(task), loc="left", fontweight="bold")
     gone = [label(row["codec"]) for row in measured if row not in points]
-    note = f"\nnot drawn, since every seed diverged: {'; '.join(gone)}" if gone else ""
-    ax.set_xlabel(f"forward compression ratio{escape_math(note)}")
+    note = f"not drawn, since every seed diverged: {'; '.join(gone)}" if gone else ""
+    ax.set_xlabel(f"forward compression ratio\n{escape_math(note)}".strip())
     ax.set_ylabel(metric.replace("_", " ") + (", %" if scale == 100 else ""))
     if none is not None:
         ax.annotate("no compression", (0.995, scale * none["plain"]), xycoords=("axes fraction", "data"),
@@ -234,7 +234,8 @@ def _legend(figure: Any, families: list[str]) -> None:
     handles = []
     for name in families:
         color, marker = STYLES[name][:2]
-        handles.append(Line2D([], [], color=color, marker=marker, linestyle="", markersize=6.5, label=name))
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="", markersize=6.5,
+                              label=NAMES.get(name, name)))  # fmt: skip
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9,
                       handletextpad=0.2, columnspacing=1.4)  # fmt: skip

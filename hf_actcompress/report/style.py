@@ -117,5 +117,5 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
 
 
 def escape_math(text: str) -> str:
-    """Text for a figure: matplotlib would read what stands between dollar signs as mathematics."""
-    return text.replace("$", r"\$")
+    """Text for a figure, in one line: matplotlib would read what stands between dollar signs as mathematics."""
+    return " ".join(text.split()).replace("$", r"\$")

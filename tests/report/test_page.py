@@ -5,9 +5,9 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
+from helpers.html_page import Checked
 from helpers.records import RECORDS, record, table
 
 from hf_actcompress.report import build_page
@@ -15,43 +15,11 @@ from hf_actcompress.report.charts import Frame, ticks
 from hf_actcompress.report.comparison import load_comparison
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-VOID = {"meta", "link", "input", "wbr"}
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     return build_page(RECORDS, [load_comparison(table(tmp_path_factory.mktemp("t") / "sort", throughput=True))])
-
-
-class Checked(HTMLParser):
-    """Every tag is closed in order; gathers attributes by tag."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.found, self.tables, self.cell = [], [], [], None
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
 
 
 def test_tables_say_what_the_records_say(page):
