@@ -50,8 +50,6 @@ OPTIONAL = {
 KNOWN = {
     "circle: attach.py -> observe/auto.py",
     "circle: attach.py -> observe/probe.py",
-    "circle: codecs/block.py -> codecs/rotated.py",
-    "circle: codecs/rotated.py -> codecs/block.py",
     "circle: observe/auto.py -> attach.py",
     "circle: observe/auto.py -> observe/sensitivity.py",
     "circle: observe/probe.py -> attach.py",

@@ -14,7 +14,9 @@ from .kmeans import KMeans
 from .lowrank import LowRank
 from .parse import parse_codec
 from .registry import CODECS, codec_names, register_codec
+from .rotated import Rotated
 from .rounding import RoundingState
 from .sort import Sort
 from .topk import TopK
+from .trellis import Trellis
 from .uniform import Uniform

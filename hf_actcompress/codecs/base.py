@@ -167,7 +167,7 @@ class Codec:
         payload = None
         if x.numel():
             with _full_precision(x):
-                payload = (self._encode_checked if check else self._encode)(x.detach(), state)
+                payload = (self._encode_checked if check else self._encode)(_plain(x), state)
         if payload is None:
             return Payload(str(self), tuple(x.shape), x.dtype, {"raw": x.detach().contiguous()}, raw=True)
         return payload
@@ -191,7 +191,7 @@ class Codec:
         if x.numel() == 0 or (check and not representable(x)):
             return x.detach().clone(memory_format=torch.contiguous_format)
         with _full_precision(x):
-            return _finite(self._roundtrip(dense(x.detach()), state))
+            return _finite(self._roundtrip(dense(_plain(x)), state))
 
     def payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes of the payload of a finite tensor of that shape and dtype, known before encoding."""
@@ -230,6 +230,23 @@ class Codec:
     def _payload(self, x: Tensor, tensors: dict[str, Tensor], parts: dict[str, Payload] | None = None) -> Payload:
         return Payload(str(self), tuple(x.shape), x.dtype, tensors, parts or {})
 
+    def _sized(self, payload: Payload, **counts: int) -> list[Tensor]:
+        """The tensors of the payload that are named, each of so many elements, codes as bytes.
+
+        A payload may come from a file or a link: no kernel may read beyond what is there.  Raises ValueError.
+        """
+        found = []
+        for name, count in counts.items():
+            tensor = payload.tensors.get(name)
+            if tensor is None or tensor.numel() != count or (name == "codes" and tensor.dtype != torch.uint8):
+                have = "nothing" if tensor is None else f"{tensor.numel()} elements of {tensor.dtype}"
+                raise ValueError(
+                    f"{self}: '{name}' of a payload of shape {tuple(payload.shape)} has {have}, and needs {count}"
+                    f"{' bytes' if name == 'codes' else ''}. The payload is damaged, or that of another codec."
+                )
+            found.append(tensor)
+        return found
+
     def _accepts(self, x: Tensor) -> None:
         if x.dtype not in FLOAT_DTYPES:
             raise ValueError(
@@ -253,6 +270,11 @@ class Codec:
                 text = repr(value) if isinstance(value, float) and float(short) != value else short
                 options.append(f"{f.name}={text}")
         return f"{self.name}:{','.join(options)}" if options else self.name
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Without a graph, and without a lazy negative bit, which native code and numpy do not see."""
+    return x.detach().resolve_neg()
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager:

@@ -77,8 +77,9 @@ class KMeans(Codec):
         return table.float().sort().values
 
     def _decode(self, payload: Payload) -> Tensor:
-        table = payload.tensors["centroids"]
-        return decode_table(payload.tensors["codes"], payload.shape, table.to(payload.dtype), self.bits)
+        size = codes_nbytes(math.prod(payload.shape), self.bits)
+        codes, table = self._sized(payload, codes=size, centroids=2**self.bits)
+        return decode_table(codes, payload.shape, table.to(payload.dtype), self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         table = self._fit(strided_sample(x, SAMPLE), state)

@@ -102,7 +102,9 @@ class LowRank(Codec):
         return left, right
 
     def _decode(self, payload: Payload) -> Tensor:
-        return self._unfold(payload.tensors["left"], payload.tensors["right"], payload)
+        m, n, r = self._matrix_shape(payload.shape)
+        left, right = self._sized(payload, left=m * r, right=n * r)
+        return self._unfold(left.view(m, r), right.view(n, r), payload)
 
     def _unfold(self, left: Tensor, right: Tensor, payload: Payload) -> Tensor:
         if len(payload.shape) == 4:

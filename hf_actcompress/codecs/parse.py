@@ -11,12 +11,9 @@ from .feedback import Feedback
 from .registry import check_registered, codec_class, codec_names
 from .spec import build, split_spec
 
-# Names for options that belong together.  A codec that was asked for by such a name prints as what it is.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rotated": ("block", {"rotate": "hadamard", "levels": "gauss", "allocate": "energy", "patch": "dct"}),
-    "trellis": ("block", {"rotate": "hadamard", "levels": "trellis", "allocate": "energy", "patch": "dct",
-                          "prototypes": 3}),
-}  # fmt: skip
+# Options of block in version 0.1 that no measurement favoured, and those that made another algorithm of it.
+GONE = ("clip", "scale", "splits")
+ROTATING = ("rotate", "levels", "fit", "allocate", "patch", "prototypes")
 
 
 def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
@@ -50,10 +47,24 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
 
 
 def _build(name: str, options: dict[str, Any], spec: str) -> Codec:
-    if name in PRESETS:
-        name, preset = PRESETS[name]
-        options = {**preset, **options}
+    if name in ("block", "rotated", "trellis"):
+        _refuse_old_spelling(name, options, spec)
     return build(codec_class(name, spec), name, options, spec)
+
+
+def _refuse_old_spelling(name: str, options: dict[str, Any], spec: str) -> None:
+    gone = [key for key in options if key in GONE]
+    if gone:
+        raise ValueError(
+            f"'{spec}': the option {gone[0]} is gone, since nothing measured was better with it. Leave it out."
+        )
+    if any(key in ROTATING and not (key == "prototypes" and name != "block") for key in options):
+        new = "trellis" if "trellis" in (name, options.get("levels")) else "rotated"
+        kept = {key: options[key] for key in ("bits", "group", "prototypes") if options.get(key, "none") != "none"}
+        options_text = ",".join(f"{key}={value}" for key, value in kept.items())
+        raise ValueError(
+            f"'{spec}': rotation is a codec of its own. Write '{new}{':' * bool(kept)}{options_text}'."
+        )
 
 
 def _delta(spec: str) -> Codec:

@@ -1,234 +1,241 @@
-"""Groups of the block codec that are turned, or coded by the levels of a Gaussian.
+"""Rotated groups, coded by the levels of a Gaussian.  The codec for 2 to 4 bits.
 
-Each group keeps its mean and its deviation (or its step).  Sums are taken and rotations done tile by tile with
-torch's own kernels, so that they have the same bits whether anything else is compiled or not.
+    x ── features, patches or prototypes ──▶ groups ── less their mean, rotated ──▶ levels ──▶ codes
+
+Each group keeps its mean and its deviation.  Sums are taken and rotations done tile by tile with torch's own
+kernels, so that they have the same bits whether anything else is compiled or not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops.memory import fresh
-from ..ops.packing import pack, unpack
-from ..ops.rotated_kernels import (
-    butterflies_restored,
-    butterflies_steps,
-    equalized,
-    halves,
-    levels_decode,
-    levels_encode,
-    restored,
-    signed,
-    steps_decode,
-    steps_encode,
-)  # fmt: skip
-from ..ops.rounding import noise_source
-from ..ops.rows import Part, apply, blocks, counters
-from ..ops.scales import ceil16, safe_inverse
-from . import trellis
-from .base import CodecState
-from .rounding import key_of
-from .transforms.allocation import Regions, allocate, distortion
-from .transforms.hadamard import (
-    EXACT_BITS,
-    averaging,
-    in_runs,
-    rotate,
-    rotate_back,
-    signs,
-    turn_runs,
-    turn_whole_runs,
-    turned_ones,
-)  # fmt: skip
-from .transforms.levels import bucket_edges, level_table
+from ..ops.packing import packed_nbytes
+from ..ops.reductions import LARGEST, representable
+from ..ops.rotated_kernels import butterflies_restored, equalized, levels_decode, levels_encode, restored
+from ..ops.rows import Part, apply, blocks, parts
+from ..ops.scales import ceil16
+from .base import Codec, CodecState, Payload, check_int
+from .registry import register_codec
+from .transforms import prototypes
+from .transforms.allocation import Regions, allocate
+from .transforms.equalize import applies, feature_dim, feature_scales, period, tables
+from .transforms.hadamard import in_runs, rotate, rotate_back, signs, turn_runs
+from .transforms.levels import bucket_edges, gauss_distortion, level_table
+from .transforms.patches import from_frequencies, patch_size, to_frequencies
 
-if TYPE_CHECKING:
-    from .block import Block
+TILE = 1 << 21  # elements; calls of matrix products and kernels should not be what takes the time
 
 
-DEFAULT_GROUP = 128
-TURNED = 1 << 21  # elements of a tile: calls of matrix products and kernels should not be what takes the time
+@register_codec("rotated")
+@dataclass(frozen=True)
+class Rotated(Codec):
+    """Groups turned by a randomised Walsh-Hadamard transform, then coded by Lloyd-Max levels of a Gaussian.
 
+    bits: 1 to 8 on average.  Groups of large deviation get up to two bits more and small ones fewer, with nothing more
+        to send (transforms/allocation.py).
+    group: elements per group, a power of two from 8 on.
+    prototypes: up to so many rows that others are like are kept once and taken out of those (0 to 15; for tensors
+        [rows, F] or [B, L, F] of 512 rows or more: transforms/prototypes.py).
 
-def encode(
-    codec: Block, flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, inverse: Tensor | None,
-    state: CodecState | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Codes uint8 and scales [groups, 2] in their stored dtype."""
-    cols = parts[0].shape[2]
-    lanes, key = noise_source(key_of(codec, state), cols, flat.device)
-    scales = torch.empty(sum(p.groups for p in parts), 2, dtype=codec.scale_dtype, device=flat.device)
-    if codec.allocate:  # first, since the widths of codes depend on all deviations
-        for start, stop, x in _tiles(flat, parts, mean, inverse):
-            scales[start:stop] = _center_and_spread(codec, x)[1]
-    widths = _regions(codec, scales, parts)
-    packed = torch.empty(widths.nbytes, dtype=torch.uint8, device=flat.device)
-    runs = signs(cols, flat.device) if codec.levels == "uniform" and in_runs(cols) else None
-    scratch = None  # for all tiles: memory that is freed in between may go back to the system and cost page faults
-    for start, stop, x in _tiles(flat, parts, mean, inverse, runs):
-        if codec.levels != "uniform":
-            if codec.allocate:
-                scale = scales[start:stop].float()
-                x = x.sub_(scale[:, :1])
-            else:
-                x, scale = _center_and_spread(codec, x)
-            y = (rotate(x) if codec.rotate else x)[:, None]
-            for bits, rows, at in widths.parts(start, stop, x.shape[1]):
-                own, spread = (y, scale) if rows is None else (y[rows], scale[rows])
-                packed[at] = _level_codes(codec, own, spread[:, None, 1:], bits).view(-1)
+    What comes before: of [rows, F] or [B, L, F] with 256 rows or more each feature's mean is taken out, and each is
+    divided by the square root of its deviation (transforms/equalize.py).  Images [B, C, H, W] whose height and width
+    have a common divisor from 2 to 8 are cut into patches of that size, which a cosine transform turns
+    (transforms/patches.py).  Levels are stretched so that a decoded value is on average the original.
+    Payload: bits / 8 bytes per element, rounded up to whole groups, + 4 bytes per group; 4 bytes per feature, or 4 for
+    an image's mean; 2 bytes per feature of each prototype and up to 4 bits per row.
+    Sources: rotation as in QuaRot (Ashkboos et al., 2024); unbiased levels as in EDEN (Vargaftik et al., 2022).
+    """
+
+    bits: int = 4
+    group: int = 128
+    prototypes: int = 0
+
+    def __post_init__(self) -> None:
+        check_int(self.name, "bits", self.bits, 1, 8, "For more bits use block.")
+        check_int(self.name, "group", self.group, 8, 2**20)
+        if self.group.bit_count() != 1:
+            raise ValueError(f"{self.name}: group={self.group} is not a power of two. Use for example group=128.")
+        check_int(self.name, "prototypes", self.prototypes, 0, prototypes.MOST)
+
+    # -- levels: what another codec of rotated groups does otherwise (trellis) -----------------------------------
+    def _distortion(self, bits: int) -> float:
+        """The squared error of a unit Gaussian at so many bits."""
+        return gauss_distortion(bits)
+
+    def _level_codes(self, y: Tensor, spread: Tensor, bits: int) -> Tensor:
+        """fp32 [R, 1, C] around 0, of deviations [R, 1, 1] -> packed codes uint8 [R, 1, C * bits / 8]."""
+        shared = [bucket_edges(bits, y.device), torch.arange(2**bits, device=y.device).float()]
+        return apply(levels_encode, y, [spread], shared=shared, bits=bits, compilable=bits <= 6)[0]
+
+    def _level_values(self, packed: Tensor, spread: Tensor, bits: int) -> Tensor:
+        """The inverse: fp32 [R, C]."""
+        table = level_table(bits, self._gain(bits), packed.device)
+        return apply(levels_decode, packed, [spread], shared=[table], cols=self.group, bits=bits)[0][:, 0]
+
+    def _gain(self, bits: int) -> float:
+        """What levels are multiplied by: the centroid of a cell is a share 1 - distortion of what fell there."""
+        return 1 / (1 - self._distortion(bits))
+
+    # -- what suits a shape -----------------------------------------------------------------------------------------
+    def _equalizes(self, shape: tuple[int, ...]) -> bool:
+        return applies(shape) and patch_size(shape) == 1
+
+    def _has_prototypes(self, shape: tuple[int, ...]) -> bool:
+        return bool(self.prototypes) and prototypes.applies(shape)
+
+    def _parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        repeat = period(shape, self.group) if self._equalizes(shape) else 1
+        return parts(math.prod(shape), self.group, repeat, self.group)
+
+    def _tables(self, features: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and root of deviation of the features, for one period of groups or the whole tensor."""
+        if features is None:
+            return None, None
+        return tables(features, shape, min(math.prod(shape), period(shape, self.group) * self.group))
+
+    # -- the contract -----------------------------------------------------------------------------------------------
+    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+        # Sums over another memory order would have other last bits.
+        x, shape, tensors, features = x.contiguous(), tuple(x.shape), {}, None
+        if self._equalizes(shape):
+            features = tensors["features"] = feature_scales(x)
+        if (k := patch_size(shape)) > 1:
+            mean = tensors["mean"] = x.float().mean().view(1)  # in the lowest frequency it would drown the others
+            flat = to_frequencies(x.float() - mean, k)
+        elif self._has_prototypes(shape):
+            scales, matrix = features.float().unbind(0), x.reshape(-1, shape[-1])
+            found = tensors["prototypes"] = prototypes.find(matrix, *scales, self.prototypes)
+            flat, tensors["rows"] = prototypes.subtract(matrix, found, *scales)
+            flat = flat.view(-1)
         else:
-            starts = None if key is None else _starts(start, stop, cols, x.device)
-            (_, _, at), = widths.parts(start, stop, x.shape[1])
-            scratch = torch.empty_like(x).view(-1) if scratch is None or scratch.numel() < x.numel() else scratch
-            codes, scale = _equal_steps(codec, x, starts, lanes, key, scratch)
-            packed[at] = codes.view(-1)
-        scales[start:stop] = scale
-    return packed, scales
+            flat = x.reshape(-1)
+        codes, scales = self._encode_groups(flat, self._parts(shape), *self._tables(features, shape))
+        return self._payload(x, {"codes": codes, "scales": scales, **tensors})
 
+    def _encode_groups(
+        self, flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, root: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes uint8 and scales bf16 [groups, 2] (mean, deviation)."""
+        inverse = None if root is None else 1 / root
+        scales = torch.empty(sum(p.groups for p in parts), 2, dtype=torch.bfloat16, device=flat.device)
+        for start, stop, y in _tiles(flat, parts, mean, inverse):
+            scales[start:stop] = _mean_and_deviation(y)
+        regions = self._regions(scales)  # the widths of codes depend on all deviations
+        packed = torch.empty(regions.nbytes, dtype=torch.uint8, device=flat.device)
+        for start, stop, y in _tiles(flat, parts, mean, inverse):
+            scale = scales[start:stop].float()
+            y = rotate(y.sub_(scale[:, :1]))[:, None]
+            for bits, rows, at in regions.parts(start, stop):
+                packed[at] = self._level_codes(y[rows], scale[rows][:, None, 1:], bits).view(-1)
+        return packed, scales
 
-def _level_codes(codec: Block, y: Tensor, spread: Tensor, bits: int) -> Tensor:
-    """fp32 [R, 1, C] around 0, of deviations [R, 1, 1] -> packed codes."""
-    if codec.levels == "trellis":
-        return pack(trellis.encode((y * safe_inverse(spread))[:, 0], bits), bits)
-    shared = [bucket_edges(bits, y.device), torch.arange(2**bits, device=y.device).float()]
-    return apply(levels_encode, y, [spread], shared=shared, bits=bits, compilable=bits <= 6)[0]
+    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
+        payload = self._encode(x, state)
+        # The scales bound all values, NaN included: only where they are large is a pass over the tensor needed.
+        return payload if self._surely_representable(payload) or representable(x) else None
 
+    def _surely_representable(self, payload: Payload) -> bool:
+        if payload.dtype == torch.float64 or "mean" in payload.tensors:
+            return False
+        scales = payload.tensors["scales"].float()
+        bound = (scales[:, 0].abs() + scales[:, 1] * 2**self.bits * self.group**0.5).amax()
+        if "features" in payload.tensors:
+            mean, root = payload.tensors["features"].float().abs().amax(1)
+            bound = bound * root + mean
+        if "prototypes" in payload.tensors:
+            bound = bound + payload.tensors["prototypes"].abs().amax()
+        return bool(bound < LARGEST / 4)  # False for NaN
 
-def decode(
-    codec: Block, codes: Tensor, scales: Tensor, parts: tuple[Part, ...], mean: Tensor | None, root: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """What the parts were, one after another, flat, in `dtype`."""
-    widths, at, row = _regions(codec, scales, parts), 0, 0
-    whole = fresh(sum(part.groups * part.shape[2] for part in parts), dtype, codes.device)
-    for part in parts:
-        out = whole[at : at + part.groups * part.shape[2]].view(part.shape)
-        at += out.numel()
-        means, roots = part.features(mean), part.features(root)
-        for n, k in blocks(*part.shape, codes.device, TURNED):
-            target = out[n, k]
-            start, stop = row, row + target.shape[0] * target.shape[1]
-            own = scales[start:stop].float()[:, None]
-            center, step = own[..., :1].view(*target.shape[:2], 1), own[..., 1:]
-            tables = [None if t is None else t[k] for t in (means, roots)]
-            runs = widths.parts(start, stop, part.shape[2])
-            if codec.rotate and in_runs(part.shape[2]):
-                shared = [signs(part.shape[2], codes.device)]
-                if codec.levels == "uniform" and codec.bits <= EXACT_BITS:
-                    (_, _, run), = runs
-                    y = codes[run].view(target.shape[0] * target.shape[1], 1, -1)
-                    y = turn_whole_runs(apply(halves, y, cols=part.shape[2], bits=codec.bits)[0])
-                    step = (step * part.shape[2] ** -0.5).view(center.shape)
+    def _decode(self, payload: Payload) -> Tensor:
+        shape, tensors = payload.shape, payload.tensors
+        k, alike = patch_size(shape), self._has_prototypes(shape)
+        dtype = torch.float32 if k > 1 or alike else payload.dtype
+        parts = self._parts(shape)
+        groups = sum(part.groups for part in parts)
+        sizes = {"codes": groups * self.group * self.bits // 8, "scales": 2 * groups}
+        sizes |= {"features": 2 * shape[feature_dim(shape)]} if self._equalizes(shape) else {}
+        sizes |= {"mean": 1} if k > 1 else {}
+        if alike:
+            bits = self.prototypes.bit_length()
+            sizes |= {"prototypes": self.prototypes * shape[-1], "rows": packed_nbytes(prototypes.rows(shape), bits)}
+        codes, scales, *_ = self._sized(payload, **sizes)
+        features = self._tables(tensors.get("features"), shape)
+        flat = self._decode_groups(codes, scales, parts, *features, dtype)
+        flat = flat[: math.prod(shape)]
+        if k > 1:
+            return from_frequencies(flat, shape, k).add_(tensors["mean"]).to(payload.dtype)
+        if alike:
+            prototypes.add(flat.view(-1, shape[-1]), tensors["prototypes"], tensors["rows"])
+        return flat.view(shape).to(payload.dtype)
+
+    def _decode_groups(
+        self, codes: Tensor, scales: Tensor, parts: tuple[Part, ...], mean: Tensor | None, root: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """The values of the parts, one after another, flat, in `dtype`."""
+        regions, at, row, cols = self._regions(scales), 0, 0, self.group
+        whole = fresh(sum(part.groups * cols for part in parts), dtype, codes.device)
+        for part in parts:
+            out = whole[at : at + part.groups * cols].view(part.shape)
+            at += out.numel()
+            means, roots = part.features(mean), part.features(root)
+            for n, k in blocks(*part.shape, codes.device, TILE):
+                target = out[n, k]
+                start, stop = row, row + target.shape[0] * target.shape[1]
+                own = scales[start:stop].float()[:, None]
+                center = own[..., :1].view(*target.shape[:2], 1)
+                y = torch.zeros(stop - start, cols, dtype=torch.float32, device=codes.device)
+                for bits, rows, where in regions.parts(start, stop):
+                    packed = codes[where].view(len(rows), 1, -1)
+                    y[rows] = self._level_values(packed, own[rows][..., 1:], bits)
+                features = [None if t is None else t[k] for t in (means, roots)]
+                if in_runs(cols):
+                    y = turn_runs(y, False).view(target.shape)
+                    y, = apply(butterflies_restored, y, [center], features, [signs(cols, y.device)], dtype=dtype)
                 else:
-                    y, step = turn_runs(_decoded(codec, codes, step, runs), False), None
-                y = y.view(target.shape)
-                y = apply(butterflies_restored, y, [center, step], tables, shared, dtype=dtype)[0]
-            else:
-                y = _decoded(codec, codes, step, runs)
-                y = (rotate_back(y) if codec.rotate else y).view(target.shape)
-                y = apply(restored, y, [center], tables, dtype=dtype)[0]
-            target.copy_(y)
-            row = stop
-    return whole
+                    y, = apply(restored, rotate_back(y).view(target.shape), [center], features, dtype=dtype)
+                target.copy_(y)
+                row = stop
+        return whole
 
+    def _regions(self, scales: Tensor) -> Regions:
+        return Regions(allocate(scales[:, 1].float(), self.bits, self._distortion), self.group)
 
-def _decoded(
-    codec: Block, codes: Tensor, scale: Tensor, runs: Iterator[tuple[int, Tensor | None, slice]]
-) -> Tensor:
-    """fp32 [R, C], around 0, of groups whose step or deviation is scale [R, 1, 1]."""
-    out = None
-    for bits, rows, at in runs:
-        own = scale if rows is None else scale[rows]
-        packed = codes[at].view(own.shape[0], 1, -1)
-        cols = packed.shape[2] * 8 // bits
-        if codec.levels == "trellis":
-            y = trellis.decode(unpack(packed[:, 0], bits, cols), bits, _gain(codec, bits)) * own[:, 0]
-        elif codec.levels == "gauss":
-            table = level_table(bits, _gain(codec, bits), codes.device)
-            y = apply(levels_decode, packed, [own], shared=[table], cols=cols, bits=bits)[0][:, 0]
-        else:
-            y = apply(steps_decode, packed, [own], cols=cols, bits=bits)[0][:, 0]
-        if rows is None:
-            return y
-        if out is None:
-            out = torch.zeros(scale.shape[0], cols, dtype=torch.float32, device=codes.device)
-        out[rows] = y
-    if out is None:  # no group of these was worth a bit
-        out = torch.zeros(scale.shape[0], codec.group or DEFAULT_GROUP, dtype=torch.float32, device=codes.device)
-    return out
-
-
-def _starts(start: int, stop: int, cols: int, device: torch.device) -> Tensor:
-    return counters(Part((stop - start, 1, cols), start * cols, 0, 0), device)
-
-
-def _regions(codec: Block, scales: Tensor, parts: tuple[Part, ...]) -> Regions:
-    if codec.allocate:
-        return Regions(allocate(scales[:, 1].float(), codec.bits, codec.levels), parts[0].shape[2])
-    return Regions(codec.bits, sum(part.groups * part.shape[2] for part in parts))
+    def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        more = 4 * shape[feature_dim(shape)] if self._equalizes(shape) else 0
+        more += prototypes.nbytes(shape, self.prototypes) if self._has_prototypes(shape) else 0
+        more += 4 if patch_size(shape) > 1 else 0
+        return more + sum(part.groups * (self.group * self.bits // 8 + 4) for part in self._parts(shape))
 
 
 def _tiles(
-    flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, inverse: Tensor | None, runs: Tensor | None = None
+    flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, inverse: Tensor | None
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(first group, last group + 1, equalized groups fp32 [R, C], times `runs` [C]) tile by tile."""
+    """(first group, last group + 1, their equalized values fp32 [R, C]) tile by tile."""
     row = 0
     for part in parts:
         x, means, inverses = part.take(flat), part.features(mean), part.features(inverse)
-        for n, k in blocks(*part.shape, flat.device, TURNED):
+        for n, k in blocks(*part.shape, flat.device, TILE):
             y = x[n, k]
             # A tensor of its own in any case: what follows works in place.
-            own = [None, None] if means is None else [means[k], inverses[k]]
-            if runs is not None:
-                y = apply(signed, y, tables=own, shared=[runs])[0]
-            elif means is None:
+            if means is None:
                 y = y.to(torch.float32, copy=True)
             else:
-                y = apply(equalized, y, tables=own)[0]
+                y, = apply(equalized, y, tables=[means[k], inverses[k]])
             y = y.reshape(-1, part.shape[2])
             yield row, row + y.shape[0], y
             row += y.shape[0]
 
 
-def _stored(codec: Block, mean: Tensor) -> Tensor:
-    """Means of rows [R] as they are kept."""
-    return mean.bfloat16().float() if codec.scale == 16 else mean
-
-
-def _center_and_spread(codec: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 rows [R, C] -> rows around 0, in place; mean and deviation [R, 2], the latter rounded up."""
-    center = _stored(codec, x.mean(1))
-    x = x.sub_(center[:, None])
-    spread = torch.linalg.vector_norm(x, dim=1) / x.shape[1] ** 0.5
-    return x, torch.stack([center, ceil16(spread) if codec.scale == 16 else spread], 1)
-
-
-def _equal_steps(
-    codec: Block, x: Tensor, starts: Tensor | None, lanes: Tensor | None, key: Tensor | None,
-    scratch: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """fp32 rows [R, C] (times signs, where they are turned in runs) -> codes when turned, mean and step [R, 2]."""
-    reach = 2 * codec.clip / (2**codec.bits - 1)
-    if in_runs(cols := x.shape[1]):
-        static = {"bits": codec.bits, "reach": reach, "stored": codec.scale}
-        center = _stored(codec, torch.mv(x, averaging(cols, x.device)))
-        own, shared = [center[:, None, None], starts], [turned_ones(cols, x.device), lanes, key]
-        codes, step = apply(butterflies_steps, turn_runs(x, False, scratch)[:, None], own, shared=shared, **static)
-        return codes, torch.stack([center, step.view(-1)], 1)
-    center = _stored(codec, x.mean(1))
-    y = rotate(x.sub_(center[:, None]))
-    # amax and amin take a tenth of the time of the norm that is their larger one
-    step = torch.maximum(y.amax(1), -y.amin(1)) * reach
-    step = ceil16(step) if codec.scale == 16 else step
-    codes = apply(steps_encode, y[:, None], [step[:, None, None], starts], shared=[lanes, key], bits=codec.bits)[0]
-    return codes, torch.stack([center, step], 1)
-
-
-def _gain(codec: Block, bits: int) -> float:
-    """What levels are multiplied by: the centroid of a cell is a share 1 - distortion of what fell there."""
-    unbiased = codec.fit == "unbiased" or (codec.fit is None and codec.rotate is not None)
-    return 1 / (1 - distortion(bits, codec.levels)) if unbiased else 1.0
+def _mean_and_deviation(x: Tensor) -> Tensor:
+    """fp32 rows [R, C] -> [R, 2]: the mean in bf16, and the deviation from that in bf16, rounded up."""
+    center = x.mean(1).bfloat16().float()
+    spread = torch.linalg.vector_norm(x.sub_(center[:, None]), dim=1) / x.shape[1] ** 0.5
+    return torch.stack([center, ceil16(spread)], 1)

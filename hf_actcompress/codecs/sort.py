@@ -79,7 +79,8 @@ class Sort(Codec):
         return self._payload(x, {"codes": join(codes), "scales": scales})
 
     def _decode(self, payload: Payload) -> Tensor:
-        scales, codes, dtype = payload.tensors["scales"], payload.tensors["codes"], payload.dtype
+        n, dtype = math.prod(payload.shape), payload.dtype
+        codes, scales = self._sized(payload, codes=codes_nbytes(n, self.bits), scales=2 * 2**self.splits)
         if self.splits <= FEW_SPLITS:
             static = {"bits": self.bits, "splits": self.splits, "dtype": dtype}
             return decode_parts(sort_decode, codes, payload.shape, self.bits, [scales], **static)

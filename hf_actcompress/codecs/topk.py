@@ -64,14 +64,29 @@ class TopK(Codec):
         return self._payload(x, {"values": flat[where], "positions": where.to(_index_dtype(n))})
 
     def _decode(self, payload: Payload) -> Tensor:
-        values, where = payload.tensors["values"], payload.tensors["positions"]
         n = math.prod(payload.shape)
-        if not _bitmap_is_smaller(n, self.kept(n)):
+        k = self.kept(n)
+        bitmap = _bitmap_is_smaller(n, k)
+        values, where = self._sized(payload, values=k, positions=-(-n // 8) if bitmap else k)
+        self._check_positions(where, n, k, bitmap)
+        if not bitmap:
             out = torch.zeros(n, dtype=payload.dtype, device=values.device)
             out[where.long()] = values
             return out.view(payload.shape)
         shared = [values.view(-1, 1)]
         return decode_parts(place, where, payload.shape, 1, shared, beside=[ranks(where)])
+
+    def _check_positions(self, where: Tensor, n: int, k: int, bitmap: bool) -> None:
+        """On a CPU; on a GPU it would wait for the device, which checks its own indices."""
+        if where.device.type != "cpu":
+            return
+        if bitmap:
+            bits = torch.arange(8)
+            fits = where.dtype == torch.uint8 and int(((where[:, None] >> bits) & 1).sum()) == k
+        else:
+            fits = 0 <= int(where.min()) and int(where.max()) < n
+        if not fits:
+            raise ValueError(f"{self}: the positions of a payload do not fit {k} of {n} values: it is damaged.")
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         flat, cut = as_it_lies(x).reshape(-1), find_cut(x, self.kept(x.numel()))

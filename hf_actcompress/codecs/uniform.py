@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Uniform(Codec):
     """
 
     bits: int = 8
-    round: str | None = None
+    round: Literal["nearest", "stochastic"] | None = None
 
     def __post_init__(self) -> None:
         check_int(self.name, "bits", self.bits, 1, MAX_BITS, "To leave a tensor alone use identity.")
@@ -62,7 +63,7 @@ class Uniform(Codec):
         return self._payload(x, {"codes": join(self._apply(line_encode, x, scale, state)), "scale": scale})
 
     def _decode(self, payload: Payload) -> Tensor:
-        codes, scale = payload.tensors["codes"], payload.tensors["scale"]
+        codes, scale = self._sized(payload, codes=codes_nbytes(math.prod(payload.shape), self.bits), scale=2)
         return decode_parts(line_decode, codes, payload.shape, self.bits, [scale], bits=self.bits, dtype=payload.dtype)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:

@@ -4,7 +4,8 @@
 step.)
 
 `torch.compile` makes C++ of them on a CPU and Triton on a GPU.  A compilation takes seconds, so by default one starts
-only when its function has already cost that much: a short run never waits for a compiler, a long one loses little.
+only when its function has seen so many elements that it has cost about as much: a short run never waits for a
+compiler, a long one loses little, and the same run always compiles at the same call.
 The environment variable HF_ACTCOMPRESS_COMPILE says otherwise: 0 never compiles, 1 compiles at the first call.
 """
 
@@ -14,7 +15,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "HF_ACTCOMPRESS_COMPILE"
 SMALLEST = 1 << 16  # elements; below, the eager function takes about as long as a call of a compiled one
-PATIENCE = 8.0  # seconds a function has to have cost before it is compiled, about what compiling costs (two cores)
+PATIENCE = 1 << 30  # elements a function has to have seen before it is compiled: about the eight seconds of compiling
 
 # Chains of more than 30 operations would be cut into passes over memory, with whole tensors of scratch in between.
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000}
@@ -57,7 +59,7 @@ class _Variant:
     """One function with one set of static arguments."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.elements = 0
         self.compiled: Callable[..., Any] | None = None
         self.failed = False
 
@@ -68,10 +70,11 @@ class Kernel:
     fn must give the same bits compiled and eager: elementwise arithmetic, minima and maxima do, sums of floats do not
     (their order differs).  Sizes of dimension 0 and 1 of every tensor may change without a new compilation.
     smallest: below so many elements of its largest tensor it runs eager.
+    weight: how many times the work of quantizing a value it does for each element.
     """
 
-    def __init__(self, fn: Callable[..., Any], smallest: int = SMALLEST) -> None:
-        self.fn, self.smallest = fn, smallest
+    def __init__(self, fn: Callable[..., Any], smallest: int = SMALLEST, weight: int = 1) -> None:
+        self.fn, self.smallest, self.weight = fn, smallest, weight
         self.variants: dict[Any, _Variant] = {}
         self.__doc__ = fn.__doc__
 
@@ -88,7 +91,10 @@ class Kernel:
         if chosen == "0" or x.numel() < self.smallest and chosen != "1" or torch.compiler.is_compiling():
             return None
         variant = self._variant(x, tag, static)
-        if variant.failed or (chosen == "auto" and variant.compiled is None and variant.seconds < PATIENCE):
+        if variant.failed:
+            return None
+        if chosen == "auto" and variant.compiled is None and variant.elements < PATIENCE:
+            variant.elements += x.numel() * self.weight
             return None
         if variant.compiled is None:
             found = compiler_for(x.device.type)
@@ -99,10 +105,6 @@ class Kernel:
             _say(x.device.type, f"codecs for {x.device.type} are compiled ({found}); {VARIABLE}=0 turns that off")
             variant.compiled = self._compile(variant, static)
         return variant.compiled
-
-    def timed(self, x: Tensor, *tag: Any, **static: Any) -> "_Timer":
-        """A context that adds the time of an eager run to what the function has cost."""
-        return _Timer(self._variant(x, tag, static))
 
     def _variant(self, x: Tensor, tag: tuple, static: dict[str, Any]) -> _Variant:
         key = (x.device.type, x.dtype, tag, tuple(static.items()))
@@ -135,22 +137,13 @@ class Kernel:
                 with torch.no_grad():
                     return compiled(*args, **static)
             except Exception as error:  # whatever the compiler raises, the eager function has the same result
+                if is_out_of_memory(error):
+                    raise
                 variant.failed = True
                 logger.warning("%s could not be compiled and runs eager: %s", self.fn.__name__, error)
                 return self.fn(*args, **static)
 
         return run
-
-
-class _Timer:
-    def __init__(self, variant: _Variant) -> None:
-        self.variant = variant
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.variant.seconds += time.perf_counter() - self.began
 
 
 def _say(device: str, text: str) -> None:

@@ -33,30 +33,26 @@ def units(x: Tensor, mean: Tensor | None, inverse: Tensor | None) -> Tensor:
     return x.float() if mean is None else (x.float() - mean) * inverse
 
 
-def _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored):  # noqa: ANN001, ANN202
+def _group_codes(x, starts, mean, inverse, lanes, key, bits):  # noqa: ANN001, ANN202
     """(codes fp32 [N, K, C], minimum [N, K], step [N, K])"""
     y, top = units(x, mean, inverse), 2**bits - 1
     lo, hi = y.amin(-1), y.amax(-1)
-    if clip < 1:
-        cut = (hi - lo) * ((1 - clip) / 2)
-        lo, hi = lo + cut, hi - cut
-    lo = floor16(lo) if stored == 16 else lo
+    lo = floor16(lo)
     # Not hi - lo, which could overflow; not a division, which takes longer than all the rest of a group.
-    step = hi * (1 / top) - lo * (1 / top)
-    step = ceil16(step) if stored == 16 else step
+    step = ceil16(hi * (1 / top) - lo * (1 / top))
     codes = rounded((y - lo[..., None]) * safe_inverse(step)[..., None], top, starts, lanes, key)
     return codes, lo, step
 
 
 def _group_encode(
     x: Tensor, starts: Tensor | None, mean: Tensor | None, inverse: Tensor | None, lanes: Tensor | None,
-    key: Tensor | None, *, bits: int, clip: float, stored: int,
+    key: Tensor | None, *, bits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Groups with their own minimum and step: x -> codes uint8 [N, K, C * bits / 8], scales [N, K, 2].
 
     starts: int32 [N, K, 1], index of each group's first element; lanes: int32 [C], 0, 1, ...; key: int32 [].
     """
-    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored)
+    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits)
     return pack(codes.to(code_dtype(bits)), bits), torch.stack([lo, step], -1)
 
 
@@ -73,9 +69,9 @@ def _group_decode(
 
 def _group_roundtrip(
     x: Tensor, starts: Tensor | None, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None,
-    lanes: Tensor | None, key: Tensor | None, *, bits: int, clip: float, stored: int,
+    lanes: Tensor | None, key: Tensor | None, *, bits: int,
 ) -> tuple[Tensor]:  # fmt: skip
-    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits, clip, stored)
+    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits)
     y = lo[..., None] + codes * step[..., None]
     return ((y if mean is None else y * root + mean).to(x.dtype),)
 

@@ -83,6 +83,14 @@ def _touch(address: int, size: int) -> None:
             return
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a CPU (where torch raises a plain RuntimeError) or elsewhere."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    cause = error.__cause__
+    return "can't allocate memory" in str(error) or (cause is not None and is_out_of_memory(cause))
+
+
 class Pool:
     """Memory on a CPU that tensors which do not live at the same time have in turn.
 

@@ -56,25 +56,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return out[0].contiguous() if len(out) == 1 else torch.cat(out, dim=-1)
 
 
-def pack_runs(runs: list[Tensor], bits: int) -> Tensor:
-    """`pack` of codes that come as equally long runs of columns, without joining them first."""
-    count, out = len(runs), []
-    for width, shift in planes(bits):
-        each, rest = divmod(count * width, 8)  # runs per field
-        if rest:
-            return pack(torch.cat(runs, -1), bits)
-        fields = [run >> shift if shift else run for run in runs]
-        if width + shift < bits:
-            fields = [field & ((1 << width) - 1) for field in fields]
-        fields = [field.to(torch.uint8) for field in fields]
-        for h in range(each):
-            joined = fields[h]
-            for k in range(1, 8 // width):
-                joined = joined | (fields[k * each + h] << (k * width))
-            out.append(joined)
-    return torch.cat(out, dim=-1)
-
-
 def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     """uint8 [..., cols * bits / 8] -> codes [..., cols], uint8 up to 8 bits and int32 above."""
     codes = None

@@ -164,15 +164,14 @@ def apply(
     compiled = kernel.choose(x, *tag, **static) if compilable else None
     if compiled is not None:
         return compiled(x, *rows, *tables, *shared)
-    with kernel.timed(x, *tag, **static):
-        results: list[Tensor] = []
-        for n, k in blocks(*x.shape[:2], cols or x.shape[2], x.device):
-            own = [None if row is None else row[n, k] for row in rows]
-            own += [None if table is None else table[k] for table in tables]
-            part = kernel(x[n, k], *own, *shared, **static)
-            if part[0].shape[:2] == x.shape[:2]:
-                return part
-            results = results or [piece.new_empty(*x.shape[:2], *piece.shape[2:]) for piece in part]
-            for whole, piece in zip(results, part, strict=True):
-                whole[n, k] = piece
+    results: list[Tensor] = []
+    for n, k in blocks(*x.shape[:2], cols or x.shape[2], x.device):
+        own = [None if row is None else row[n, k] for row in rows]
+        own += [None if table is None else table[k] for table in tables]
+        part = kernel(x[n, k], *own, *shared, **static)
+        if part[0].shape[:2] == x.shape[:2]:
+            return part
+        results = results or [piece.new_empty(*x.shape[:2], *piece.shape[2:]) for piece in part]
+        for whole, piece in zip(results, part, strict=True):
+            whole[n, k] = piece
     return tuple(results)

@@ -32,7 +32,7 @@ def by_hand(xs, ys):
     }
 
 
-@pytest.mark.parametrize("spec", ["uniform:bits=2", "topk:ratio=0.3", "block:bits=2,levels=gauss"])
+@pytest.mark.parametrize("spec", ["uniform:bits=2", "topk:ratio=0.3", "rotated:bits=2"])
 @pytest.mark.parametrize("layout", ["plain", "transposed", "bf16"])
 def test_measures_are_what_they_say(spec, layout):
     x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) + 0.3

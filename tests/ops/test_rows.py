@@ -61,7 +61,7 @@ def test_apply_joins_the_tiles(monkeypatch):
 @pytest.mark.parametrize(
     "spec",
     ["uniform:bits=3", "uniform:bits=12,round=stochastic", "block:bits=5,group=24", "block:bits=4,round=stochastic",
-     "block:bits=2,splits=7", "block:bits=9,dim=channel,round=stochastic", "block:bits=4,levels=gauss",
+     "block:bits=9,dim=channel,round=stochastic", "rotated:bits=4",
      "sort:bits=6", "sort:bits=12", "kmeans:bits=3"],
 )  # fmt: skip
 @pytest.mark.parametrize("tile", [1, 100, 1 << 11])

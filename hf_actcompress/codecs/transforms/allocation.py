@@ -10,23 +10,21 @@ Source: optimal bit allocation, Huang and Schultheiss, 1963, with whole bits and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-
-from .. import trellis
-from .levels import gauss_distortion
 
 MOST = 2  # bits that one group may win or lose
 TOP = 8  # the most bits of gauss levels
 
 
-def allocate(spread: Tensor, bits: int, levels: str = "gauss") -> Tensor:
+def allocate(spread: Tensor, bits: int, distortion: Callable[[int], float]) -> Tensor:
     """Deviations [G] (fp32, as the payload holds them) -> int32 bits per group, `bits` on average exactly.
 
-    levels: "gauss" or "trellis", whose errors decide.
+    distortion: the squared error of a unit Gaussian at so many bits, from 1 on.
     """
+    error = [1.0, *(distortion(b) for b in range(1, min(bits + MOST, TOP) + 1))]
     given = torch.full(spread.shape, bits, dtype=torch.int32, device=spread.device)
     order = torch.argsort(spread, descending=True, stable=True)
     half = spread.numel() // 2
@@ -36,45 +34,32 @@ def allocate(spread: Tensor, bits: int, levels: str = "gauss") -> Tensor:
     gain, loss = (spread[high] / unit).square(), (spread[low] / unit).square()
     moved = torch.ones_like(high, dtype=torch.bool)
     for step in range(1, min(MOST, bits, TOP - bits) + 1):
-        won = distortion(bits + step - 1, levels) - distortion(bits + step, levels)
-        lost = distortion(bits - step, levels) - distortion(bits - step + 1, levels)
+        won = error[bits + step - 1] - error[bits + step]
+        lost = error[bits - step] - error[bits - step + 1]
         moved = moved & (gain * won > loss * lost)
         given[high] += moved.int()
         given[low] -= moved.int()
     return given
 
 
-def distortion(bits: int, levels: str = "gauss") -> float:
-    """The squared error of a unit Gaussian at so many bits; 1 at none."""
-    if not bits:
-        return 1.0
-    return trellis.DISTORTION[bits] if levels == "trellis" else gauss_distortion(bits)
-
-
 class Regions:
     """Where the codes of each width lie in a payload: those of the least width first, each in the order of groups.
 
-    given: int32 bits per group, all groups of `size` elements; or one number of bits for `size` elements in all.
+    given: int32 bits per group [G]; cols: elements per group.
     """
 
-    def __init__(self, given: Tensor | int, size: int) -> None:
-        self.given, self.nbytes = given, 0
+    def __init__(self, given: Tensor, cols: int) -> None:
+        self.given, self.cols, self.nbytes = given, cols, 0
         self.at: dict[int, int] = {}
-        if isinstance(given, int):
-            self.at[given], self.nbytes = 0, size * given // 8
-            return
         for bits, count in enumerate(torch.bincount(given, minlength=1).tolist()):
             self.at[bits] = self.nbytes
-            self.nbytes += count * size * bits // 8
+            self.nbytes += count * cols * bits // 8
 
-    def parts(self, start: int, stop: int, cols: int) -> Iterator[tuple[int, Tensor | None, slice]]:
-        """(bits, which of the groups start .. stop (None: all), bytes), for runs of groups in ascending order."""
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, slice]]:
+        """(bits, which of the groups start .. stop, their bytes), for runs of groups in ascending order."""
         for bits in self.at:
-            rows, count = None, stop - start
-            if isinstance(self.given, Tensor):
-                rows = (self.given[start:stop] == bits).nonzero().view(-1)
-                count = rows.numel()
-            if bits and count:
+            rows = (self.given[start:stop] == bits).nonzero().view(-1)
+            if bits and rows.numel():
                 begin = self.at[bits]
-                self.at[bits] += count * cols * bits // 8
+                self.at[bits] += rows.numel() * self.cols * bits // 8
                 yield bits, rows, slice(begin, self.at[bits])

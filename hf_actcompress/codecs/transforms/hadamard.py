@@ -19,7 +19,6 @@ from ...ops.rows import apply
 
 LARGEST = 1024
 BUTTERFLIES = 256
-EXACT_BITS = 5  # sums of RUN such codes, which lie around 0, are whole numbers up to 248: exact in bf16
 
 
 def random_sign(i: int) -> float:
@@ -62,43 +61,16 @@ def _small_matrix(n: int, device: torch.device) -> Tensor:
     return (_sylvester(RUN) / n**0.5).to(device)
 
 
-@functools.cache
-def _whole_matrix(device: torch.device) -> Tensor:
-    """bf16 [RUN, RUN] of +1 and -1."""
-    return _sylvester(RUN).bfloat16().to(device)
-
-
-@functools.cache
-def turned_ones(n: int, device: torch.device) -> Tensor:
-    """fp32 [n]: what a row of ones is turned to."""
-    return (signs(n, torch.device("cpu")) @ _sylvester(n) / n**0.5).to(device)
-
-
-@functools.cache
-def averaging(n: int, device: torch.device) -> Tensor:
-    """fp32 [n]: its product with a row times `signs` is the mean of the row."""
-    return signs(n, device) / n
-
-
 def in_runs(n: int) -> bool:
     """Whether a rotation of n is a product over runs of 16 and butterflies between them."""
     return RUN < n <= BUTTERFLIES
 
 
-def turn_whole_runs(rows: Tensor) -> Tensor:
-    """`turn_runs` without the norm, of codes around 0 of up to EXACT_BITS: bf16 [..., n], exact."""
-    return (rows.reshape(-1, RUN) @ _whole_matrix(rows.device)).view(rows.shape)
-
-
-def turn_runs(rows: Tensor, signed: bool, scratch: Tensor | None = None) -> Tensor:
-    """The first half of such a rotation, with the signs, or of its inverse, without: fp32 [..., n].
-
-    scratch: flat, of at least as many elements; the result lies in it.
-    """
+def turn_runs(rows: Tensor, signed: bool) -> Tensor:
+    """The first half of such a rotation, with the signs, or of its inverse, without: fp32 [..., n]."""
     n = rows.shape[-1]
     turned = (rows * signs(n, rows.device) if signed else rows).reshape(-1, RUN)
-    out = None if scratch is None else scratch[: turned.numel()].view(turned.shape)
-    return torch.mm(turned, _small_matrix(n, rows.device), out=out).view(rows.shape)
+    return torch.mm(turned, _small_matrix(n, rows.device)).view(rows.shape)
 
 
 def rotate(rows: Tensor) -> Tensor:

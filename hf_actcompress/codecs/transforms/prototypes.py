@@ -67,7 +67,7 @@ def subtract(x: Tensor, prototypes: Tensor, mean: Tensor, root: Tensor) -> tuple
     distance = offset - 2 * (x.float() @ weights.T)
     index = torch.cat([torch.zeros_like(distance[:, :1]), distance], 1).argmin(1)
     codes = torch.cat([index, index.new_zeros(ceil8(len(index)) - len(index))]).to(torch.uint8)
-    y = x.to(torch.float32, copy=True)
+    y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for i, prototype in enumerate(prototypes):
         y[index == i + 1] -= prototype
     return y, pack(codes, len(prototypes).bit_length())

@@ -1,6 +1,7 @@
 """The few kernels written by hand, where a compiled one reads memory twice or calls a slow library.
 
-The `native*.cpp` beside this file are compiled once for a machine's processor and kept in a cache.  They stand
+The `native*.cpp` beside this file are compiled once for a machine's processor, when they are first needed, and kept
+in the user's own cache folder.  They stand
 beside the kernels of kernels.py, give the same bits, and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
 Without a compiler, or for a tensor that they do not take, the functions here return None.
 """
@@ -9,14 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import getpass
 import hashlib
 import logging
 import os
 import platform
+import stat
 import subprocess
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,12 +32,9 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_dec
 HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
-PATIENCE = 4.0  # seconds of eligible work before a first compilation, which takes about five on two cores
 LARGEST = 1024  # columns of a group
 BITS = (1, 2, 3, 4, 5, 6, 8)
 FUNCTIONS = ("gelu", "gelu_tanh", "silu")
-
-_waited = 0.0
 
 
 def _processor() -> str:
@@ -50,24 +47,43 @@ def _processor() -> str:
 
 @functools.cache
 def _target() -> Path | None:
-    """Where the library for this source and processor is kept; None where that place cannot be trusted."""
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()) / f"hf_actcompress_{_user()}"
+    """Where the library for this source and processor is kept; None, said once, where no place can be trusted."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
-            return None
-    except OSError:
+        folder = _private_folder()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        logger.warning("Codecs run without their native kernels: there is no private folder to keep them (%s)", error)
         return None
     text = "".join(path.read_text() for path in (HEADER, *SOURCES))
     text += _processor() + str(compiler_for("cpu")) + " ".join(FLAGS)
     return folder / f"native_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid()) if hasattr(os, "getuid") else "user"
+def _private_folder() -> Path:
+    """`hf_actcompress` in the user's cache folder, mode 0700.
+
+    What lies there is loaded and run, so nobody else may be able to put anything there.  Raises OSError where that
+    is not sure.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    folder = Path(cache).resolve(strict=True) / "hf_actcompress"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+        raise PermissionError(f"{folder} is a link, or belongs to another user")
+    folder.chmod(0o700)
+    for parent in folder.parents:  # whoever may rename one of these can put another folder in our place
+        about = parent.lstat()
+        shared = about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX
+        if shared or about.st_uid not in (0, os.getuid()):
+            raise PermissionError(f"other users may change {parent}")
+    return folder
+
+
+def _is_private(file: Path) -> bool:
+    """Whether it is a plain file, of this user, that nobody else may change."""
+    about = file.lstat()
+    return stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022
 
 
 def _build(compiler: str, target: Path) -> None:
@@ -85,16 +101,20 @@ def _build(compiler: str, target: Path) -> None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library, compiled if need be."""
-    target, compiler = _target(), compiler_for("cpu")
-    if target is None or compiler is None or platform.system() != "Linux":
+    compiler = compiler_for("cpu") if platform.system() == "Linux" else None
+    target = None if compiler is None else _target()
+    if target is None:
         return None
     try:
-        if not target.is_file():
+        if not os.path.lexists(target):
+            logger.warning("Compiling the native kernels of the codecs into %s, once, for some seconds", target.parent)
             _build(compiler, target)
+        if not _is_private(target):
+            raise PermissionError(f"{target} is a link, or others may change it: delete it")
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         text = (getattr(error, "stderr", b"") or b"").decode(errors="replace")
-        logger.warning("The native kernels could not be compiled (%s): %s", error, text[-500:])
+        logger.warning("Codecs run without their native kernels (%s) %s", error, text[-500:])
         return None
     p, i, n, u, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
     library.group_codes.argtypes = [p, i, i, i, p, p, p, n, n, i, u, u, i, p, p, p]
@@ -133,64 +153,54 @@ def _allowed(device: torch.device) -> ctypes.CDLL | None:
     chosen = policy()
     if chosen == "0" or device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    if chosen == "auto" and _waited < PATIENCE and ((target := _target()) is None or not target.is_file()):
-        return None
     return _library()
-
-
-class patience:
-    """A context around what runs instead: how long that took tells whether compiling would have paid."""
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        global _waited
-        _waited += time.perf_counter() - self.began
 
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _check(what: str, have: int, needed: int, codes: Tensor) -> None:
+    """No pointer is handed out to less than the library reads."""
+    if have != needed or codes.dtype != torch.uint8:
+        raise ValueError(f"{what}: {have} numbers for codes of {codes.dtype} that need {needed}: damaged payload.")
+
+
 def group_encode(
-    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, key: int | None, *, bits: int, clip: float,
-    stored: int,
+    x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, key: int | None, *, bits: int,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """`kernels.group_encode` for x [N, K, C] whose groups count from `start` on: codes, scales; or None.
 
-    Scales are in bf16 already where `stored` is 16.
+    Scales are in bf16 already.
     """
-    library = _ready(x, bits) if clip == 1 else None
+    library = _ready(x, bits)
     if library is None:
         return None
     codes = torch.empty(*x.shape[:2], x.shape[2] * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(*x.shape[:2], 2, dtype=torch.bfloat16 if stored == 16 else torch.float32)
-    _group_codes(library, x, start, (mean, inverse, None), key, bits, stored, (codes, scales, None))
+    scales = torch.empty(*x.shape[:2], 2, dtype=torch.bfloat16)
+    _group_codes(library, x, start, (mean, inverse, None), key, bits, (codes, scales, None))
     return codes, scales
 
 
 def group_roundtrip(
     x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None, key: int | None, *,
-    bits: int, clip: float, stored: int,
+    bits: int,
 ) -> Tensor | None:  # fmt: skip
     """`kernels.group_roundtrip`, likewise: what is decoded, as `x`; or None."""
-    library = _ready(x, bits) if clip == 1 else None
+    library = _ready(x, bits)
     if library is None:
         return None
     out = fresh(x.numel(), x.dtype, x.device).view(x.shape)
-    _group_codes(library, x, start, (mean, inverse, root), key, bits, stored, (None, None, out))
+    _group_codes(library, x, start, (mean, inverse, root), key, bits, (None, None, out))
     return out
 
 
-def planes_roundtrip(
-    x: Tensor, cols: int, key: int | None, *, bits: int, clip: float, stored: int
-) -> Tensor | None:
+def planes_roundtrip(x: Tensor, cols: int, key: int | None, *, bits: int) -> Tensor | None:
     """Roundtrip of images [B, C, H, W] that lie with channels last, by groups of `cols` pixels of a channel; as `x`.
 
     None where this is not for it: then they are to be brought to the order of the shape first.
     """
-    if x.dim() != 4 or x.shape[1] % 16 or x.shape[2] * x.shape[3] % cols or x.is_contiguous() or clip != 1:
+    if x.dim() != 4 or x.shape[1] % 16 or x.shape[2] * x.shape[3] % cols or x.is_contiguous():
         return None
     lying = x.permute(0, 2, 3, 1)
     if not lying.is_contiguous() or (library := _ready(lying.view(-1, 1, cols), bits)) is None:
@@ -198,20 +208,20 @@ def planes_roundtrip(
     out, (images, channels, *_) = fresh(x.numel(), x.dtype, x.device).view(lying.shape).permute(0, 3, 1, 2), x.shape
     library.planes_roundtrip(
         x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, images, x.shape[2] * x.shape[3], channels,
-        cols, (key or 0) & 0xFFFFFFFF, stored == 16, out.data_ptr(),
+        cols, (key or 0) & 0xFFFFFFFF, True, out.data_ptr(),
     )  # fmt: skip
     return out
 
 
 def _group_codes(
     library: ctypes.CDLL, x: Tensor, start: int, tables: tuple[Tensor | None, ...], key: int | None, bits: int,
-    stored: int, results: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
 ) -> None:  # fmt: skip
     n, k, c = x.shape
     tables = tuple(None if t is None else t.contiguous() for t in tables)
     library.group_codes(
         x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, *map(_address, tables), k, n * k, c,
-        start & 0xFFFFFFFF, (key or 0) & 0xFFFFFFFF, stored == 16, *map(_address, results),
+        start & 0xFFFFFFFF, (key or 0) & 0xFFFFFFFF, True, *map(_address, results),
     )  # fmt: skip
 
 
@@ -271,6 +281,7 @@ def group_decode(
     if library is None:
         return None
     codes, scales = codes.contiguous(), scales.contiguous()
+    _check("scales", scales.numel(), 2 * n * k, codes)
     tables = [None if t is None else t.contiguous() for t in (mean, root)]
     out = fresh(n * k * cols, dtype, codes.device)
     library.group_values(
@@ -289,6 +300,7 @@ def table_decode(codes: Tensor, table: Tensor, *, bits: int) -> Tensor | None:
     if library is None:
         return None
     codes, values = codes.contiguous(), table.float().contiguous()
+    _check("the table", values.numel(), 2**bits, codes)
     out = fresh(n * k * cols, table.dtype, codes.device)
     library.table_values(
         codes.data_ptr(), bits, n * k, cols, values.data_ptr(), table.dtype.itemsize, out.data_ptr()
