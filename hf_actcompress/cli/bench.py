@@ -11,7 +11,7 @@ from .common import make_console, make_progress, parse_codecs, print_json, print
 
 BENCH_CODECS = (
     "identity", "float8", "uniform:bits=8", "sort:bits=8", "kmeans:bits=4", "block:bits=8,round=stochastic",
-    "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", "topk:ratio=0.1",
+    "block:bits=4", "rotated:bits=2", "topk:ratio=0.1",
     "topk:ratio=0.1|uniform:bits=8", "ef+topk:ratio=0.1", "lowrank:rank=8",
 )  # fmt: skip
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -9,7 +9,7 @@ from typing import Any
 from .common import MODEL, make_console, parse_codecs, print_json, print_table, whole
 
 INSPECT_CODECS = (
-    "uniform:bits=8", "sort:bits=8", "kmeans:bits=4", "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss",
+    "uniform:bits=8", "sort:bits=8", "kmeans:bits=4", "block:bits=4", "rotated:bits=2",
     "topk:ratio=0.1", "lowrank:rank=8",
 )  # fmt: skip
 CUT = ("first", "last", "placement", "layers", "stack")  # options that are those of the configuration

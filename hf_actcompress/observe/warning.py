@@ -34,7 +34,7 @@ def _remedy(codec: str, direction: str) -> str:
     option = "codec" if direction == "forward" else "grad_codec"
     if found is None:
         more = f"Use {option}='rotated:bits=4'"
-    elif "rotate" in codec or direction == "backward":
+    elif codec.startswith(("rotated", "trellis")) or direction == "backward":
         more = f"Use more bits, {option}='block:bits={max(4, 2 * int(found[1]))}'"
     else:
         more = f"Use {option}='rotated:bits={found[1]}' at the same bytes, or more bits"

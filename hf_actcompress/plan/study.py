@@ -118,7 +118,7 @@ def _drawn(codecs: Sequence[Codec]) -> set[str]:
     """The coarsest codec of each family: of the finer ones there is nothing to see."""
     least: dict[str, Codec] = {}
     for codec in codecs:
-        family = str(codec).partition("bits=")[0] + str("rotate" in str(codec))
+        family = str(codec).partition("bits=")[0]
         if family not in least or getattr(codec, "bits", 0) < getattr(least[family], "bits", 0):
             least[family] = codec
     return {str(codec) for codec in least.values()}

@@ -33,7 +33,7 @@ def test_nothing_to_say(metrics, limit):
 def test_remedies_without_bits_and_of_rotated_codecs():
     top = {key: "topk:ratio=0.1" for key in CODECS}
     assert "codec='rotated:bits=4'" in warning_of(errors((0.9, 0.9)), 0.19, top)
-    turned = {key: "block:bits=2,rotate=hadamard" for key in CODECS}
+    turned = {key: "rotated:bits=2" for key in CODECS}
     assert "more bits, codec='block:bits=4'" in warning_of(errors((0.9, 0.9)), 0.19, turned)
 
 

@@ -23,7 +23,7 @@ print("bytes", peak() - before - payload.nbytes, x.nbytes)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "spec",
-    ["uniform:bits=8,round=stochastic", "block:bits=4", "block:bits=2,rotate=hadamard", "sort:bits=8", "kmeans:bits=4",
+    ["uniform:bits=8,round=stochastic", "block:bits=4", "rotated:bits=4", "sort:bits=8", "kmeans:bits=4",
      "topk:ratio=0.1", "float8", "lowrank:rank=4", "rotated:bits=2"],
 )  # fmt: skip
 def test_scratch_is_a_tile(tmp_path, spec, dtype):
