@@ -64,8 +64,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _as_typed(message: str, parser: argparse.ArgumentParser) -> str:
-    """The message with Python's spelling of an option (`batch_size=3`) replaced by the command line's."""
+    """The message with Python's spelling of options (`batch_size=3`, `layers['x']`) replaced by the command line's."""
     for action in parser._actions:
         if action.option_strings:
-            message = re.sub(rf"(?<![\w:,.'\"]){action.dest}=", f"{action.option_strings[-1]} ", message)
+            option, before = action.option_strings[-1], r"(?<![\w:,.'\"-])"
+            message = re.sub(rf"{before}{action.dest}(=|(?=\[))", lambda m, o=option: o + " " * bool(m[1]), message)
     return message

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from typing import Any
 
-from .common import MODEL, make_console, parse_codecs, print_json, print_table, whole
+from ..config import ActCompressConfig
+from .common import MODEL, make_console, parse_codecs, percent, print_json, print_table, whole
 
 INSPECT_CODECS = (
     "uniform:bits=8", "sort:bits=8", "kmeans:bits=4", "block:bits=4", "rotated:bits=2",
     "topk:ratio=0.1", "lowrank:rank=8",
 )  # fmt: skip
-CUT = ("first", "last", "placement", "layers", "stack")  # options that are those of the configuration
+CUT = ("first", "last", "placement", "layers", "stack")  # fields of the configuration that are options here
 
 
 def add_parser(commands: Any) -> None:
@@ -21,14 +23,11 @@ def add_parser(commands: Any) -> None:
                                  "are downloaded; of a hub id only the configuration is needed.")  # fmt: skip
     add = parser.add_argument
     add("model", metavar="MODEL", help=MODEL)
-    add("--first", type=whole(0), default=1, metavar="K", help="cut the outputs of the first K layers (default 1; 0 "
-        "leaves that end alone)")  # fmt: skip
-    add("--last", type=whole(0), default=1, metavar="N", help="cut the inputs of the last N layers (default 1)")
-    add("--placement", choices=("every", "cuts"), default="every", help="'every' of those layers, or only the two "
-        "'cuts' of a pipeline: after layer K-1 and before the last N (default every)")  # fmt: skip
-    add("--layers", metavar="JSON", help="overrides and more cuts by glob, each with its own codec: "
-        "'{\"encoder.layer.3\": \"sort:bits=8\"}'")  # fmt: skip
-    add("--stack", choices=("encoder", "decoder"), help="only this stack of an encoder-decoder")
+    for field in fields(ActCompressConfig):
+        if field.name in CUT:
+            kind = {"type": whole(0), "metavar": "N"} if field.name in ("first", "last") else {}
+            add(f"--{field.name}", default=field.default, choices=field.metadata.get("choices"),
+                help=percent(field.metadata["help"]), **kind)  # fmt: skip
     add("--codec", nargs="+", action="extend", metavar="SPEC", help="codecs to compare, given after MODEL (default "
         f"{' '.join(INSPECT_CODECS)})")  # fmt: skip
     add("--batch-size", type=whole(1), default=32, metavar="B", help="examples in the batch (default 32)")
@@ -39,16 +38,16 @@ def add_parser(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from ..config import ActCompressConfig
     from ..plan.inspection import cut_sizes, describe, inspect_model
     from ..workloads.by_name import build_by_name
 
     codecs = parse_codecs(args.codec or INSPECT_CODECS, "--codec")
     options = {name: getattr(args, name) for name in CUT}
-    config = ActCompressConfig(str(codecs[0]), **options)
+    nowhere = args.first == args.last == 0 and not args.layers
+    config = None if nowhere else ActCompressConfig(str(codecs[0]), **options)
     named = build_by_name(args.model, seq_len=args.seq_len, image_size=args.image_size)
     found = inspect_model(named.build, named.inputs, args.batch_size, f"{args.model!r} with {named.example}")
-    cuts = cut_sizes(found.layers, config, codecs)
+    cuts = [] if config is None else cut_sizes(found.layers, config, codecs)
     batch = f"{args.batch_size} x {named.example}"
     layers = [describe(layer) for layer in found.layers]
     if args.json:

@@ -1,4 +1,4 @@
-"""A cluster that need not be there, from YAML: its devices, stages and links, and what is to be sent.
+"""The description of a cluster, which need not exist, as YAML: devices, stages, links, and what is to be sent.
 
     microbatches: 16
     rows: 4                               # samples in a micro-batch, for samples per second
@@ -27,8 +27,11 @@ from typing import Any
 from .schedules import SCHEDULES, orders, place
 from .simulate import Link, Stage
 
-BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "m": 1e6, "M": 1e6, "g": 1e9, "G": 1e9, "t": 1e12, "T": 1e12}
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}
+FLOPS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+BYTES = {f"{prefix}{unit}{per}": factor * size for prefix, factor in PREFIXES.items()
+         for unit, size in (("bit", 1 / 8), ("bps", 1 / 8), ("B", 1.0)) for per in ("", "/s")}  # fmt: skip
 DTYPES = ("fp32", "bf16", "fp16")
 BF16 = "bf16"  # no codec: cast, send, cast back
 CODECS: dict[str, tuple[str, str]] = {
@@ -42,54 +45,45 @@ NEAR = 0.03  # the first codec is taken that makes a step at most this much slow
 
 @dataclass(frozen=True)
 class Cluster:
-    """devices: names; codec_speed: of each device, 1 is this machine; shapes and dtypes: of the activation after each
-    stage but the last; links: by pair of devices' numbers, the smaller first; codecs: forward and backward by label.
-    """
+    """Devices, stages and links, and what is to be sent."""
 
-    devices: list[str]
-    codec_speed: list[float]
+    devices: list[str]  # names
+    codec_speed: list[float]  # of each device; 1 is this machine
     stages: list[Stage]
-    shapes: list[tuple[int, ...]]
-    dtypes: list[str]
-    links: dict[tuple[int, int], Link]
+    shapes: list[tuple[int, ...]]  # of the activation of a micro-batch after each stage but the last
+    dtypes: list[str]  # of the same, of DTYPES
+    links: dict[tuple[int, int], Link]  # by the numbers of two devices, the smaller first
     microbatches: int
-    rows: int
+    rows: int  # samples in a micro-batch
     schedule: str
     ahead: int
-    codecs: dict[str, tuple[str, str]]
+    codecs: dict[str, tuple[str, str]]  # label -> specs of activations and gradients
+
+
+# Values
 
 
 def bandwidth(text: Any, key: str = "bandwidth") -> float:
     """Bytes per second of '100mbit', '1gbit' or '12.5MB' (bytes with a capital B, per second)."""
-    match = re.fullmatch(r"([\d.]+)\s*([kKmMgGtT]?)(bit|bps|B)(?:/s)?", str(text).strip())
-    value = _number(match[1]) if match else None
-    if not match or not value:
-        raise ValueError(f"{key}: {text!r} is not a bandwidth above 0 such as 100mbit, 1gbit or 12.5MB.")
-    return value * BITS[match[2].lower()] / (1 if match[3] == "B" else 8)
+    return _quantity(text, key, BYTES, "a bandwidth above 0 such as 100mbit, 1gbit or 12.5MB", positive=True)
 
 
 def seconds(text: Any, key: str) -> float:
     """Seconds of '40ms', '5us', '1.5s' or a number."""
-    match = re.fullmatch(r"([\d.]+(?:e-?\d+)?)\s*(us|ms|s|min)?", str(text).strip())
-    value = _number(match[1]) if match else None
-    if not match or value is None:
-        raise ValueError(f"{key}: {text!r} is not a time such as 40ms, 5us or 1.5s.")
-    return value * SECONDS[match[2] or "s"]
+    return _quantity(text, key, SECONDS, "a time such as 40ms, 5us or 1.5s")
 
 
-def _rate(text: Any, key: str) -> float:
-    match = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)\s*([kKMGTP]?)", str(text).strip())
-    value = _number(match[1]) if match else None
-    if not match or not value:
-        raise ValueError(f"{key}: {text!r} is not a number of floating-point operations above 0 such as 14G or 8T.")
-    return value * {**BITS, "p": 1e15}[match[2].lower()]
+def _flops(text: Any, key: str) -> float:
+    what = "a number of floating-point operations above 0 such as 14G or 8T"
+    return _quantity(text, key, FLOPS, what, positive=True)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _quantity(text: Any, key: str, units: Mapping[str, float], what: str, positive: bool = False) -> float:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([A-Za-z/]*)", str(text).strip())
+    value = float(match[1] + (match[2] or "")) * units.get(match[3], -1.0) if match else -1.0
+    if value < 0 or (positive and value == 0):
+        raise ValueError(f"{key}: {text!r} is not {what}.")
+    return value
 
 
 def _whole(value: Any, key: str, least: int) -> int:
@@ -98,7 +92,7 @@ def _whole(value: Any, key: str, least: int) -> int:
     return value
 
 
-def _keys(value: Any, where: str, allowed: Iterable[str], needed: Iterable[str] = ()) -> Mapping[str, Any]:
+def _mapping(value: Any, where: str, allowed: Iterable[str], needed: Iterable[str] = ()) -> Mapping[str, Any]:
     """`value` as a mapping that has no other keys than `allowed` and all that are `needed`."""
     allowed = tuple(allowed)
     if not isinstance(value, Mapping):
@@ -114,10 +108,19 @@ def _keys(value: Any, where: str, allowed: Iterable[str], needed: Iterable[str] 
     return value
 
 
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: {value!r} is not a list with at least one entry.")
-    return value
+def _repeated(entries: Any, where: str, allowed: tuple[str, ...]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Each entry of a list as often as its `count` says, with its place in the file ("stages[2]")."""
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{where}: {entries!r} is not a list with at least one entry.")
+    found = []
+    for number, entry in enumerate(entries):
+        here = f"{where}[{number}]"
+        entry = _mapping(entry, here, allowed)
+        found += [(here, entry)] * _whole(entry.get("count", 1), f"{here}.count", 1)
+    return found
+
+
+# The file
 
 
 def read_cluster(path: str | Path) -> Cluster:
@@ -126,30 +129,28 @@ def read_cluster(path: str | Path) -> Cluster:
 
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise ValueError(f"The description of the cluster {str(path)!r} cannot be read: {error.strerror}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "it is no text")
+        raise ValueError(f"The description of the cluster {str(path)!r} cannot be read: {reason}.") from None
     try:
         return parse_cluster(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]} ({_line(error)}).") from None
+        mark = getattr(error, "problem_mark", None)
+        at = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown line"
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]} ({at}).") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _line(error: Any) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return "unknown line" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def parse_cluster(value: Any) -> Cluster:
     """The cluster of what a YAML file holds.  Raises ValueError, which names the key."""
     names = ("microbatches", "rows", "schedule", "ahead", "devices", "stages", "links", "codecs")
-    top = _keys(value, "The description", names, ("stages", "links", "microbatches"))
+    top = _mapping(value, "The description", names, ("stages", "links", "microbatches"))
     microbatches = _whole(top["microbatches"], "microbatches", 1)
     schedule = top.get("schedule", "early-1f1b")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: {schedule!r} is unknown. Schedules: {', '.join(SCHEDULES)}.")
-    entries = _repeated(_list(top["stages"], "stages"), "stages", _STAGE)
+    entries = _repeated(top["stages"], "stages", _STAGE)
     devices, flops, speed = _devices(top.get("devices"), len(entries))
     try:
         at = place(schedule, len(entries), len(devices))
@@ -162,7 +163,7 @@ def parse_cluster(value: Any) -> Cluster:
         stages.append(_stage(where, entry, flops[at[number]], devices[at[number]]))
         if number < len(entries) - 1:
             shapes.append(_shape(where, entry))
-            dtypes.append(_choice(entry.get("dtype", "fp32"), f"{where}.dtype", DTYPES))
+            dtypes.append(_dtype(entry.get("dtype", "fp32"), f"{where}.dtype"))
     rows = _whole(top.get("rows", shapes[0][0] if shapes else 1), "rows", 1)
     pairs = {tuple(sorted(pair)) for pair in zip(at, at[1:], strict=False) if pair[0] != pair[1]}
     links = _links(top["links"], devices, pairs)
@@ -174,27 +175,17 @@ _STAGE = ("count", "flops", "forward", "backward", "optimizer", "weight", "activ
 _DEVICE = ("count", "name", "flops", "codec_speed")
 
 
-def _repeated(entries: list[Any], where: str, allowed: tuple[str, ...]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Each entry as often as its `count` says, with the place it has in the file."""
-    found = []
-    for number, entry in enumerate(entries):
-        here = f"{where}[{number}]"
-        entry = _keys(entry, here, allowed)
-        found += [(here, entry)] * _whole(entry.get("count", 1), f"{here}.count", 1)
-    return found
-
-
 def _devices(value: Any, stages: int) -> tuple[list[str], list[float | None], list[float]]:
     """Names, operations per second and codec speeds; a device for each stage if none are given."""
     if value is None:
         return [f"device {k}" for k in range(stages)], [None] * stages, [1.0] * stages
     names: list[str] = []
     flops, speed = [], []
-    for where, entry in _repeated(_list(value, "devices"), "devices", _DEVICE):
+    for where, entry in _repeated(value, "devices", _DEVICE):
         base = str(entry.get("name", "device"))
         same = sum(name == base or name.startswith(f"{base} ") for name in names)
         names.append(f"{base} {same + 1}" if entry.get("count", 1) > 1 or same else base)
-        flops.append(_rate(entry["flops"], f"{where}.flops") if "flops" in entry else None)
+        flops.append(_flops(entry["flops"], f"{where}.flops") if "flops" in entry else None)
         relative = entry.get("codec_speed", 1.0)
         if isinstance(relative, bool) or not isinstance(relative, (int, float)) or not relative > 0:
             raise ValueError(f"{where}.codec_speed: {relative!r} is not a number above 0 (1 is this machine).")
@@ -210,7 +201,7 @@ def _stage(where: str, entry: Mapping[str, Any], flops: float | None, device: st
     elif flops is None:
         raise ValueError(f"{where}.flops needs the speed of its device: give {device!r} 'flops' under devices.")
     else:
-        forward = _rate(entry["flops"], f"{where}.flops") / flops
+        forward = _flops(entry["flops"], f"{where}.flops") / flops
     backward = seconds(entry["backward"], f"{where}.backward") if "backward" in entry else 2 * forward
     weight = entry.get("weight", 0.5)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
@@ -221,16 +212,14 @@ def _stage(where: str, entry: Mapping[str, Any], flops: float | None, device: st
 def _shape(where: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
     shape = entry.get("activation")
     if not isinstance(shape, list) or not shape or any(type(k) is not int or k < 1 for k in shape):
-        raise ValueError(
-            f"{where}.activation: {shape!r} is not the shape of what the stage hands on for a micro-batch, such as "
-            "[4, 128, 384]."
-        )
+        raise ValueError(f"{where}.activation: {shape!r} is not the shape of the stage's output for a micro-batch, "
+                         "such as [4, 128, 384].")  # fmt: skip
     return tuple(shape)
 
 
-def _choice(value: Any, key: str, allowed: Iterable[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{key}: {value!r} is not one of {', '.join(allowed)}.")
+def _dtype(value: Any, key: str) -> str:
+    if value not in DTYPES:
+        raise ValueError(f"{key}: {value!r} is not one of {', '.join(DTYPES)}.")
     return value
 
 
@@ -238,7 +227,7 @@ def _links(value: Any, devices: list[str], pairs: set[tuple[int, int]]) -> dict[
     """A mapping is every link; a list has one entry for each two neighbours, or for what its `between` names."""
 
     def link(entry: Any, where: str, allowed: tuple[str, ...]) -> Link:
-        entry = _keys(entry, where, allowed, ("bandwidth",))
+        entry = _mapping(entry, where, allowed, ("bandwidth",))
         return Link(bandwidth(entry["bandwidth"], f"{where}.bandwidth"),
                     seconds(entry.get("latency", 0), f"{where}.latency"))  # fmt: skip
 
@@ -246,7 +235,7 @@ def _links(value: Any, devices: list[str], pairs: set[tuple[int, int]]) -> dict[
         return dict.fromkeys(pairs, link(value, "links", ("bandwidth", "latency")))
     found: dict[tuple[int, int], Link] = {}
     following = 0
-    for where, entry in _repeated(_list(value, "links"), "links", ("count", "between", "bandwidth", "latency")):
+    for where, entry in _repeated(value, "links", ("count", "between", "bandwidth", "latency")):
         if "between" in entry:
             ends = entry["between"]
             if not isinstance(ends, list) or len(ends) != 2 or any(end not in devices for end in ends):
