@@ -17,13 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .attach import Handle, compress_model
 from .codecs.states import load_states, save_states
 from .config import ActCompressConfig
-from .observe.meter import Meter
+from .observe.log_line import LogLine
 from .observe.records import FILE_NAME as ANALYSIS_NAME
 from .observe.records import Writer
 from .observe.warning import warning_of
@@ -62,7 +61,7 @@ class ActCompressCallback(TrainerCallback):
         self.handle: Handle | None = None
         self.stats: list[dict[str, Any]] = []
         self._last_state: dict[str, Any] = {}
-        self._logged: dict[str, Meter] = {}  # copies of the handle's meters as of the last log line
+        self._line: LogLine | None = None
         self._epoch: int | None = None  # the last one trained in
         self._epoch_begun = False
         self._warned = False
@@ -94,7 +93,7 @@ class ActCompressCallback(TrainerCallback):
         self._epoch = _epoch(state)
         self._epoch_begun = False
         self.handle.set_epoch(self._epoch)
-        self._logged, self._warned = {}, False
+        self._line, self._warned = LogLine(self.handle), False
         if self.handle.probe is not None:
             self._record_analysis(args, state)
         if state.global_step > 0:
@@ -146,8 +145,8 @@ class ActCompressCallback(TrainerCallback):
     ) -> None:
         if self.handle is None or logs is None or "loss" not in logs:
             return
-        extra = self._interval_metrics()
-        if not self._warned and (message := warning_of(extra, self.config.warn_error, self._codecs_in_use())):
+        extra = self._metrics()
+        if not self._warned and (message := warning_of(extra, self.config.warn_error, self._line.codecs())):
             logger.warning(message)
             self._warned = True
         logs.update(extra)
@@ -211,56 +210,13 @@ class ActCompressCallback(TrainerCallback):
         self.handle.remove()
         self.handle = None
 
-    def _interval_metrics(self) -> dict[str, float]:
-        """The metrics of every boundary since they were last asked for."""
-        assert self.handle is not None
-        result: dict[str, float] = {}
-        for name in self.handle.boundaries:
-            saved = 0
-            for direction, channel in self.handle.channels(name):
-                record = self._since_last_line(channel.name).record()
-                saved += self.handle.meters[channel.name].record()["bytes_saved"]
-                for key, label in (("ratio", "ratio"), ("rel_error", "error"), ("cosine", "cosine")):
-                    if record[key] is not None:
-                        result[f"compress/{name}/{direction}_{label}"] = round(record[key], 5)
-                if record["nonfinite"]:
-                    result[f"compress/{name}/{direction}_nonfinite"] = record["nonfinite"]
-            result[f"compress/{name}/saved_mb"] = round(saved / 1e6, 3)
-        if self._analysed is not None:
-            for key in ("grad_cosine", "grad_error"):
-                if self._analysed[key] is not None:
-                    result[f"compress/{key}"] = self._analysed[key]
-            self._analysed = None
-        if self.handle.saved is not None:
-            result |= self._memory_metrics(self._since_last_line("saved"))
-            if self.handle.budget is not None:
-                result["compress/saved/mean_bits"] = round(self.handle.budget.mean_bits(), 3)
-        return result
-
-    def _since_last_line(self, name: str) -> Meter:
-        assert self.handle is not None
-        meter = self.handle.meters[name]
-        earlier, self._logged[name] = self._logged.get(name, Meter()), copy.copy(meter)
-        return meter.since(earlier)
-
-    def _codecs_in_use(self) -> dict[tuple[str, str], str]:
-        assert self.handle is not None
-        return {(name, direction): str(channel.codec) for name in self.handle.boundaries
-                for direction, channel in self.handle.channels(name)}  # fmt: skip
-
-    def _memory_metrics(self, found: Meter) -> dict[str, float]:
-        """What autograd would have held of a forward pass and what was held, in MB; the peak where a device counts."""
-        result: dict[str, float] = {}
-        if found.calls:
-            result["compress/saved/plain_mb"] = round(found.raw_bytes / found.calls / 1e6, 3)
-            result["compress/saved/held_mb"] = round(found.payload_bytes / found.calls / 1e6, 3)
-        if found.payload_bytes:
-            result["compress/saved/ratio"] = round(found.raw_bytes / found.payload_bytes, 3)
-        if found.nonfinite:
-            result["compress/saved/nonfinite"] = found.nonfinite
-        if torch.accelerator.is_available():
-            # Since the process began or the user reset it: these statistics are the user's.
-            result["compress/saved/peak_mb"] = round(torch.accelerator.max_memory_allocated() / 1e6, 3)
+    def _metrics(self) -> dict[str, float]:
+        assert self._line is not None
+        result = self._line.metrics()
+        for key in ("grad_cosine", "grad_error"):
+            if self._analysed is not None and self._analysed[key] is not None:
+                result[f"compress/{key}"] = self._analysed[key]
+        self._analysed = None
         return result
 
     def _go_first(self) -> None:
@@ -271,7 +227,7 @@ class ActCompressCallback(TrainerCallback):
 
     def _load(self, folder: Path) -> None:
         """Take over what a checkpoint holds of codecs and meters; names, once, what it does not hold."""
-        assert self.handle is not None
+        assert self.handle is not None and self._line is not None
         path, why, values, meters = folder / _state_file(), "", {}, {}
         if not path.is_file():
             why = f"{folder} has no {path.name}"
@@ -285,10 +241,7 @@ class ActCompressCallback(TrainerCallback):
         if missing:
             why = why or f"{folder} was written with other codecs"
             logger.warning("%s: these codecs start with fresh state: %s", why, ", ".join(missing))
-        for name, saved in meters.items():
-            if (meter := self.handle.meters.get(name)) is not None:
-                vars(meter).update({**saved, "every": meter.every})
-                self._logged[name] = copy.copy(meter)
+        self._line.restore(meters)
 
 
 class _Replaced:
