@@ -57,8 +57,6 @@ KNOWN = {
     "circle: observe/sensitivity.py -> attach.py",
     "circle: pipeline/checkpoints.py -> pipeline/training.py",
     "circle: pipeline/training.py -> pipeline/checkpoints.py",
-    "cli/advise.py imports torch",
-    "cli/bench.py imports torch",
     "observe/auto.py imports attach.py",
     "observe/probe.py imports attach.py",
     "observe/probe.py imports boundary/boundary.py",
@@ -66,10 +64,6 @@ KNOWN = {
     "observe/probe.py imports saved/tensors.py",
     "observe/sensitivity.py imports attach.py",
     "observe/sensitivity.py imports boundary/boundary.py",
-    "plan/inspection.py imports workloads/hub.py",
-    "plan/inspection.py imports workloads/models.py",
-    "plan/study.py imports workloads/__init__.py",
-    "plan/study.py imports workloads/models.py",
     "weights/manifest.py imports workloads/vision.py",
 }
 
