@@ -7,33 +7,23 @@
 One JSON per run under benchmarks/results/accuracy/<task>/.  A run whose file exists is skipped, so an interrupted
 call goes on where it stopped; --force runs it again.  Several calls may work side by side: each run is claimed by a
 lock that ends with its process.  Data: a folder with glue/cola, glue/sst2 and cifar10 in Parquet (--data, default
-../shared/data).
+../shared/data).  Options that are not known here go to the recipe.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import fcntl
-import hashlib
-import importlib.util
-import json
-import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import harness
+from harness import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+RESULTS = harness.RESULTS / "accuracy"
 GRADIENT = "block:bits=8,round=stochastic"
-
 TEXT = (
     "--num_train_epochs 2 --learning_rate 5e-5 --per_device_train_batch_size 32 --first 1 --last 2 --placement cuts"
 )
@@ -46,7 +36,7 @@ TASKS = {
         "--num_train_epochs 2 --learning_rate 1e-3 --per_device_train_batch_size 64 --first 1 --last 1 "
         "--placement cuts --max_train_samples 5000 --max_eval_samples 5000 --image_size 96",
     ),
-}
+}  # task: (recipe, folder of the data, options)
 ROTATED = "rotate=hadamard,levels=gauss,allocate=energy"
 PATCHED = ROTATED + ",patch=dct"  # differs on images alone
 TRELLIS = "rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3"
@@ -61,8 +51,11 @@ class Run:
 
     @property
     def path(self) -> Path:
-        name = self.codec if self.grad_codec is None else f"{self.codec}__{self.grad_codec}"
-        return RESULTS / self.task / f"{re.sub('[^a-zA-Z0-9.=+_]+', '-', name)}__seed{self.seed}.json"
+        codecs = (self.codec,) if self.grad_codec is None else (self.codec, self.grad_codec)
+        return RESULTS / self.task / harness.file_name(*codecs, f"seed{self.seed}")
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.codec} seed {self.seed}"
 
 
 def plan(tasks: list[str]) -> list[Run]:
@@ -95,31 +88,11 @@ def single(task: str) -> list[str]:
     ]  # fmt: skip
 
 
-@contextlib.contextmanager
-def claimed(run: Run) -> Iterator[bool]:
-    """Whether the run is ours; False where another process is at it."""
-    # Of the whole path: another checkout's results are not these.
-    name = f"hf_actcompress-{hashlib.sha256(str(run.path).encode()).hexdigest()[:24]}.lock"
-    with (Path(tempfile.gettempdir()) / name).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def recipe(name: str) -> Any:
-    """The example script as a module."""
-    path = ROOT / "examples" / name / f"run_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"run_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclass fields look their types up there
-    spec.loader.exec_module(module)
-    return module
+    return harness.recipe(f"{name}/run_{name}")
 
 
-def execute(run: Run, data: Path, extra: list[str]) -> dict[str, Any]:
+def execute(run: Any, data: Path, extra: list[str]) -> dict[str, Any]:
     script, folder, options = TASKS[run.task]
     argv = [*options.split(), "--dataset", str(data / folder), "--codec", run.codec, "--logging_steps", "20", *extra]
     if run.grad_codec is not None:
@@ -137,7 +110,7 @@ def train(script: str, argv: list[str], seed: int, output: str | None = None) ->
             ["--output_dir", output or out, "--seed", str(seed), "--codec_seed", str(seed), "--eval_strategy", "no",
              "--evaluate", "both", "--disable_tqdm", "True", *argv]
         )  # fmt: skip
-    record["data"] = re.sub(r"(/[^ ]*)/(?=shared|data)", "", str(record["data"]))
+    record["data"] = harness.without_folders(record["data"])
     record["seconds"] = round(time.time() - began, 1)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     record["commit"] = commit.stdout.strip() or None  # which code a figure stands for
@@ -148,43 +121,19 @@ def train(script: str, argv: list[str], seed: int, output: str | None = None) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, data=True, force=True, plan=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--only", nargs="+", help="run these forward codecs only ('none' is one)")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--force", action="store_true", help="run again what has a result")
-    parser.add_argument("--list", action="store_true", help="show the plan and what is done")
     args, extra = parser.parse_known_args()
     runs = [
         run for run in plan(args.tasks)
         if (args.only is None or run.codec in args.only) and (args.seeds is None or run.seed in args.seeds)
     ]  # fmt: skip
     if args.list:
-        for run in runs:
-            print("done" if run.path.exists() else "open", run.path.relative_to(RESULTS))
-        return
-    if not args.data.is_dir():
-        raise SystemExit(f"There is no data folder at {args.data}; give one with --data.")
-    progress = tqdm(runs, desc="runs")
-    for run in progress:
-        with claimed(run) as ours:
-            if not ours or (run.path.exists() and not args.force):
-                continue
-            progress.set_postfix_str(f"{run.task} {run.codec} seed {run.seed}")
-            record = execute(run, args.data, extra)
-            save(run, record)
-            print(json.dumps(record["metrics"]))
-
-
-def save(run: Run, record: dict[str, Any]) -> None:
-    """Written beside its place and renamed: a killed run leaves no half file."""
-    from hf_actcompress.workloads.results import FILE_NAME, write_results
-
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=run.path.parent) as folder:
-        write_results(folder, record)
-        (Path(folder) / FILE_NAME).replace(run.path)
+        return harness.list_runs(runs)
+    harness.require_data(args.data)
+    harness.run_all(runs, lambda run: execute(run, args.data, extra), args.force)
 
 
 if __name__ == "__main__":

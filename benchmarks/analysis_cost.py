@@ -10,14 +10,11 @@ benchmarks/results/analysis_cost.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
+import harness
 import torch
+from harness import seconds
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
@@ -25,8 +22,6 @@ from hf_actcompress.observe import auto
 from hf_actcompress.observe.probe import EVERY
 from hf_actcompress.workloads.batches import training_batches
 
-ROOT = Path(__file__).resolve().parents[1]
-PATH = ROOT / "benchmarks" / "results" / "analysis_cost.json"
 CASES = {
     "minilm": ("cola", 32, {"first": 1, "last": 2}, 536),
     "efficientnet-lite0": ("cifar10", 64, {"first": 1, "last": 1}, 158),
@@ -34,8 +29,7 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser = harness.arguments(__doc__, data=True)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     rows = []
@@ -56,7 +50,7 @@ def main() -> None:
             for repeat in tqdm(range(args.repeats + 1), desc=name):
                 for number, times in ((1, plain), (0, sampled)):
                     handle.probe.arm(number)
-                    times.append(_seconds(step))
+                    times.append(seconds(step))
                 if repeat == 0:  # warms up
                     plain.clear(), sampled.clear()
         more = [b / a - 1 for a, b in zip(plain, sampled, strict=True)]
@@ -65,7 +59,7 @@ def main() -> None:
             model, ActCompressConfig("auto:ratio=8", placement="cuts", **cuts),
             example_inputs={k: v for k, v in batch.items() if k != "labels"},
         ) as handle:  # fmt: skip
-            choosing = _seconds(step)
+            choosing = seconds(step)
             chosen = handle.auto.chosen
         measured = len([n for n in range(steps) if n in (0, auto.SECOND) or n % auto.REFRESH == 0])
         rows.append({
@@ -80,13 +74,7 @@ def main() -> None:
         print(f"{name}: step {row['step_seconds']:.2f} s; a sample {sample:.2f} steps more; "
               f"{100 * row['share']:.2f} % at every {EVERY}, {100 * row['run_share']:.2f} % of {steps} steps; "
               f"auto {row['auto_steps']:.1f} steps a choice, {100 * row['auto_share']:.1f} % of {steps}")  # fmt: skip
-    PATH.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    harness.write("analysis_cost", rows)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -9,21 +9,15 @@ same batch and dropout.  Writes benchmarks/results/auto_error.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import harness
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.workloads.batches import training_batches
 
-ROOT = Path(__file__).resolve().parents[1]
-PATH = ROOT / "benchmarks" / "results" / "auto_error.json"
 CASES = {"cola": ("minilm", 32, {"first": 1, "last": 2}),
          "cifar10": ("efficientnet-lite0", 32, {"first": 1, "last": 1})}  # fmt: skip
 CODECS = ("auto:ratio=8", "uniform:bits=4", "sort:bits=4", "kmeans:bits=4", "block:bits=4", "rotated:bits=4")
@@ -31,9 +25,7 @@ SEEN = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    args = parser.parse_args()
+    args = harness.arguments(__doc__, data=True).parse_args()
     rows = []
     with tqdm(total=len(CASES) * len(CODECS)) as bar:
         for task, (name, size, cuts) in CASES.items():
@@ -50,13 +42,11 @@ def main() -> None:
                     if handle.auto is not None:
                         rows[-1]["chosen"] = handle.auto.chosen
                 bar.update()
-    PATH.write_text(json.dumps(rows, indent=1) + "\n")
-    table = Table("task", "codec", "ratio", "error, mean of layers", "error, whole gradient", "cosine")
+    harness.write("auto_error", rows)
     for row in rows:
         spreads = (row[key] for key in ("layer_error", "grad_error", "grad_cosine"))
-        numbers = (f"{spread['mean']:.4f} ± {spread['std']:.4f}" for spread in spreads)
-        table.add_row(row["task"], row["codec"], f"{row['ratio']:.2f}", *numbers)
-    Console(width=140).print(table)
+        numbers = "  ".join(f"{spread['mean']:.4f} ± {spread['std']:.4f}" for spread in spreads)
+        print(f"{row['task']:8s} {row['codec']:16s} ratio {row['ratio']:.2f}  errors, cosine {numbers}")
 
 
 def measured(rows: list[dict]) -> dict:

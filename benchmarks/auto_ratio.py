@@ -10,18 +10,16 @@ JSON per run under benchmarks/results/auto_ratio/<task>/; a run whose file exist
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import accuracy
-from accuracy import ROOT, Run, claimed, execute, save
-from tqdm import tqdm
+import harness
+from accuracy import Run, execute
 
-RESULTS = ROOT / "benchmarks" / "results" / "auto_ratio"
+RESULTS = harness.RESULTS / "auto_ratio"
 TASKS = {"cola": "matthews_correlation", "cifar10": "accuracy"}
 AUTO = "auto:ratio=8"
 EVERYWHERE = ("kmeans:bits=4", "block:bits=4", "rotated:bits=4", "sort:bits=4", "uniform:bits=4")
@@ -48,7 +46,7 @@ def rows(task: str) -> list[dict[str, Any]]:
         for path in sorted((folder / task).glob("*__seed*.json")):
             codec = path.stem.split("__")[0]
             alone = len(path.stem.split("__")) == 2
-            record = json.loads(path.read_text())
+            record = harness.read(path)
             if alone and (codec == "none" or record["codec"].split(",")[0] in (AUTO, *EVERYWHERE, "block:bits=4")):
                 found.setdefault(record["codec"], []).append(record)
     table = []
@@ -68,46 +66,34 @@ def rows(task: str) -> list[dict[str, Any]]:
 
 
 def show(tasks: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     for task in tasks:
-        table = Table(title=f"{task}: {TASKS[task].replace('_', ' ')}")
-        for name in ("codec in both directions", "ratio", "seeds", "evaluated compressed", "evaluated plain"):
-            table.add_column(name, justify="left" if name.startswith("codec") else "right")
-        for row in rows(task):
-            cells = [_spread(row, side) for side in ("compressed", "plain")]
-            table.add_row(row["codec"], f"{row['ratio']:.2f}", str(row["seeds"]), *cells)
-        Console(width=150).print(table)
+        found = [(row["codec"], f"{row['ratio']:.2f}", row["seeds"], shown(row, "compressed"), shown(row, "plain"))
+                 for row in rows(task)]  # fmt: skip
+        head = ("codec in both directions", "ratio", "seeds", "evaluated compressed", "evaluated plain")
+        print(f"{task}: {TASKS[task].replace('_', ' ')}\n{harness.table(head, found, 'l')}\n")
 
 
-def _spread(row: dict[str, Any], side: str) -> str:
+def shown(row: dict[str, Any], side: str) -> str:
     if side not in row:
         return "-"
     std = row[f"{side}_std"]
     return f"{row[side]:.4f}" + (f" ± {std:.4f}" if std else "")
 
 
+def make(run: Here, data: Path, extra: list[str]) -> dict[str, Any]:
+    command = f"python benchmarks/auto_ratio.py --tasks {run.task} --seeds {run.seed}"
+    return {**execute(run, data, extra), "command": command}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, data=True, force=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--force", action="store_true", help="run again what has a result")
     parser.add_argument("--table", action="store_true", help="show what is there, run nothing")
     args, extra = parser.parse_known_args()
-    if not args.table and not args.data.is_dir():
-        raise SystemExit(f"There is no data folder at {args.data}; give one with --data.")
-    progress = tqdm([] if args.table else plan(args.tasks, args.seeds), desc="runs")
-    for run in progress:
-        with claimed(run) as ours:
-            if not ours or (run.path.exists() and not args.force):
-                continue
-            progress.set_postfix_str(f"{run.task} {run.codec} seed {run.seed}")
-            record = execute(run, args.data, extra)
-            record["command"] = f"python benchmarks/auto_ratio.py --tasks {run.task} --seeds {run.seed}"
-            save(run, record)
-            print(json.dumps(record["metrics"]))
+    if not args.table:
+        harness.require_data(args.data)
+        harness.run_all(plan(args.tasks, args.seeds), lambda run: make(run, args.data, extra), args.force)
     show(args.tasks)
 
 

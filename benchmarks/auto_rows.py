@@ -8,26 +8,19 @@ the first 8, 16 and all 32 rows.  Writes benchmarks/results/auto_rows.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+import harness
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.observe.sensitivity import sensitivity
 from hf_actcompress.workloads.batches import training_batches
-from hf_actcompress.workloads.results import environment
 
-ROOT = Path(__file__).resolve().parents[1]
-PATH = ROOT / "benchmarks" / "results" / "auto_rows.json"
 CODECS = ("block:bits=4", "kmeans:bits=4", "rotated:bits=6", "rotated:bits=4", "rotated:bits=3", "rotated:bits=2")
 ROWS = (8, 16, 32)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    args = parser.parse_args()
+    args = harness.arguments(__doc__, data=True).parse_args()
     model, (batch,), _ = training_batches("minilm", "cola", root=args.data, batches=1, batch_size=max(ROWS))
     example = {key: value for key, value in batch.items() if key != "labels"}
     specs = {str(parse_codec(spec)): spec for spec in CODECS}
@@ -40,8 +33,7 @@ def main() -> None:
             few = {key: value[:rows] for key, value in batch.items()}
             for row in sensitivity(handle, model, (), few, codecs):
                 found.setdefault(row["name"], {}).setdefault(specs[row["codec"]], []).append(row["layer_error"])
-    record = {"rows": ROWS, "errors": found, "environment": environment(), "command": "python benchmarks/auto_rows.py"}
-    PATH.write_text(json.dumps(record, indent=1) + "\n")
+    harness.save("auto_rows", rows=ROWS, errors=found)
     for name, errors in found.items():
         for spec, values in errors.items():
             print(f"{name:24s} {spec:16s}", *(f"{value:.4f}" for value in values))

@@ -9,20 +9,17 @@ it.  Writes benchmarks/results/batch_norm_rows.json.
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 from unittest import mock
 
+import harness
 import saved_gradient_error as data
 import torch
 from torch import Tensor, nn
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.saved import sensitivity
-from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "batch_norm_rows.json"
 ALL, FEW = 64, 4
 
 
@@ -42,6 +39,7 @@ def errors(model: nn.Module, batch: dict[str, Tensor], rows: int, settled: float
 
 
 def main() -> None:
+    harness.arguments(__doc__).parse_args()
     torch.manual_seed(0)
     with mock.patch.object(data, "ROWS", ALL):
         model, batch = data.images()
@@ -53,15 +51,14 @@ def main() -> None:
                "as rated": rated[name][1] / error}
         for name, (values, error) in whole.items()
     }  # fmt: skip
-    result = {"command": "python benchmarks/batch_norm_rows.py", "rows": [FEW, ALL], "error on few over on all": norms}
     by_values: dict[str, dict[str, float]] = {}
     for values in sorted({row["values"] for row in norms.values()}):
         own = [row for row in norms.values() if row["values"] == values]
         by_values[f"{values:.0f}"] = {kind: statistics.median(row[kind] for row in own)
                                       for kind in ("as it comes out", "as rated")}  # fmt: skip
         print(f"{values:7.0f} values of a channel: {by_values[f'{values:.0f}']}, {len(own)} norms")
-    result.update({"medians by values of a channel": by_values, "environment": environment()})
-    PATH.write_text(json.dumps(result, indent=1) + "\n")
+    harness.save("batch_norm_rows", **{"rows": [FEW, ALL], "error on few over on all": norms,
+                                       "medians by values of a channel": by_values})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,25 +10,22 @@ JSON per run in results/bert_codebook; a run whose JSON is there is not repeated
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import harness
 import torch
-from accuracy import claimed
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_actcompress.weights import DistillationTrainer, LCCallback, LearningCompression, load_compressed
-from hf_actcompress.workloads import build_compute_metrics, environment, load_text, load_text_model, tokenize_splits
+from hf_actcompress.workloads import build_compute_metrics, load_text, load_text_model, tokenize_splits
 from hf_actcompress.workloads.arithmetic import bf16_is_fast
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "bert_codebook"
+RESULTS = harness.RESULTS / "bert_codebook"
 SCHEME = {"encoder.layer.*": "codebook:k=4 + prune:keep=1%"}
 # Name -> learning rate (AdamW) and the penalty's weight, first and last; without a penalty: the control.
 # hidden: weight of the loss on the teacher's hidden states.
@@ -63,7 +60,7 @@ def make_trainer(
     )  # fmt: skip
 
 
-def run(name: str, dense: Path, setting: Any, folder: Path, seed: int, epochs: float) -> dict[str, Any]:
+def train(name: str, dense: Path, setting: Any, folder: Path, seed: int, epochs: float) -> dict[str, Any]:
     began, options = time.perf_counter(), dict(RUNS[name])
     set_seed(seed)
     model, _ = load_text_model(str(dense), 2)
@@ -98,8 +95,18 @@ def run(name: str, dense: Path, setting: Any, folder: Path, seed: int, epochs: f
     return {**record, "seconds": time.perf_counter() - began}
 
 
+@dataclass(frozen=True)
+class Run:
+    name: str
+    seed: int
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.name} seed {self.seed}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--data", default="../shared/data/glue/sst2", help="a folder with SST-2, or a hub id")
     parser.add_argument("--task", help="the configuration of a hub id: sst2")
     parser.add_argument("--model", default="minilm")
@@ -112,34 +119,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.results.mkdir(parents=True, exist_ok=True)
     data = load_text(options.data, options.task, max_train=options.rows)
     model, tokenizer = load_text_model(options.model, 2, texts=data.texts())
     setting = (data, tokenizer, *tokenize_splits(data, tokenizer, 64))
-    dense, seen = options.work / "dense", options.work / "dense" / "accuracy.json"
-    if not seen.is_file():
+    dense = options.work / "dense"
+    if not (dense / "accuracy.json").is_file():
         set_seed(0)
         model, _ = load_text_model(options.model, 2, texts=data.texts())
         trainer = make_trainer(model, setting, options.work / "run", 0, 2, 5e-5)
         trainer.train()
         trainer.save_model(str(dense))
-        seen.write_text(json.dumps(trainer.evaluate()["eval_accuracy"]))
-    accuracy = json.loads(seen.read_text())
+        harness.write(dense / "accuracy.json", trainer.evaluate()["eval_accuracy"])
+    accuracy = harness.read(dense / "accuracy.json")
     print(f"dense: {accuracy:.4f}", flush=True)
-    for name in options.runs.split(","):
-        for seed in map(int, options.seeds.split(",")):
-            path = options.results / f"{name}-seed{seed}.json"
-            with claimed(SimpleNamespace(path=path)) as ours:  # several calls may share the work
-                if not ours or path.is_file():
-                    continue
-                record = run(name, dense, setting, options.work / path.stem, seed, options.epochs)
-                record |= {"name": name, "seed": seed, "dense_accuracy": accuracy, "rows": len(setting[2]),
-                           "epochs": options.epochs, "model": options.model, "environment": environment(),
-                           "command": f"python benchmarks/bert_codebook.py --runs {name} --seeds {seed}"}  # fmt: skip
-                unfinished = path.with_suffix(".tmp")
-                unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-                unfinished.replace(path)
-            print(f"{name} seed {seed}: {record['accuracy']:.4f} {record.get('layers_ratio', '')}", flush=True)
+    runs = [Run(name, int(seed), options.results / f"{name}-seed{seed}.json")
+            for name in options.runs.split(",") for seed in options.seeds.split(",")]  # fmt: skip
+
+    def make(run: Run) -> dict[str, Any]:
+        record = train(run.name, dense, setting, options.work / run.path.stem, run.seed, options.epochs)
+        return {**record, "name": run.name, "seed": run.seed, "dense_accuracy": accuracy, "rows": len(setting[2]),
+                "epochs": options.epochs, "model": options.model,
+                **harness.about(f"bert_codebook.py --runs {run.name} --seeds {run.seed}")}  # fmt: skip
+
+    harness.run_all(runs, make, said=lambda record: f"{record['accuracy']:.4f} {record.get('layers_ratio', '')}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ feature suffers when a few large ones set the scale.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
+import harness
 import torch
 from torch import Tensor
 
@@ -22,10 +21,7 @@ from hf_actcompress.codecs.transforms.hadamard import random_sign, rotation_matr
 from hf_actcompress.codecs.transforms.levels import gauss_levels
 from hf_actcompress.models.tracing import first_tensor
 from hf_actcompress.workloads import load_image_model, load_images, load_text, load_text_model, prepare_images
-from hf_actcompress.workloads.results import environment
 
-ROOT = Path(__file__).resolve().parents[1]
-PATH = ROOT / "benchmarks" / "results" / "codec_error.json"
 ROTATED = "rotate=hadamard,levels=gauss"
 SPECS = [
     "uniform:bits=8", "uniform:bits=4", "sort:bits=8", "sort:bits=4", "kmeans:bits=4", "float8", "topk:ratio=0.2",
@@ -59,11 +55,11 @@ def capture(model: torch.nn.Module, inputs: dict[str, Tensor], places: dict[str,
 
 
 def activations(data: Path) -> dict[str, Tensor]:
-    text = load_text(str(data / "glue" / "cola") if data.is_dir() else "embedded", max_train=32, max_eval=8)
+    text = load_text(harness.data_or_embedded("glue/cola", data), max_train=32, max_eval=8)
     model, tokenizer = load_text_model("minilm", text.num_labels)
     batch = tokenizer(list(text.texts()), padding=True, truncation=True, return_tensors="pt")
     result = capture(model, dict(batch), {"MiniLM block 0": 0, "MiniLM block 4": 4})
-    pictures = load_images(str(data / "cifar10") if data.is_dir() else "embedded", max_train=64, max_eval=8)
+    pictures = load_images(harness.data_or_embedded("cifar10", data), max_train=64, max_eval=8)
     model, preprocessing = load_image_model("efficientnet-lite0", pictures.num_labels, 96)
     train, _ = prepare_images(pictures, preprocessing)
     pixels = torch.stack([train[i]["pixel_values"] for i in range(64)])
@@ -98,9 +94,7 @@ def without_signs(x: Tensor, bits: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    tensors = activations(parser.parse_args().data)
+    tensors = activations(harness.arguments(__doc__, data=True).parse_args().data)
     rows = []
     for spec in SPECS:
         codec = parse_codec(spec)
@@ -113,8 +107,7 @@ def main() -> None:
             spec = f"bits {bits}, rotated without signs, Gaussian levels"
             rows.append({"codec": spec, "tensor": name, "ratio": None, **error(x, without_signs(x, bits))})
     shapes = {name: list(x.shape) for name, x in tensors.items()}
-    record = {"command": "python benchmarks/codec_error.py", "shapes": shapes, "environment": environment()}
-    PATH.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
+    harness.save("codec_error", shapes=shapes, rows=rows)
     for row in rows:
         print(f"{row['codec']:60s} {row['tensor']:24s} {row['error']:.4f} {row['median_feature_error']:.4f}")
 

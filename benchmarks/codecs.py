@@ -12,26 +12,24 @@ measurement, with --device cuda codecs_cuda.json: what is there is kept, --force
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
+from harness import Kept
 from tqdm import tqdm
 
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.plan.bench import measure, sample
-from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "codecs.json"
 SIZES = ("16K", "256K", "1M", "16M", "64M", "256M", "1G")
 CODECS = (
     "uniform:bits=8", "uniform:bits=4", "uniform:bits=2", "block:bits=8", "block:bits=4", "block:bits=2",
@@ -55,28 +53,11 @@ def tensor(size: str, dtype: torch.dtype, device: str, features: int = FEATURES)
     return x.to(device)
 
 
-class Results:
-    def __init__(self, path: Path, force: bool) -> None:
-        self.path = path
-        self.data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        self.force = force
-
-    def get(self, part: str, key: str, make: Callable[[], Any]) -> Any:
-        """What was measured before, or measure and write."""
-        known = self.data.setdefault(part, {})
-        if key not in known or self.force:
-            known[key] = make()
-            self.data["environment"] = environment()
-            self.data["command"] = "python benchmarks/codecs.py"
-            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
-        return known[key]
-
-
 def clones(result: dict[str, Any]) -> str:
     return "  ".join(f"{name} {result[name]['clones']:6.2f}" for name in ("encode", "decode", "roundtrip"))
 
 
-def sizes(args: argparse.Namespace, results: Results) -> None:
+def sizes(args: argparse.Namespace, results: Kept) -> None:
     keys = [(s, d, c) for s in args.sizes for d in args.dtypes for c in args.codecs]
     for size, dtype, codec in tqdm(keys, desc="codecs"):
         def make(size: str = size, dtype: str = dtype, codec: str = codec) -> dict[str, Any]:
@@ -84,7 +65,7 @@ def sizes(args: argparse.Namespace, results: Results) -> None:
             return {"bytes": x.numel() * x.element_size(), "n": args.repeats,
                     **measure(parse_codec(codec), x, args.repeats)}  # fmt: skip
 
-        result = results.get("sizes", f"{size} {dtype} {codec}", make)
+        result = results(f"{size} {dtype} {codec}", make, "sizes")
         tqdm.write(f"{size:>5s} {dtype:9s} {codec:60s} {clones(result)}")
     for features in (32,):  # the shape of an image's early layers
         def make(features: int = features) -> dict[str, Any]:
@@ -92,7 +73,7 @@ def sizes(args: argparse.Namespace, results: Results) -> None:
             return {"n": args.repeats, **measure(parse_codec("lowrank:rank=8"), x, args.repeats)}
 
         if "64M" in args.sizes and "lowrank:rank=8" in args.codecs:
-            result = results.get("sizes", f"64M float32 lowrank:rank=8 [m, {features}]", make)
+            result = results(f"64M float32 lowrank:rank=8 [m, {features}]", make, "sizes")
             tqdm.write(f"  64M float32   lowrank:rank=8 [m, {features}]  {clones(result)}")
 
 
@@ -151,34 +132,32 @@ BASELINES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 }
 
 
-def baselines(args: argparse.Namespace, results: Results) -> None:
+def baselines(args: argparse.Namespace, results: Kept) -> None:
     """Encode and decode together, theirs and ours in turn, on 64 MiB of fp32."""
     for name, (function, spec) in BASELINES.items():
         def make(function: Callable = function, spec: str = spec) -> dict[str, Any]:
             x, codec = tensor("64M", torch.float32, args.device), parse_codec(spec)
-            state, times = codec.init_state("bench"), {"clone": [], "theirs": [], "ours": []}
-            ours = theirs = x
-            wait = torch.accelerator.synchronize if x.device.type != "cpu" else lambda: None
-            for repeat in range(-1, args.baseline_repeats):
-                found = {}
-                for label, call in (("clone", x.clone), ("theirs", lambda: function(x)),
-                                    ("ours", lambda: codec.decode(codec.encode(x, state)))):  # fmt: skip
-                    wait()
-                    began = time.perf_counter()
-                    y = call()
-                    wait()
-                    found[label] = time.perf_counter() - began
-                    ours, theirs = (y if label == "ours" else ours), (y if label == "theirs" else theirs)
-                for label, value in found.items():
-                    if repeat >= 0:
-                        times[label].append(value)
-            ratios = sorted(a / b for a, b in zip(times["theirs"], times["ours"], strict=True))
+            state, last = codec.init_state("bench"), {}
+
+            def timed(label: str, call: Callable[[], torch.Tensor]) -> Callable[[], None]:
+                def run() -> None:
+                    last[label] = call()
+                    if x.device.type != "cpu":
+                        torch.accelerator.synchronize()
+
+                return run
+
+            calls = {"clone": x.clone, "theirs": lambda: function(x),
+                     "ours": lambda: codec.decode(codec.encode(x, state))}  # fmt: skip
+            calls = {label: timed(label, call) for label, call in calls.items()}
+            times = harness.in_turn(calls, args.baseline_repeats, warmup=1)
+            ratios = harness.ratios(times["theirs"], times["ours"])
             median = {label: 1e3 * statistics.median(values) for label, values in times.items()}
-            error = {k: float((y - x).norm() / x.norm()) for k, y in (("ours", ours), ("theirs", theirs))}
+            error = {k: float((last[k] - x).norm() / x.norm()) for k in ("ours", "theirs")}
             return {"codec": spec, "n": args.baseline_repeats, "ms": median, "rel_error": error,
                     "faster": statistics.median(ratios), "faster_range": [ratios[0], ratios[-1]]}  # fmt: skip
 
-        row = results.get("baselines", name, make)
+        row = results(name, make, "baselines")
         error = row["rel_error"]
         print(f"{name:42s} {row['faster']:6.1f} times as long as {row['codec']}, "
               f"errors {error['theirs']:.5f} and {error['ours']:.5f}")  # fmt: skip
@@ -195,7 +174,7 @@ print(time.perf_counter() - began)
 """
 
 
-def compilation(args: argparse.Namespace, results: Results) -> None:
+def compilation(args: argparse.Namespace, results: Kept) -> None:
     """The first encode and decode in a new process: eager, compiled with a cold cache, with a warm one; and 50 calls
     under each policy."""
     def run(policy: str, cache: str, calls: int, rows: int = 2048) -> float:
@@ -213,7 +192,7 @@ def compilation(args: argparse.Namespace, results: Results) -> None:
                 found[f"50 calls, {name}"] = run(policy, cache, 50)
         return found
 
-    for name, seconds in results.get("compilation", "block:bits=4, 6 MiB", make).items():
+    for name, seconds in results("block:bits=4, 6 MiB", make, "compilation").items():
         print(f"{name:32s} {seconds:7.2f} s")
 
 
@@ -221,7 +200,7 @@ PARTS = {"sizes": sizes, "baselines": baselines, "compilation": compilation}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, force=True)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="like 64M")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -230,11 +209,10 @@ def main() -> None:
     parser.add_argument("--baseline-repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, help="default: results/codecs.json, on a GPU codecs_cuda.json")
-    parser.add_argument("--force", action="store_true", help="measure again what is there")
     args = parser.parse_args()
     os.environ.setdefault(VARIABLE, "1")
-    path = PATH if args.device == "cpu" else PATH.with_stem(f"codecs_{args.device.partition(':')[0]}")
-    results = Results(args.results or path, args.force)
+    name = "codecs" if args.device == "cpu" else f"codecs_{args.device.partition(':')[0]}"
+    results = Kept(args.results or harness.RESULTS / f"{name}.json", "codecs.py", args.force)
     for part in args.parts:
         PARTS[part](args, results)
 

@@ -10,23 +10,18 @@ loss on hidden states as well lie in results/distill_hidden.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import re
 import shutil
-import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from accuracy import claimed, save
+import harness
 
 from hf_actcompress.workloads.arithmetic import bf16_is_fast
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "distill"
+RESULTS = harness.RESULTS / "distill"
 SEEDS = (0, 1, 2)
 # Chosen with seed 10, which is none of those above.  Batches of alike lengths: padding triples their tokens otherwise.
 OPTIONS = ("--max_train_samples 5000 --num_train_epochs 6 --learning_rate 1e-4 --warmup_steps 50 "
@@ -34,29 +29,33 @@ OPTIONS = ("--max_train_samples 5000 --num_train_epochs 6 --learning_rate 1e-4 -
            "--temperature 2 --alpha 0.9 --hidden 0 --save_strategy no --disable_tqdm True")  # fmt: skip
 
 
-def recipe() -> Any:
-    path = ROOT / "examples" / "glue" / "run_distill.py"
-    spec = importlib.util.spec_from_file_location("run_distill", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+@dataclass(frozen=True)
+class Run:
+    alone: bool
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{'alone' if self.alone else 'taught'}__seed{self.seed}.json"
+
+    def __str__(self) -> str:
+        return self.path.stem
 
 
-def execute(data: Path, teacher: Path, alone: bool, seed: int) -> dict[str, Any]:
+def execute(run: Run, data: Path, teacher: Path) -> dict[str, Any]:
     began = time.time()
     trained = (teacher / "config.json").is_file()
     with tempfile.TemporaryDirectory() as out:
-        argv = [*OPTIONS.split(), "--dataset", str(data / "glue" / "sst2"), "--seed", str(seed), "--output_dir", out,
-                "--alone", str(alone), "--student", str(student_folder(teacher)),
+        argv = [*OPTIONS.split(), "--dataset", str(data / "glue" / "sst2"), "--seed", str(run.seed), "--output_dir",
+                out, "--alone", str(run.alone), "--student", str(student_folder(teacher)),
                 "--bf16", str(bf16_is_fast())]  # fmt: skip
-        if not alone:
+        if not run.alone:
             argv += ["--teacher", str(teacher) if trained else "minilm", "--teacher_epochs", "0" if trained else "2"]
-        record = recipe().main(argv)
-        if not alone and not trained:
+        record = harness.recipe("glue/run_distill").main(argv)
+        if not run.alone and not trained:
             shutil.move(Path(out) / "teacher", teacher)
     record["teacher"] = "minilm, 2 epochs"
-    record["data"] = re.sub(r"(/[^ ]*)/(?=shared|data)", "", str(record["data"]))
+    record["data"] = harness.without_folders(record["data"])
     return {**record, "seconds": round(time.time() - began, 1), "command": "python benchmarks/distill.py"}
 
 
@@ -75,20 +74,15 @@ def student_folder(teacher: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser = harness.arguments(__doc__, data=True, plan=True)
     parser.add_argument("--scratch", type=Path, default=Path("outputs/distill"), help="where the teacher is kept")
     args = parser.parse_args()
+    runs = [Run(alone, seed) for seed in SEEDS for alone in (False, True)]
+    if args.list:
+        return harness.list_runs(runs)
     args.scratch.mkdir(parents=True, exist_ok=True)
-    for seed in SEEDS:
-        for alone in (False, True):
-            name = f"{'alone' if alone else 'taught'}__seed{seed}"
-            path = RESULTS / f"{name}.json"
-            with claimed(SimpleNamespace(path=path)) as ours:  # after the first run several calls may share the rest
-                if not ours or path.is_file():
-                    continue
-                print(name, flush=True)
-                save(SimpleNamespace(path=path), execute(args.data, args.scratch.resolve() / "teacher", alone, seed))
+    # The first run trains the teacher; after it several calls may share the rest.
+    harness.run_all(runs, lambda run: execute(run, args.data, args.scratch.resolve() / "teacher"))
 
 
 if __name__ == "__main__":

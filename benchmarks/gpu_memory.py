@@ -12,23 +12,17 @@ Writes benchmarks/results/gpu_memory.json after every model; what is there is ke
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import memory
 import torch
 from tqdm import tqdm
 
 from hf_actcompress.ops.compiled import VARIABLE
-from hf_actcompress.workloads.results import environment
-
-PATH = Path(__file__).parent / "results" / "gpu_memory.json"
-
 
 MODELS: dict[str, tuple[Callable[[], Any], int]] = {
     "minilm 256x128": (lambda: memory.minilm(128), 256),
@@ -127,10 +121,9 @@ def measure(name: str, methods: list[str], autocast: bool, repeats: int) -> dict
             if repeat >= 0 and method not in memory.UNTIMED:
                 times.setdefault(method, []).append(took)
     for method, own in times.items():
-        multiples = sorted(a / b for a, b in zip(own, times[methods[0]], strict=True))
-        quarter = len(multiples) // 4
+        multiples = harness.ratios(own, times[methods[0]])
         result[method] |= {"ms": statistics.median(own), "multiple": statistics.median(multiples),
-                           "quartiles": [multiples[quarter], multiples[-1 - quarter]], "n": len(own)}  # fmt: skip
+                           "quartiles": harness.quartiles(multiples), "n": len(own)}  # fmt: skip
         tqdm.write(f"{name:28s} {method:24s} {result[method]['ms']:8.1f} ms, {result[method]['multiple']:.2f}")
     budget = int(1e6 * result[methods[0]]["peak_mb"]) + 1
     for method in methods:
@@ -141,25 +134,20 @@ def measure(name: str, methods: list[str], autocast: bool, repeats: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, force=True, results="gpu_memory")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--methods", nargs="+", default=list(memory.METHODS), choices=list(memory.METHODS),
                         metavar="METHOD")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each method")
     parser.add_argument("--fp32", action="store_true", help="without autocast")
-    parser.add_argument("--results", type=Path, default=PATH)
-    parser.add_argument("--force", action="store_true", help="measure again what is there")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device here; on a CPU use benchmarks/memory.py.")
     os.environ.setdefault(VARIABLE, "1")
-    data = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    keep = harness.Kept(args.results, "gpu_memory.py", args.force)
     for name in tqdm(args.models, desc="models"):
         key = f"{name} {'fp32' if args.fp32 else 'bf16'}"
-        if key not in data or args.force:
-            data[key] = measure(name, args.methods, not args.fp32, args.repeats)
-            data |= {"environment": environment(), "command": "python benchmarks/gpu_memory.py"}
-            args.results.write_text(json.dumps(data, indent=1) + "\n")
+        keep(key, lambda name=name: measure(name, args.methods, not args.fp32, args.repeats))
 
 
 if __name__ == "__main__":

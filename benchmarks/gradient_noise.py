@@ -8,24 +8,19 @@ the first step.  Writes benchmarks/results/gradient_noise.json: |g' - g| / |g| a
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
+import harness
 import torch
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.workloads import collate_images, load_image_model, load_images, prepare_images
-from hf_actcompress.workloads.results import environment
 
-ROOT = Path(__file__).resolve().parents[1]
-PATH = ROOT / "benchmarks" / "results" / "gradient_noise.json"
-DATA = ROOT.parent / "shared" / "data" / "cifar10"
 CODECS = ("block:bits=8", "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss")
 
 
 def main() -> None:
+    harness.arguments(__doc__).parse_args()
     torch.manual_seed(0)
-    data = load_images(str(DATA) if DATA.is_dir() else "embedded", max_train=64, max_eval=8)
+    data = load_images(harness.data_or_embedded("cifar10"), max_train=64, max_eval=8)
     model, preprocessing = load_image_model("efficientnet-lite0", data.num_labels, 96)
     model = model.to(memory_format=torch.channels_last).train()
     train, _ = prepare_images(data, preprocessing)
@@ -60,8 +55,7 @@ def main() -> None:
         }
         for name, g in rows.items()
     }
-    record = {"command": "python benchmarks/gradient_noise.py", "environment": environment(), "rows": result}
-    PATH.write_text(json.dumps(record, indent=2) + "\n")
+    harness.save("gradient_noise", rows=result)
     for name, row in result.items():
         print(f"{name:75s} {row['change']:.3f} {row['cosine']:.3f}")
 

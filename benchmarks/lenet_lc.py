@@ -10,24 +10,22 @@ epochs; each run's file is saved, loaded again and evaluated.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import harness
 import torch
-from accuracy import claimed
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "mnist"))
+sys.path.insert(0, str(harness.ROOT / "examples" / "mnist"))
 
 from run_lc import CODEBOOK, LOWRANK, MIXES, PRUNE, compress, reference  # noqa: E402
 
 from hf_actcompress.workloads.lenet import load_digits  # noqa: E402
-from hf_actcompress.workloads.results import environment  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "lenet_lc"
+RESULTS = harness.RESULTS / "lenet_lc"
 
 
 def shared(conv1: int, conv2: int, linear: int, k: int) -> dict[str, str]:
@@ -63,8 +61,17 @@ RUNS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Run:
+    name: str
+    path: Path
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, plan=True)
     parser.add_argument("--data", default="../shared/data/mnist", help="a folder or hub id with MNIST")
     parser.add_argument("--work", default="outputs/lenet", type=Path, help="for the reference and the models")
     parser.add_argument("--results", default=RESULTS, type=Path)
@@ -73,34 +80,29 @@ def main() -> None:
     parser.add_argument("--reference_epochs", type=float, default=25)
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--list", action="store_true", help="print the runs, and stop")
     options = parser.parse_args()
-    wanted = {name: scheme for name, scheme in RUNS.items()
-              if options.only is None or name.startswith(tuple(options.only.split(",")))}  # fmt: skip
+    runs = [Run(name, options.results / f"{name}.json") for name in RUNS
+            if options.only is None or name.startswith(tuple(options.only.split(",")))]  # fmt: skip
     if options.list:
-        print("\n".join(f"{name:22}{json.dumps(scheme)}" for name, scheme in wanted.items()))
+        print("\n".join(f"{run.name:22}{json.dumps(RUNS[run.name])}" for run in runs))
         return
     torch.set_num_threads(options.threads)
-    options.results.mkdir(parents=True, exist_ok=True)
     train, evaluation = load_digits(options.data, shift=2, max_train=options.max_train_samples)
-    dense = options.work / "reference.safetensors"
-    model, error = reference(dense, train, evaluation, options.reference_epochs, disable_tqdm=not sys.stderr.isatty())
+    dense, quiet = options.work / "reference.safetensors", not sys.stderr.isatty()
+    model, error = reference(dense, train, evaluation, options.reference_epochs, disable_tqdm=quiet)
     print(f"reference: {error:.2f} % error", flush=True)
-    for name, scheme in wanted.items():
-        path = options.results / f"{name}.json"
-        with claimed(SimpleNamespace(path=path)) as ours:  # several calls may share the work
-            if not ours or path.is_file():
-                continue
-            record = compress(model, scheme, train, evaluation, options.work / name, epochs=options.epochs,
-                              disable_tqdm=not sys.stderr.isatty())  # fmt: skip
-            record |= {"name": name, "reference_error": error, "images": len(train), "environment": environment(),
-                       "command": f"python benchmarks/lenet_lc.py --only {name} --epochs {options.epochs:g} "
-                                  f"--reference_epochs {options.reference_epochs:g}"}  # fmt: skip
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-            unfinished.replace(path)
-        print(f"{name:22} {record['error']:.2f} % at {record['ratio']:.1f}x (direct {record['direct_error']:.2f} %, "
-              f"{record['seconds']:.0f} s)", flush=True)  # fmt: skip
+
+    def make(run: Run) -> dict[str, Any]:
+        record = compress(model, RUNS[run.name], train, evaluation, options.work / run.name, epochs=options.epochs,
+                          disable_tqdm=quiet)  # fmt: skip
+        command = f"lenet_lc.py --only {run.name} --epochs {options.epochs:g}"
+        return {**record, "name": run.name, "reference_error": error, "images": len(train),
+                **harness.about(f"{command} --reference_epochs {options.reference_epochs:g}")}  # fmt: skip
+
+    harness.run_all(runs, make, said=lambda record: (
+        f"{record['error']:.2f} % at {record['ratio']:.1f}x (direct {record['direct_error']:.2f} %, "
+        f"{record['seconds']:.0f} s)"
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

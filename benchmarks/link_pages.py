@@ -1,10 +1,14 @@
-"""Tables and a plot of benchmarks/results/slow_link.json and link_prediction.json, for pages.py."""
+"""Tables and plots of pipelines: results/{slow_link,link_prediction}.json and results/pipeline_accuracy."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import harness
+from harness import FIGURES, mean_std, read, read_all
 
 from hf_actcompress.plan.advise import choose
 from hf_actcompress.plan.simulate import Cut, Link, Stage, Timeline, Traffic, simulate
@@ -67,20 +71,20 @@ def table(record: dict[str, Any]) -> str:
     parts = []
     for row in rows(record).values():
         torch, none = (row["codecs"][label]["seconds"] for label in (TORCH, "none"))
-        lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+        lines = []
         for label, one in codecs(row):
             mb = (sum(one["wire_forward"]) / 1e6, sum(one["wire_backward"]) / 1e6)
             over, speeds = overhead(one), sorted(row["rows"] / value for value in one["all"])
-            lines.append(
-                f"| {LABELS.get(label, label)} | {row['rows'] / one['seconds']:.2f} | {speeds[0]:.2f}-{speeds[-1]:.2f}"
-                f" | {torch / one['seconds']:.2f} | {none / one['seconds']:.2f} | {mb[0]:.2f}, {mb[1]:.2f} | "
-                f"{'' if over is None else f'{over:.3f}'} | {compute(one):.2f} | {on_link(row, one):.2f} | "
-                f"{limit(row, one) / one['seconds']:.2f} | {one['loss'][-1]:.3f} |"
-            )
+            lines.append((
+                LABELS.get(label, label), f"{row['rows'] / one['seconds']:.2f}", f"{speeds[0]:.2f}-{speeds[-1]:.2f}",
+                f"{torch / one['seconds']:.2f}", f"{none / one['seconds']:.2f}", f"{mb[0]:.2f}, {mb[1]:.2f}",
+                "" if over is None else f"{over:.3f}", f"{compute(one):.2f}", f"{on_link(row, one):.2f}",
+                f"{limit(row, one) / one['seconds']:.2f}", f"{one['loss'][-1]:.3f}",
+            ))  # fmt: skip
         steps = len(row["codecs"]["none"]["all"])
         parts.append(
             f"**{NAMES[row['model']]}, {row['rate']} Mbit/s**, {row['chunks']} micro-batches, medians of {steps} "
-            f"steps; loss of step {steps + 1}\n\n" + "\n".join(lines)
+            f"steps; loss of step {steps + 1}\n\n" + harness.table(head, lines, "l")
         )
     about = ", ".join(f"{k} {v}" for k, v in sorted(record["environment"].items()) if v is not None)
     return "\n\n".join(parts) + f"\n\n`{record['command']}`. Environment: {about}."
@@ -88,10 +92,10 @@ def table(record: dict[str, Any]) -> str:
 
 def targets(record: dict[str, Any]) -> str:
     """What is asked, found and missed."""
-    lines = ["| | asked | found | |", "| --- | ---: | ---: | --- |"]
+    lines = []
 
     def add(what: str, asked: str, found: str, met: bool) -> None:
-        lines.append(f"| {what} | {asked} | {found} | {'' if met else '**missed**'} |")
+        lines.append((what, asked, found, "" if met else "**missed**"))
 
     all_rows = rows(record)
     for row in all_rows.values():
@@ -112,7 +116,7 @@ def targets(record: dict[str, Any]) -> str:
     for headers, words in ((True, ""), (False, ", without headers of Ethernet, IP and TCP")):
         overs = [overhead(one, headers) or 1.0 for row in all_rows.values() for _, one in codecs(row)]
         add(f"bytes on the interface over payloads{words}, largest", "1.05", f"{max(overs):.3f}", max(overs) <= 1.05)
-    return "\n".join(lines)
+    return harness.table(("", "asked", "found", ""), lines, "lrrl")
 
 
 def from_the_run(row: dict[str, Any], label: str) -> Timeline:
@@ -133,8 +137,7 @@ def from_the_run(row: dict[str, Any], label: str) -> Timeline:
 
 
 def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
-    lines = ["| | codec | measured, s | from the run's own parts | `advise --background 1` | `advise` |",
-             "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines: list[list[str]] = []
     errors: dict[str, dict[str, float]] = {kind: {} for kind in ("run", "beside", "alone")}
     choices = []
     for name, row in {**rows(record), **rows(record, 3)}.items():
@@ -150,11 +153,11 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
                 error = 100 * (value / one["seconds"] - 1)
                 errors[kind][f"{label}, {place}"] = error
                 cells.append(f"{value:.2f} ({error:+.0f} %)")
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(cells)
         real = {label: one["seconds"] for label, one in codecs(row) if label != TORCH}
         if set(real) <= set(before.get("beside", ())):
             taken, best = choose({label: before["beside"][label] for label in real}), choose(real)
-            choices.append(f"| {place} | {taken} | {best} | {real[taken] / min(real.values()):.3f} |")
+            choices.append((place, taken, best, f"{real[taken] / min(real.values()):.3f}"))
     words = []
     kinds = {"run": "From the run's own parts", "beside": "`advise --background 1`", "alone": "`advise`"}
     for kind, what in kinds.items():
@@ -165,10 +168,13 @@ def prediction(record: dict[str, Any], predicted: dict[str, Any]) -> str:
             words.append(f"{what}: within 20 % in {within} of {len(sizes)} cases, median error "
                          f"{statistics.median(sizes):.0f} %, largest {errors[kind][worst]:+.0f} % "
                          f"({worst}).")  # fmt: skip
-    said = ["| | `advise --background 1` takes | the measured table says | what it takes, over the fastest measured |",
-            "| --- | --- | --- | ---: |"]  # fmt: skip
-    return "\n\n".join(["\n".join(lines), "\n".join(f"- {word}" for word in words)]
-                       + (["\n".join(said + choices)] if choices else []))  # fmt: skip
+    head = ("", "codec", "measured, s", "from the run's own parts", "`advise --background 1`", "`advise`")
+    found = [harness.table(head, lines, "ll"), "\n".join(f"- {word}" for word in words)]
+    if choices:
+        said = ("", "`advise --background 1` takes", "the measured table says",
+                "what it takes, over the fastest measured")  # fmt: skip
+        found.append(harness.table(said, choices, "lll"))
+    return "\n\n".join(found)
 
 
 def plot(record: dict[str, Any], path: Path) -> Path:
@@ -195,19 +201,52 @@ def plot(record: dict[str, Any], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def fill(pages: Any) -> None:
-    """The generated parts of docs/advise.md."""
-    page = pages.ROOT / "docs" / "advise.md"
-    measured, predicted = pages.load("slow_link"), pages.load("link_prediction")
-    if measured is None or not rows(measured):
-        return
-    pages.fill(page, "slow link", table(measured))
-    pages.fill(page, "slow link targets", targets(measured))
-    if predicted is not None:
-        pages.fill(page, "link prediction", prediction(measured, predicted))
-    figures = pages.ROOT / "docs" / "figures"
-    plot(measured, figures / "slow_link.png")
-    row = measured["rows"].get("mobilenetv2@100")
-    if row is not None:
-        steps = [(LABELS.get(label, label), from_the_run(row, label)) for label in (TORCH, "none", "block 4/8")]
-        chart(steps, ["rank 0", "rank 1"], figures / "timeline.png")
+def accuracy(records: list[dict[str, Any]]) -> str:
+    """A row for each pair of codecs: accuracy over the seeds, its distance from none, and what went over the links."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["codec"], record["grad_codec"]), []).append(record)
+    accuracies = {key: [100 * r["metrics"]["accuracy"] for r in group] for key, group in groups.items()}
+    none = accuracies.get(("none", "identity"), [])
+    mean, spread = (statistics.mean(none), statistics.stdev(none)) if len(none) > 1 else (None, None)
+    lines = []
+    for (codec, grad), group in sorted(groups.items(), key=lambda item: item[0][0] != "none"):
+        own = accuracies[codec, grad]
+        sent = [
+            statistics.mean(sum(rank[d] for rank in r["ranks"]) for r in group) / 1e6 for d in ("forward", "backward")
+        ]
+        verdict = "" if codec == "none" or mean is None else _verdict(statistics.mean(own) - mean, spread)
+        lines.append((
+            codec, "" if codec == "none" else grad, len(own), mean_std(own, 2), verdict,
+            f"{statistics.mean(r['metrics']['loss'] for r in group):.3f}", f"{sent[0]:.0f}", f"{sent[1]:.0f}",
+        ))  # fmt: skip
+    one, cuts = records[0], ", ".join(map(str, records[0]["cuts"]))
+    head = ("activations", "gradients", "seeds", "accuracy, %", "against none", "loss", "MB sent: activations",
+            "gradients")  # fmt: skip
+    return harness.table(head, lines, "llrrl") + (
+        f"\n\nSST-2, 5,000 rows, {one['epochs']:g} epochs, {one['max_length']} tokens, batches of {one['batch_size']} "
+        f"in {one['micro_batches']} micro-batches, learning rate {one['learning_rate']:g}, {one['dtype']}; two "
+        f"processes, {one['topology']}, cut after layers {cuts}; mean ± standard deviation "
+        f"over the seeds; evaluation over the same links; bytes of training on all links. Target: within one standard "
+        f"deviation of none. `{one['command']}`."
+    )
+
+
+def _verdict(difference: float, spread: float) -> str:
+    return f"{difference:+.2f}, {'within' if difference >= -spread else '**missed**, beyond'} {spread:.2f}"
+
+
+def parts() -> Iterator[tuple[str, str, str]]:
+    page, measured, predicted = "docs/advise.md", read("slow_link"), read("link_prediction")
+    if measured is not None and rows(measured):
+        yield page, "slow link", table(measured)
+        yield page, "slow link targets", targets(measured)
+        if predicted is not None:
+            yield page, "link prediction", prediction(measured, predicted)
+        plot(measured, FIGURES / "slow_link.png")
+        row = measured["rows"].get("mobilenetv2@100")
+        if row is not None:
+            steps = [(LABELS.get(label, label), from_the_run(row, label)) for label in (TORCH, "none", "block 4/8")]
+            chart(steps, ["rank 0", "rank 1"], FIGURES / "timeline.png")
+    if records := read_all("pipeline_accuracy"):
+        yield "docs/pipeline.md", "pipeline accuracy", accuracy(records)

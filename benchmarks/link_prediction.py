@@ -9,12 +9,11 @@ Writes benchmarks/results/link_prediction.json after each row; rows that it has 
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import harness
 import torch
 from slow_link import BF16, CHUNKS, CODECS, CUTS, MODELS, RATES, ROWS, TORCH, batch_of, load_model, row_name
 
@@ -24,9 +23,8 @@ from hf_actcompress.plan.cluster import Cluster
 from hf_actcompress.plan.contention import background_load
 from hf_actcompress.plan.measure import Work, measure_codec, measure_stages
 from hf_actcompress.plan.simulate import Link
-from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "link_prediction.json"
+PATH = harness.RESULTS / "link_prediction.json"
 
 
 def work(model: str, stages: int) -> Work:
@@ -50,14 +48,13 @@ def cluster_of(model: str, stages: int, beside: int) -> Cluster:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--again", action="store_true", help="measure what the file has already")
     parser.add_argument("--output", type=Path, default=PATH)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    record = json.loads(args.output.read_text()) if args.output.is_file() else {"rows": {}}
-    record |= {"command": "python benchmarks/link_prediction.py", "environment": environment()}
+    record = harness.read(args.output, {"rows": {}}) | harness.about("link_prediction.py")
     clusters, codecs = {}, {}
 
     def once(*key):
@@ -85,7 +82,7 @@ def main() -> None:
             print(row_name(model, stages, rate), f"beside {beside}:",
                   ", ".join(f"{label} {value:.2f} s" for label, value in found.items()), flush=True)  # fmt: skip
         record["rows"][row_name(model, stages, rate)] = mine
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        harness.write(args.output, record)
 
 
 if __name__ == "__main__":

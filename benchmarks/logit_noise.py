@@ -10,24 +10,22 @@ mean, over the deviation of the logits; of the gradient the mean cosine per batc
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from contextlib import nullcontext
 from typing import Any
 
+import harness
 import torch
-from accuracy import ROOT, TASKS, recipe
+from accuracy import TASKS
+from harness import DATA
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.workloads import load_text, tokenize_splits
-from hf_actcompress.workloads.results import environment
 
-PATH = ROOT / "benchmarks" / "results" / "logit_noise.json"
-DATA = ROOT.parent / "shared" / "data" / "glue" / "cola"
 ROTATED = "rotate=hadamard,levels=gauss"
 CODECS = (
     "block:bits=4", "block:bits=4,equalize=none",
@@ -52,17 +50,19 @@ def outcome(model: Any, batches: dict[str, list], config: ActCompressConfig | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--model", help="folder of a fine-tuned model with its tokenizer")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
-            options = [*TASKS["cola"][2].split(), "--dataset", str(DATA), "--seed", "0", "--eval_strategy", "no"]
-            recipe("glue").main([*options, "--codec", "none", "--output_dir", folder])
+            harness.recipe("glue/run_glue").main(
+                [*TASKS["cola"][2].split(), "--dataset", str(DATA / "glue/cola"), "--seed", "0", "--codec", "none",
+                 "--eval_strategy", "no", "--output_dir", folder]
+            )  # fmt: skip
         path = args.model or folder
         model = AutoModelForSequenceClassification.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    splits = tokenize_splits(load_text(str(DATA), None), tokenizer, 128)
+    splits = tokenize_splits(load_text(str(DATA / "glue/cola"), None), tokenizer, 128)
     chosen = torch.randperm(len(splits[0]), generator=torch.Generator().manual_seed(0))[:320].tolist()
     collate, batches = DataCollatorWithPadding(tokenizer), {}
     for name, data, size in (("train", splits[0].select(chosen), 32), ("validation", splits[1], 64)):
@@ -86,8 +86,7 @@ def main() -> None:
             "cosine_of_mean": float(cosine_similarity(found["gradients"].mean(0), plain["gradients"].mean(0), dim=0)),
         })  # fmt: skip
         tqdm.write(json.dumps(rows[-1]))
-    record = {"command": "python benchmarks/logit_noise.py", "environment": environment(), "rows": rows}
-    PATH.write_text(json.dumps(record, indent=2) + "\n")
+    harness.save("logit_noise", rows=rows)
 
 
 if __name__ == "__main__":

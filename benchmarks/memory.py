@@ -30,12 +30,12 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from tqdm import tqdm
 
@@ -43,9 +43,7 @@ from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
 from hf_actcompress.ops.compiled import VARIABLE as COMPILE
 from hf_actcompress.ops.cpu.malloc import VARIABLE
 from hf_actcompress.workloads import load_image_model, load_text_model
-from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "memory.json"
 Batch = dict[str, torch.Tensor]
 
 
@@ -231,9 +229,7 @@ def steps(args: argparse.Namespace) -> None:
             run.step(batch)
         print("ready", flush=True)
         for _ in sys.stdin:
-            began = time.perf_counter()
-            run.step(batch)
-            print(time.perf_counter() - began, flush=True)
+            print(harness.seconds(lambda: run.step(batch)), flush=True)
 
 
 def times(args: argparse.Namespace) -> dict[str, Any]:
@@ -256,10 +252,9 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
             result[name] = {"ms": 1e3 * statistics.median(own), "n": len(own), "beside": beside}
             for key, reference in (("multiple", plain), ("of default", plain + DEFAULT)):
                 if reference in seconds:
-                    ratios = sorted(a / b for a, b in zip(own, seconds[reference], strict=True))
-                    quarter = len(ratios) // 4
+                    ratios = harness.ratios(own, seconds[reference])
                     result[name][key] = statistics.median(ratios)
-                    result[name][f"{key}, quartiles"] = [ratios[quarter], ratios[-1 - quarter]]
+                    result[name][f"{key}, quartiles"] = harness.quartiles(ratios)
     return result
 
 
@@ -331,21 +326,18 @@ def alone(
 ) -> dict[str, Any]:
     """One measurement in a process of its own."""
     malloc = args.malloc or ("kept" if part == "time" else "returned")
-    command = [sys.executable, __file__, "--one", part, "--models", model, "--methods", *methods, "--quiet",
-               "--repeats", str(args.repeats), "--budget", str(budget), "--rows", str(rows),
-               "--malloc", malloc]  # fmt: skip
-    command += ["--autocast"] * args.autocast
-    env = {**os.environ, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 40)}
+    options = ["--one", part, "--models", model, "--methods", *methods, "--quiet", "--repeats", args.repeats,
+               "--budget", budget, "--rows", rows, "--malloc", malloc, *["--autocast"] * args.autocast]  # fmt: skip
+    env = {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 40)}
     if malloc == "returned":  # what is measured should be what is needed, not what malloc keeps for later
         env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     elif malloc not in ("kept", "default"):
         env["LD_PRELOAD"] = malloc
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
-    return json.loads(done.stdout.splitlines()[-1])
+    return harness.fresh_process(__file__, *options, **env)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, force=True)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
@@ -353,7 +345,6 @@ def main() -> None:
     parser.add_argument("--autocast", action="store_true", help="in bf16 autocast")
     parser.add_argument("--malloc", metavar="HOW", help="kept: by keep_freed_memory(); default: glibc's as it is; or "
                         "a library to preload, for example libtcmalloc_minimal.so.4. Without: see above")  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--one", choices=[*INNER, "step"], help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=0, help=argparse.SUPPRESS)
@@ -370,15 +361,8 @@ def main() -> None:
         else:
             print(json.dumps(INNER[args.one](args)))
         return
-    data = json.loads(PATH.read_text()) if PATH.is_file() else {}
-
-    def keep(key: str, make: Callable[[], Any]) -> Any:
-        if key not in data or args.force:
-            data[key] = make()
-            data.update(environment=environment(), command="python benchmarks/memory.py")
-            PATH.write_text(json.dumps(data, indent=1) + "\n")
-        return data[key]
-
+    keep = harness.Kept("memory", "memory.py", args.force)
+    data = keep.data
     suffix = " bf16" * args.autocast + f" [{args.malloc}]" * (args.malloc is not None)
     for model in tqdm(args.models, desc="models"):
         for name in args.methods:

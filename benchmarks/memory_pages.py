@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
+from harness import FIGURES, RESULTS, against, mean_std, read
+
 from hf_actcompress.report.style import make_figure, save_figure
+from hf_actcompress.report.tables import load_records
 
 # (model, method) -> how many times less has to be held; model -> what a step with "saved 4" may take, in plain steps.
 ASKED = {
@@ -36,7 +41,7 @@ def methods(record: dict[str, Any], model: str) -> list[str]:
 def table(record: dict[str, Any]) -> str:
     head = ("model", "", "held, MB", "times less", "asked", "step", "asked", "over none, default malloc",
             "peak: tensors, MB", "peak: resident, MB", "largest batch")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * 9]
+    rows = []
     for model in models(record):
         none = record[f"held {model} none"]["held_mb"]
         for method in methods(record, model):
@@ -45,14 +50,12 @@ def table(record: dict[str, Any]) -> str:
             batch = record.get(f"batch {model} {method}")
             step, most = ("" if time is None else _step(time)), STEP.get(model) if method == "saved 4" else None
             default = "" if time is None or "of default" not in time else f"{time['of default']:.2f}"
-            lines.append(
-                f"| {model} | {method} | {held['held_mb']:.0f} | {less:.1f} | "
-                f"{_verdict(wanted, wanted is None or less >= wanted)} | {step} | "
-                f"{_verdict(most, most is None or time['multiple'] <= most)} | {default} | "
-                f"{held['live_peak_mb']:.0f} | {held['peak_mb']:.0f} | "
-                f"{'' if batch is None else batch['rows']} |"
-            )
-    return "\n".join(lines)
+            rows.append((model, method, f"{held['held_mb']:.0f}", f"{less:.1f}",
+                         "" if wanted is None else against(f"{wanted:g}", less >= wanted), step,
+                         "" if most is None else against(f"{most:g}", time["multiple"] <= most), default,
+                         f"{held['live_peak_mb']:.0f}", f"{held['peak_mb']:.0f}",
+                         "" if batch is None else batch["rows"]))  # fmt: skip
+    return harness.table(head, rows, "ll")
 
 
 def _step(time: dict[str, Any]) -> str:
@@ -60,20 +63,14 @@ def _step(time: dict[str, Any]) -> str:
     return f"{time['multiple']:.2f} ({low:.2f}-{high:.2f})"
 
 
-def _verdict(asked: float | None, met: bool) -> str:
-    return "" if asked is None else f"{asked:g}" if met else f"{asked:g} **missed**"
-
-
 def autocast(record: dict[str, Any]) -> str:
     names = [key for key in record if key.startswith("time ") and key.endswith(" bf16")]
     if not names:
         return ""
     every = list(dict.fromkeys(method for name in names for method in record[name] if not method.endswith("]")))
-    lines = ["| bf16 autocast, step in plain steps | " + " | ".join(every) + " |", "| --- |" + " ---: |" * len(every)]
-    for name in names:
-        cells = [_step(record[name][m]) if m in record[name] else "" for m in every]
-        lines.append(f"| {name.removeprefix('time ').removesuffix(' bf16')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [(name.removeprefix("time ").removesuffix(" bf16"),
+             *(_step(record[name][m]) if m in record[name] else "" for m in every)) for name in names]  # fmt: skip
+    return harness.table(("bf16 autocast, step in plain steps", *every), rows, "l")
 
 
 def allocators(record: dict[str, Any]) -> str:
@@ -83,9 +80,9 @@ def allocators(record: dict[str, Any]) -> str:
              "glibc, large pieces returned": (None, ""),
              "tcmalloc": (" [libtcmalloc_minimal.so.4]", " [libtcmalloc_minimal.so.4]")}  # fmt: skip
     shown = ("none", "saved 4", "checkpointing")
-    lines = ["| | malloc | " + " | ".join(f"step, ms: {shown[0]}" if m == shown[0] else m for m in shown) + " | "
-             + " | ".join(f"peak resident, MB: {shown[0]}" if m == shown[0] else m for m in shown) + " |",
-             "| --- | --- |" + " ---: |" * 2 * len(shown)]  # fmt: skip
+    head, rows = ["", "malloc"], []
+    for what in ("step, ms", "peak resident, MB"):
+        head += [f"{what}: {shown[0]}", *shown[1:]]
     for model in models(record):
         if f"held {model} [kept] none" not in record:
             continue
@@ -97,8 +94,8 @@ def allocators(record: dict[str, Any]) -> str:
                 cells.append("" if time is None else f"{time['ms']:.0f}{multiple}")
             peaks = [record.get(f"held {model}{held} {method}") for method in shown]
             cells += ["" if peak is None else f"{peak['peak_mb']:.0f}" for peak in peaks]
-            lines.append("| " + " | ".join([model, kind, *cells]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            rows.append((model, kind, *cells))
+    return harness.table(head, rows, "ll") if rows else ""
 
 
 def section(record: dict[str, Any]) -> str:
@@ -146,27 +143,27 @@ def limits(record: dict[str, Any]) -> str:
 def summary(record: dict[str, Any]) -> str:
     """The README's table: what is held, and the step, for a few methods."""
     shown = ("saved 4", "saved 2", "checkpointing")
-    lines = ["| model, fp32 | held without | " + " | ".join(shown) + " |", "| --- |" + " ---: |" * (1 + len(shown))]
+    rows = []
     for model in models(record):
         none, cells = record[f"held {model} none"]["held_mb"], []
         for method in shown:
             held, time = record.get(f"held {model} {method}"), record[f"time {model}"].get(method)
             whole = held is not None and time is not None
             cells.append(f"1/{none / held['held_mb']:.1f}, step {time['multiple']:.2f}" if whole else "")
-        lines.append(f"| {model} | {none:.0f} MB | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((model, f"{none:.0f} MB", *cells))
+    return harness.table(("model, fp32", "held without", *shown), rows, "l")
 
 
 def gradient_error(record: dict[str, Any]) -> str:
     """Relative error of the gradient: all parameters, and the least and largest of the layers."""
-    lines = ["| | saved | share held | all parameters | layers, least to largest |",
-             "| --- | --- | ---: | ---: | --- |"]  # fmt: skip
-    for model, rows in record["models"].items():
-        for spec, row in rows.items():
+    lines = []
+    for model, found in record["models"].items():
+        for spec, row in found.items():
             layers = sorted(v for k, v in row.items() if k not in ("all", "share held", "stem and head"))
-            lines.append(f"| {model} | {spec} | {row['share held']:.3f} | {row['all']:.3f} | "
-                         f"{layers[0]:.3f} to {layers[-1]:.3f}, median {statistics.median(layers):.3f} |")  # fmt: skip
-    return "\n".join(lines) + (
+            lines.append((model, spec, f"{row['share held']:.3f}", f"{row['all']:.3f}",
+                          f"{layers[0]:.3f} to {layers[-1]:.3f}, median {statistics.median(layers):.3f}"))  # fmt: skip
+    head = ("", "saved", "share held", "all parameters", "layers, least to largest")
+    return harness.table(head, lines, "llrrl") + (
         f"\n\n|g' - g| / |g|, one batch, mean over {record['draws']} draws of the noise; every layer stands in "
         f"benchmarks/results/saved_gradient_error.json. `{record['command']}`."
     )
@@ -177,8 +174,7 @@ def accuracy(records: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> 
 
     elsewhere: runs among which are CIFAR-10's plain ones of another machine.
     """
-    lines = ["| task | saved | seeds | accuracy | of none | drop in deviations of none | allowed |",
-             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines = []
     for task in ("sst2", "cifar10"):
         runs: dict[str, list[float]] = {}
         for record in (r for r in records if r["task"] == task):
@@ -189,9 +185,10 @@ def accuracy(records: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> 
                 continue
             drop = (statistics.fmean(none) - statistics.fmean(own)) / statistics.stdev(none)
             most = 2 if spec.startswith("auto") else 1
-            lines.append(f"| {task} | {spec} | {len(own)} | {_mean(own)} | {_mean(none)} ({len(none)}) | {drop:.1f} | "
-                         f"{_verdict(most, drop <= most)} |")  # fmt: skip
-    return "\n".join(lines) + "\n\n" + _elsewhere(records, elsewhere)
+            lines.append((task, spec, len(own), mean_std(own), f"{mean_std(none)} ({len(none)})", f"{drop:.1f}",
+                          against(most, drop <= most)))  # fmt: skip
+    head = ("task", "saved", "seeds", "accuracy", "of none", "drop in deviations of none", "allowed")
+    return harness.table(head, lines, "ll") + "\n\n" + _elsewhere(records, elsewhere)
 
 
 def _elsewhere(records: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> str:
@@ -207,14 +204,10 @@ def _elsewhere(records: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -
     return (
         "CIFAR-10: the plain runs are of the same code and machine as the others, which matters: "
         f"{len(other)} plain runs with the same seeds on another machine ([results.md](results.md)) came to "
-        f"{_mean(other)}. The difference is {statistics.fmean(other) - statistics.fmean(none):.2f} ± {away:.2f} "
+        f"{mean_std(other)}. The difference is {statistics.fmean(other) - statistics.fmean(none):.2f} ± {away:.2f} "
         f"(standard error). The drops (4 bits, auto) would be {drops(other)} deviations against those alone, and are "
         f"{drops(none + other)} against all {len(none + other)}."
     )
-
-
-def _mean(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def _metric(record: dict[str, Any]) -> float:
@@ -247,3 +240,15 @@ def plot(record: dict[str, Any], path: Path) -> Path:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return save_figure(figure, path)
+
+
+def parts() -> Iterator[tuple[str, str, str]]:
+    page, record = "docs/memory.md", read("memory")
+    if record is not None and models(record):
+        plot(record, FIGURES / "memory.png")
+        yield page, "memory", section(record)
+        yield "README.md", "memory summary", summary(record)
+    if (record := read("saved_gradient_error")) is not None:
+        yield page, "gradient error", gradient_error(record)
+    if (RESULTS / "saved").is_dir():
+        yield page, "saved accuracy", accuracy(load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy"))

@@ -8,19 +8,16 @@ the codec's own time is not in the way, and times every call of the meter.  Writ
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from pathlib import Path
 
+import harness
 import torch
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.observe.meter import Meter
 from hf_actcompress.workloads import load_text_model
-from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "metering.json"
 STEPS = 20
 
 
@@ -68,12 +65,10 @@ def measure(tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
+    harness.arguments(__doc__).parse_args()
     torch.manual_seed(0)
     rows = [measure(tokens) for tokens in (16, 128)]
-    PATH.write_text(
-        json.dumps({"command": "python benchmarks/metering.py", "environment": environment(), "rows": rows}, indent=2)
-        + "\n"
-    )
+    harness.save("metering", rows=rows)
     for row in rows:
         print(row)
 

@@ -13,23 +13,20 @@ is skipped, so an interrupted call goes on where it stopped.  Data: a folder wit
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import accuracy
-from tqdm import tqdm
+import harness
+from harness import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "pipeline_accuracy"
+RESULTS = harness.RESULTS / "pipeline_accuracy"
 CODECS = (
     ("none", "identity"),
     ("block:bits=4", "block:bits=8,round=stochastic"),
@@ -42,8 +39,15 @@ OPTIONS = (
 ).split()
 
 
-def path_of(codec: str, grad_codec: str, seed: int) -> Path:
-    return RESULTS / f"{re.sub('[^a-zA-Z0-9.=+_]+', '-', f'{codec}__{grad_codec}')}__seed{seed}.json"
+@dataclass(frozen=True)
+class Run:
+    codec: str
+    grad_codec: str
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / harness.file_name(self.codec, self.grad_codec, f"seed{self.seed}")
 
 
 def free_port() -> int:
@@ -52,18 +56,19 @@ def free_port() -> int:
         return it.getsockname()[1]
 
 
-def execute(codec: str, grad_codec: str, seed: int, data: Path, extra: list[str]) -> dict:
+def execute(run: Run, data: Path, extra: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
             "--master_port", free_port(), ROOT / "examples/glue/run_glue_pipeline.py", "--dataset", data / "glue/sst2",
-            "--codec", codec, "--grad_codec", grad_codec, "--seed", seed, "--output_dir", out, *OPTIONS, *extra,
+            "--codec", run.codec, "--grad_codec", run.grad_codec, "--seed", run.seed, "--output_dir", out, *OPTIONS,
+            *extra,
         ]  # fmt: skip
         began = time.time()
         found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
         subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True)
-        record = json.loads((Path(out) / "results.json").read_text())
+        record = harness.read(Path(out) / "results.json")
     record["seconds"] = round(time.time() - began, 1)
     record["command"] = " ".join(["python benchmarks/pipeline_accuracy.py", *extra])
     record["history"] = [{name: entry[name] for name in ("step", "loss")} for entry in record["history"]]
@@ -71,27 +76,13 @@ def execute(codec: str, grad_codec: str, seed: int, data: Path, extra: list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--list", action="store_true", help="show the plan and what is done")
+    parser = harness.arguments(__doc__, data=True, force=True, plan=True)
     args, extra = parser.parse_known_args()
-    runs = [(codec, grad, seed) for seed in SEEDS for codec, grad in CODECS]
+    runs = [Run(codec, grad, seed) for seed in SEEDS for codec, grad in CODECS]
     if args.list:
-        for run in runs:
-            print("done" if path_of(*run).exists() else "open", path_of(*run).name)
-        return
-    if not args.data.is_dir():
-        raise SystemExit(f"There is no data folder at {args.data}; give one with --data.")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for run in tqdm(runs, desc="runs"):
-        path = path_of(*run)
-        # Several calls may share the work.
-        with accuracy.claimed(SimpleNamespace(path=path)) as ours:
-            if not ours or path.exists():
-                continue
-            record = execute(*run, args.data, extra)
-            path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-            path.with_suffix(".tmp").replace(path)
+        return harness.list_runs(runs)
+    harness.require_data(args.data)
+    harness.run_all(runs, lambda run: execute(run, args.data, extra), args.force)
 
 
 if __name__ == "__main__":

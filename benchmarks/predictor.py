@@ -14,21 +14,18 @@ records, too: of their first two steps, in results/predictor_beginnings/.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import accuracy
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import harness
 
 from hf_actcompress.observe import read_records
 
-RESULTS = Path(__file__).parent / "results" / "predictor"
+RESULTS = harness.RESULTS / "predictor"
 STEPS, EARLY, EVERY = 60, 6, 5  # of each run; those whose records count; one in so many of them is recorded
 TEXT = "--num_train_epochs 1 --per_device_train_batch_size 16 --max_train_samples 960 --max_eval_samples 600"
 IMAGES = "--num_train_epochs 1 --per_device_train_batch_size 32 --max_train_samples 1920 --max_eval_samples 1000"
@@ -60,8 +57,11 @@ class Run:
 
     @property
     def path(self) -> Path:
-        name = "__".join((self.codec, self.grad_codec or "same", self.cuts, f"seed{self.seed}"))
-        return RESULTS / self.task / f"{re.sub('[^a-zA-Z0-9.=+_]+', '-', name)}.json"
+        name = harness.file_name(self.codec, self.grad_codec or "same", self.cuts, f"seed{self.seed}")
+        return RESULTS / self.task / name
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.codec}"
 
 
 def plan(tasks: list[str]) -> list[Run]:
@@ -123,6 +123,9 @@ class Beginning:
     def path(self) -> Path:
         return RESULTS.with_name("predictor_beginnings") / self.task / self.run.path.name
 
+    def __str__(self) -> str:
+        return str(self.run)
+
 
 def begin(beginning: Beginning, data: Path, extra: list[str]) -> dict[str, Any]:
     run, (script, folder, options) = beginning.run, accuracy.TASKS[beginning.task]
@@ -139,7 +142,7 @@ def begin(beginning: Beginning, data: Path, extra: list[str]) -> dict[str, Any]:
 
 def start(task: str, data: Path) -> Path:
     """The folder of a model that has learned the task; made by the first who needs it, while the others wait."""
-    folder = accuracy.ROOT / "outputs" / "predictor" / task
+    folder = harness.ROOT / "outputs" / "predictor" / task
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -168,13 +171,10 @@ def early_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, data=True, force=True, plan=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--only", nargs="+", help="run these forward codecs only ('none' is one)")
-    parser.add_argument("--data", type=Path, default=accuracy.ROOT.parent / "shared" / "data")
     parser.add_argument("--beginnings", action="store_true", help="the first steps of the runs of accuracy.py instead")
-    parser.add_argument("--force", action="store_true", help="run again what has a result")
-    parser.add_argument("--list", action="store_true", help="show the plan and what is done")
     args, extra = parser.parse_known_args()
     if args.beginnings:
         long = accuracy.plan([task for task in accuracy.TASKS if task in args.tasks])
@@ -183,21 +183,10 @@ def main() -> None:
         runs = plan(args.tasks)
     runs = [run for run in runs if args.only is None or run.codec in args.only]
     if args.list:
-        for run in runs:
-            print("done" if run.path.exists() else "open", run.path.relative_to(RESULTS.parent))
-        return
-    if not args.data.is_dir():
-        raise SystemExit(f"There is no data folder at {args.data}; give one with --data.")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("runs", total=len(runs))
-        for run in runs:
-            progress.update(bar, description=f"{run.task} {run.codec}")
-            with accuracy.claimed(run) as ours:
-                if ours and (args.force or not run.path.exists()):
-                    make = begin if args.beginnings else execute
-                    accuracy.save(run, make(run, args.data, extra))
-            progress.advance(bar)
+        return harness.list_runs(runs)
+    harness.require_data(args.data)
+    make = begin if args.beginnings else execute
+    harness.run_all(runs, lambda run: make(run, args.data, extra), args.force)
 
 
 if __name__ == "__main__":

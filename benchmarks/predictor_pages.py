@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from harness import read, table
 
 from hf_actcompress.report.style import make_figure, save_figure
 
@@ -20,7 +23,7 @@ def section(result: dict[str, Any], most: int = 30) -> str:
     """The ranking as a table, then the hits of the best quantity by task."""
     tasks = list(result["tasks"])
     head = ["quantity", "runs", "rho (95 % interval)", *tasks, "threshold", "caught", "false alarms"]
-    lines = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(tasks) + 3)]
+    lines = []
     for row in result["quantities"][:most]:
         low, high = row["interval"]
         by_task = (row["by_task"].get(task) for task in tasks)
@@ -28,13 +31,13 @@ def section(result: dict[str, Any], most: int = 30) -> str:
         cells = [row["quantity"], str(row["known"]), f"{row['rho']:+.2f} ({low:+.2f} to {high:+.2f})",
                  *("-" if value is None else f"{value:+.2f}" for value in by_task), cut,
                  f"{row['caught']} of {row['harmed']}", f"{row['false_alarms']} of {row['harmless']}"]  # fmt: skip
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append([cell.replace("|", "\\|") for cell in cells])
     best = strongest(result)
     hits = "; ".join(f"{row['task']}: threshold {row['threshold']:.3g}, caught {row['caught']} of {row['harmed']}, "
                      f"false alarms {row['false_alarms']} of {row['runs'] - row['harmed']}"
                      for row in best["left_out"] if row["threshold"] is not None)  # fmt: skip
     counts = ", ".join(f"{task} {count}" for task, count in result["tasks"].items())
-    return "\n".join(lines) + (
+    return table(head, lines, "lrl") + (
         f"\n\n{result['runs']} runs ({counts}), of which {result['harmed']} were harmed. Caught and false alarms: "
         f"each task by the threshold of the others. \"{best['quantity']}\", by task left "
         f"out: {hits or 'none'}."
@@ -77,3 +80,9 @@ def draw(record: dict[str, Any], path: Path) -> Path:
         right.set_ylabel("share of the margin lost, %")
         right.legend(frameon=False, fontsize=8, loc="best", handletextpad=0.2)
     return save_figure(figure, path)
+
+
+def parts() -> Iterator[tuple[str, str, str]]:
+    for name, result in read("predictor", {}).items():
+        if name in ("short", "long"):
+            yield "docs/predictor.md", f"predictor {name}", section(result)

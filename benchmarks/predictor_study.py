@@ -15,19 +15,16 @@ the others alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import FIGURES, RESULTS, read, write
 from scipy.stats import rankdata
 
 from hf_actcompress.report.tables import METRICS, codecs_of, load_records
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 LOST = 0.1
 CHANCE = {"cola": 0.0, "sst2": 0.509, "cifar10": 0.1, "mnist": 0.1135}  # SST-2, MNIST: the largest class
 DRAWS = 2000
@@ -243,15 +240,15 @@ def study(runs: Sequence[Run], draws: int = DRAWS) -> dict[str, Any]:
 
 
 def _beginnings() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / "predictor_beginnings").rglob("*.json"))]
+    return [read(path) for path in sorted((RESULTS / "predictor_beginnings").rglob("*.json"))]
 
 
 def main() -> None:
     found = {}
-    for name, folder, read in (("short", "predictor", short_runs), ("long", "accuracy", long_runs)):
+    for name, folder, runs_of in (("short", "predictor", short_runs), ("long", "accuracy", long_runs)):
         if (RESULTS / folder).is_dir():
             more = [_beginnings()] if name == "long" else []
-            runs = read(load_records(RESULTS / folder), *more)
+            runs = runs_of(load_records(RESULTS / folder), *more)
             if len(runs) >= 8:
                 found[name] = study(runs)
     if not found:
@@ -263,13 +260,12 @@ def main() -> None:
             print(f"  {row['quantity']:36s} rho {row['rho']:+.2f} ({low:+.2f} to {high:+.2f})  threshold "
                   f"{row['threshold'] if row['threshold'] is not None else math.nan:.3g}  caught {row['caught']}/"
                   f"{row['harmed']}, false alarms {row['false_alarms']}/{row['harmless']}")  # fmt: skip
-    path = RESULTS / "predictor.json"
     record = {"command": "python benchmarks/predictor_study.py", "lost": LOST, "draws": DRAWS, **found}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write("predictor", record)
 
     from predictor_pages import draw
 
-    print(path.relative_to(ROOT), draw(record, ROOT / "docs" / "figures" / "predictor.png").relative_to(ROOT))
+    print(draw(record, FIGURES / "predictor.png"))
 
 
 if __name__ == "__main__":

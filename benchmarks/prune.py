@@ -10,61 +10,45 @@ recipe is examples/cifar/run_prune.py; the card is measured on the test images w
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+import harness
 import torch
 
 from hf_actcompress.cli import main as command_line
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "prune.json"
 OPTIONS = ("--max_train_samples 10000 --image_size 64 --num_train_epochs 18 --retrain_epochs 6 --disable_tqdm True "
            "--logging_steps 10")  # fmt: skip
 KEPT = ("name", "top1_error", "top5_error", "evaluated")  # of the run over all test images
 
 
-def recipe() -> Any:
-    path = ROOT / "examples" / "cifar" / "run_prune.py"
-    spec = importlib.util.spec_from_file_location("run_prune", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser = harness.arguments(__doc__, data=True)
     parser.add_argument("--scratch", type=Path, default=Path("outputs/prune"), help="where the models are kept")
     parser.add_argument("--timing", action="store_true", help="measure times again; errors stay")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run = recipe()
+    run = harness.recipe("cifar/run_prune")
     if args.timing:
-        record = json.loads(RESULTS.read_text())
+        record = harness.read("prune")
         folders = [str(args.scratch / row["name"]) for row in record["models"]]
         with tempfile.TemporaryDirectory() as out:
             if command_line(["card", *folders, "--data", str(args.data / "cifar10"), "--max-samples", "64", "--output",
                              out, "--repeats", "30", "--threads", "1"]):  # fmt: skip
                 raise SystemExit(2)
-            again = json.loads((Path(out) / "card.json").read_text())
+            again = harness.read(Path(out) / "card.json")
         for row, new in zip(record["models"], again["models"], strict=True):
             row.update({key: value for key, value in new.items() if key not in KEPT})
         record |= {key: again[key] for key in ("repeats", "threads", "environment")}
     else:
         run.main([*OPTIONS.split(), "--dataset", str(args.data / "cifar10"), "--output_dir", str(args.scratch)])
-        record = json.loads((args.scratch / "card" / "card.json").read_text())
-        steps = {name: json.loads((args.scratch / name / "step.json").read_text()) for name in run.STEPS[:3]}
+        record = harness.read(args.scratch / "card" / "card.json")
+        steps = {name: harness.read(args.scratch / name / "step.json") for name in run.STEPS[:3]}
         for step in steps.values():
             step.pop("history", None)
         record |= {"training": steps, "command": "python benchmarks/prune.py", "data": "CIFAR-10 (test)"}
-    RESULTS.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    harness.write("prune", record)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ benchmarks/results/saved_gradient_error.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,28 +28,20 @@ from hf_actcompress.workloads import (
     prepare_images,
     tokenize_splits,
 )  # fmt: skip
-from hf_actcompress.workloads.results import environment
 
-ROOT = Path(__file__).resolve().parents[1]
-PATH = ROOT / "benchmarks" / "results" / "saved_gradient_error.json"
 SPECS = ("block:bits=8", "block:bits=4", "block:bits=2", "auto:budget=0.1", "auto:budget=0.07")
 ROWS = 32
 
 
-def data(name: str) -> str:
-    folder = ROOT.parent / "shared" / "data" / name
-    return str(folder) if folder.is_dir() else "embedded"
-
-
 def text() -> tuple[nn.Module, dict[str, Tensor]]:
-    found = load_text(data("glue/sst2"), max_train=ROWS, max_eval=8)
+    found = load_text(harness.data_or_embedded("glue/sst2"), max_train=ROWS, max_eval=8)
     model, tokenizer = load_text_model("minilm", found.num_labels)
     rows = tokenize_splits(found, tokenizer, 128, pad=True)[0].with_format("torch")[:ROWS]
     return model, {key: rows[key] for key in ("input_ids", "attention_mask", "labels")}
 
 
 def images() -> tuple[nn.Module, dict[str, Tensor]]:
-    found = load_images(data("cifar10"), max_train=ROWS, max_eval=8)
+    found = load_images(harness.data_or_embedded("cifar10"), max_train=ROWS, max_eval=8)
     model, preprocessing = load_image_model("efficientnet-lite0", found.num_labels, 96)
     train, _ = prepare_images(found, preprocessing)
     return model, collate_images([train[i] for i in range(ROWS)])
@@ -89,16 +79,15 @@ def measure(model: nn.Module, batch: dict[str, Tensor], draws: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--draws", type=int, default=8)
     args = parser.parse_args()
     torch.manual_seed(0)
-    result: dict[str, Any] = {"command": "python benchmarks/saved_gradient_error.py", "draws": args.draws}
+    models: dict[str, Any] = {}
     for name, make in tqdm({"MiniLM, SST-2": text, "EfficientNet-Lite0, CIFAR-10": images}.items(), desc="models"):
-        result.setdefault("models", {})[name] = measure(*make(), args.draws)
-        result["environment"] = environment()
-        PATH.write_text(json.dumps(result, indent=1) + "\n")
-        for spec, row in result["models"][name].items():
+        models[name] = measure(*make(), args.draws)
+        harness.save("saved_gradient_error", draws=args.draws, models=models)
+        for spec, row in models[name].items():
             print(f"{name:30s} {spec:20s} " + "  ".join(f"{layer} {value:.3f}" for layer, value in row.items()))
 
 

@@ -9,11 +9,9 @@ benchmarks/results/schedule.json with the ratio that the log showed in every epo
 
 from __future__ import annotations
 
-import json
 import tempfile
-from pathlib import Path
 
-from accuracy import RESULTS, recipe
+import harness
 from tqdm import tqdm
 
 EPOCHS = 4
@@ -26,7 +24,8 @@ RUNS = {
 
 
 def main() -> None:
-    module, results = recipe("cifar"), {}
+    harness.arguments(__doc__).parse_args()
+    module, results = harness.recipe("cifar/run_cifar"), {}
     for name, options in tqdm(RUNS.items(), desc="runs"):
         with tempfile.TemporaryDirectory() as out:
             record = module.main(
@@ -45,8 +44,7 @@ def main() -> None:
             "accuracy_by_epoch": [h["eval_accuracy"] for h in record["history"] if "eval_accuracy" in h][:EPOCHS],
             "forward_ratios_by_epoch": {epoch: sorted(values) for epoch, values in sorted(ratios.items())},
         }
-    path = Path(RESULTS).parent / "schedule.json"
-    path.write_text(json.dumps({"command": "python benchmarks/schedule.py", "runs": results}, indent=2) + "\n")
+    harness.save("schedule", runs=results)
     for name, result in results.items():
         print(f"{name}: {result['accuracy_by_epoch']} ratios {result['forward_ratios_by_epoch']}")
 

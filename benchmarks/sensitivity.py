@@ -1,4 +1,4 @@
-"""Sensitivity maps: which layer bears which codec, of MiniLM on CoLA, MobileNetV2 and EfficientNet-Lite0 on CIFAR-10.
+"""Sensitivity maps: which layer tolerates which codec, of MiniLM on CoLA, and of two image models on CIFAR-10.
 
     python benchmarks/sensitivity.py                # the studies that are not there yet, then all figures
     python benchmarks/sensitivity.py --figures      # only the figures
@@ -10,11 +10,9 @@ the other two are pretrained; no model is fine-tuned.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
+import harness
 import torch
+from harness import FIGURES
 from tqdm import tqdm
 
 from hf_actcompress.cli.analyze import ANALYZE_CODECS
@@ -22,9 +20,7 @@ from hf_actcompress.plan.study import study
 from hf_actcompress.report.figures import error_against_bits, error_growth, histograms, sensitivity_map
 from hf_actcompress.workloads.batches import training_batches
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "sensitivity"
-FIGURES = ROOT / "docs" / "figures"
+RESULTS = harness.RESULTS / "sensitivity"
 STUDIES = {
     "minilm": {"data": "cola", "batches": 1, "batch_size": 16},
     "mobilenetv2_100": {"data": "cifar10", "batches": 1, "batch_size": 16, "image_size": 64},
@@ -34,13 +30,10 @@ CODECS = (*ANALYZE_CODECS, "topk:ratio=0.2|block:bits=8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__, data=True, force=True)
     parser.add_argument("--models", nargs="+", default=list(STUDIES), choices=list(STUDIES))
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--force", action="store_true", help="study again what has a result")
     parser.add_argument("--figures", action="store_true", help="draw what is there, study nothing")
     args = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         path = RESULTS / f"{name}.json"
         if not args.figures and (args.force or not path.exists()):
@@ -53,11 +46,9 @@ def main() -> None:
                 )
             record = {**about, "data_name": data, "threads": torch.get_num_threads(), **found}
             record["command"] = f"python benchmarks/sensitivity.py --models {name}"
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(record) + "\n")
-            unfinished.replace(path)
+            harness.write(path, record)
         if path.exists():
-            record = json.loads(path.read_text())
+            record = harness.read(path)
             for draw in (sensitivity_map, error_against_bits, error_growth, histograms):
                 draw(record, FIGURES / f"{draw.__name__}_{name.replace('-', '_')}.png")
 

@@ -10,9 +10,7 @@ that it has are not run again.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import os
 import statistics
 import time
@@ -21,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.distributed as dist
 from rich.progress import Progress
@@ -28,12 +27,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.functional import cross_entropy
 
-from hf_actcompress import parse_codec
+from hf_actcompress import parse_codec, workloads
 from hf_actcompress.pipeline import CompressedPipelineStage, EarlySchedule1F1B, split
 from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "slow_link.json"
-DATA = Path(__file__).parents[1] / "../shared/data"
+PATH = harness.RESULTS / "slow_link.json"
 RATES = (10, 100, 1000)
 CUTS = {
     ("minilm", 2): (2,), ("minilm", 3): (1, 3), ("mobilenetv2", 2): (0,), ("mobilenetv2", 3): (0, 9),
@@ -55,34 +53,30 @@ CODECS: dict[str, tuple[str, str | None]] = {
 
 
 def load_model(model: str) -> nn.Module:
-    from hf_actcompress import workloads as recipes
-
     torch.manual_seed(0)
     if model == "tiny":
-        return recipes.load_text_model("tiny-bert", 2, texts=["a few words"])[0]
+        return workloads.load_text_model("tiny-bert", 2, texts=["a few words"])[0]
     if model == "minilm":
-        return recipes.load_text_model("minilm", 2)[0]
-    found = recipes.load_image_model("mobilenetv2_100", 10, 224, pretrained=False)[0]
+        return workloads.load_text_model("minilm", 2)[0]
+    found = workloads.load_image_model("mobilenetv2_100", 10, 224, pretrained=False)[0]
     return found.to(memory_format=torch.channels_last)
 
 
 def batch_of(model: str) -> dict[str, Tensor]:
     """The first rows of the real training set, the same on every rank."""
-    from hf_actcompress import workloads as recipes
-
     rows = ROWS[model]
     if model == "tiny":
         ids = torch.arange(rows * 16).view(rows, 16) % 7
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 1] % 2}
     if model == "minilm":
-        data = recipes.load_text(str(DATA / "glue/sst2"), max_train=rows, max_eval=1)
-        train, _ = recipes.tokenize_splits(data, recipes.load_text_model("minilm", 2)[1], 128, pad=True)
+        data = workloads.load_text(str(harness.DATA / "glue/sst2"), max_train=rows, max_eval=1)
+        train, _ = workloads.tokenize_splits(data, workloads.load_text_model("minilm", 2)[1], 128, pad=True)
         return {name: torch.tensor(train[name]) for name in ("input_ids", "attention_mask", "labels")}
-    data = recipes.load_images(str(DATA / "cifar10"), max_train=rows, max_eval=1)
-    _, wants = recipes.load_image_model("mobilenetv2_100", 10, 224, pretrained=False)
-    train, _ = recipes.prepare_images(data, wants)
+    data = workloads.load_images(str(harness.DATA / "cifar10"), max_train=rows, max_eval=1)
+    _, wants = workloads.load_image_model("mobilenetv2_100", 10, 224, pretrained=False)
+    train, _ = workloads.prepare_images(data, wants)
     torch.manual_seed(0)
-    return recipes.collate_images([train[k] for k in range(rows)])
+    return workloads.collate_images([train[k] for k in range(rows)])
 
 
 class Cast(nn.Module):
@@ -262,16 +256,12 @@ def summary(label: str, ranks: list[list[dict[str, Any]]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load() -> dict[str, Any]:
-    return json.loads(PATH.read_text()) if PATH.is_file() else {"rows": {}}
-
-
 def row_name(model: str, stages: int, rate: int) -> str:
     return f"{model}{'' if stages == 2 else f'-{stages}stages'}@{rate}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("what", choices=("rows", "rank"), help="list the rows to do, or be one process of a row")
     parser.add_argument("--row")
     parser.add_argument("--models", nargs="+", choices=list(ROWS), default=MODELS)
@@ -282,11 +272,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PATH)
     parser.add_argument("--again", action="store_true", help="measure rows that the file has already")
     args = parser.parse_args()
-    globals()["PATH"] = args.output
     for label in set(CODECS) - set(args.codecs or CODECS):
         del CODECS[label]
     if args.what == "rows":
-        known = load()["rows"]
+        known = harness.read(args.output, {"rows": {}})["rows"]
         rows = [row_name(model, args.stages, rate) for model in args.models for rate in args.rates]
         print(*(row for row in rows if args.again or row not in known))
         return
@@ -296,16 +285,13 @@ def main() -> None:
     steps = args.steps or STEPS.get(int(rate), 3)
     found = measure(model.split("-")[0], int(rate), dist.get_world_size(), steps)
     if found is not None:
-        record = load()
+        record = harness.read(args.output, {"rows": {}})
         record["command"] = "sudo benchmarks/slow_link.sh"
         record["environment"] = {**environment(), "cores_per_process": min(1, os.cpu_count() / found["stages"])}
         if args.codecs and args.row in record["rows"]:  # codecs are added to a row that is there
             found["codecs"] = {**record["rows"][args.row]["codecs"], **found["codecs"]}
         record["rows"][args.row] = found
-        PATH.parent.mkdir(exist_ok=True)
-        partial = PATH.with_suffix(".tmp")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(PATH)
+        harness.write(args.output, record)
     dist.barrier()
     dist.destroy_process_group()
 

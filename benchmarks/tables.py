@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import accuracy
+import harness
 from reference import BUDGETS, TABLES, TASKS, Row
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.report.comparison import comparison_table, load_comparison
 
-RESULTS = accuracy.ROOT / "benchmarks" / "results" / "tables"
+RESULTS = harness.RESULTS / "tables"
 SEEDS = {"smoke": (0,), "cpu": (0,), "full": (0, 1, 2)}
 MODEL = {"smoke": "mobilenetv2_100 96 px, batch 64", "cpu": "mobilenetv2_100 96 px, batch 64",
          "full": "mobilenetv2_100 224 px, batch 32"}  # fmt: skip
@@ -76,8 +77,8 @@ class Run:
     @property
     def path(self) -> Path:
         name = self.row.codec + "".join(f"__{word}" for word in self.row.options if word != "--schedule")
-        name = re.sub("[^a-zA-Z0-9.=+_]+", "-", f"{self.row.task}__{name}__seed{self.seed}")
-        return RESULTS / self.table / self.budget / f"{name}.json"
+        name = harness.file_name(self.row.task, name, f"seed{self.seed}")
+        return RESULTS / self.table / self.budget / name
 
 
 def setting(options: str, codec: str) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ def _accuracy_runs() -> dict[tuple[Any, ...], Path]:
     """What benchmarks/accuracy.py has of runs that compress both directions alike."""
     found = {}
     for path in accuracy.RESULTS.rglob("*.json"):
-        record, task = json.loads(path.read_text()), path.parent.name
+        record, task = harness.read(path), path.parent.name
         if task in accuracy.TASKS and not (record["config"] or {}).get("grad_codec"):
             script, folder, options = accuracy.TASKS[task]
             found[script, folder, setting(options, record["codec"]), record["seed"]] = path
@@ -124,7 +125,7 @@ def found(run: Run) -> bool:
     if not path.is_file():
         return False
     try:
-        json.loads(path.read_text())
+        harness.read(path)
     except json.JSONDecodeError:
         raise ValueError(f"{path} is cut off or empty: delete it, or run it again with --force.") from None
     return True
@@ -141,7 +142,7 @@ def execute(run: Run, data: Path | None, extra: list[str]) -> dict[str, Any]:
         raise ValueError(f"There is no folder {folder}: give the folder that holds {task.folder} with --data.")
     argv, output = [*run.options, *source, "--logging_steps", "20", *extra], None
     if run.budget == "full":  # hours a run: an interrupted one goes on at its last epoch
-        output = str(accuracy.ROOT / "outputs" / "tables" / run.table / run.path.stem)
+        output = str(harness.ROOT / "outputs" / "tables" / run.table / run.path.stem)
         argv += ["--save_strategy", "epoch", "--save_total_limit", "1"]
         if kept := sorted(Path(output).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
             argv += ["--resume_from_checkpoint", str(kept[-1])]
@@ -161,7 +162,7 @@ def work(runs: list[Run], args: argparse.Namespace, extra: list[str]) -> list[st
         for run in runs:
             owner = _owners(run.budget)[run.key]
             progress.update(bar, description=f"{run.table}: {run.row.label}, seed {run.seed}")
-            with accuracy.claimed(owner) as ours:
+            with harness.claimed(owner.path) as ours:
                 if ours and (args.force and place(run) == run.path or not found(run)):
                     said, began = io.StringIO(), time.time()
                     try:
@@ -171,7 +172,7 @@ def work(runs: list[Run], args: argparse.Namespace, extra: list[str]) -> list[st
                         failed.append(f"{run.table}, {run.row.label}: {type(error).__name__}: {error}")
                         progress.console.print(f"[red]failed[/]  {failed[-1]}\n{said.getvalue()[-2000:]}")
                     else:
-                        accuracy.save(owner, record)
+                        harness.save_run(owner.path, record)
                         _accuracy_runs.cache_clear()
                         progress.console.print(f"done    {run.row.label}: {time.time() - began:.0f} s")
             progress.advance(bar)
@@ -195,17 +196,13 @@ def write_index(table: str, budget: str) -> Path:
     if speed.is_file():
         index["throughput"] = speed.name
     path = folder / f"{budget}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    harness.write(path, index)
     return path
 
 
 def throughput(table: str, budget: str, args: argparse.Namespace) -> None:
     """Samples per second of each codec of a table, in turn in one process, as benchmarks/training.py measures them."""
     import training
-
-    from hf_actcompress.workloads.results import environment
 
     first_last = TABLES[table].throughput
     path = RESULTS / table / f"{budget}.throughput.json"
@@ -219,15 +216,12 @@ def throughput(table: str, budget: str, args: argparse.Namespace) -> None:
     options = argparse.Namespace(rounds=args.rounds, steps=2, device=args.device, codecs=list(codecs))
     os.environ.setdefault(training.VARIABLE, "0" if budget == "smoke" else "1")
     rows = training.measure(MODEL[budget], options, *first_last)
-    record = {"model": MODEL[budget], "first": first_last[0], "last": first_last[1], "rows": rows,
-              "command": f"python benchmarks/tables.py --table {table} --budget {budget} --throughput",
-              "environment": environment()}  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"model": MODEL[budget], "first": first_last[0], "last": first_last[1], "rows": rows}
+    harness.write(path, {**record, **harness.about(f"tables.py --table {table} --budget {budget} --throughput")})
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--table", nargs="+", choices=list(TABLES), help="one or more tables")
     which.add_argument("--all", action="store_true", help="every table")
@@ -245,8 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     at = argv.index("--") if "--" in argv else len(argv)
     args, extra = parser.parse_args(argv[:at]), argv[at + 1 :]
     if args.data is None:
-        usual = accuracy.ROOT.parent / "shared" / "data"
-        args.data = usual if usual.is_dir() else None
+        args.data = harness.DATA if harness.DATA.is_dir() else None
     elif not args.data.is_dir():
         parser.error(f"--data: there is no folder {args.data}.")
     only = {canonical(codec) for codec in args.only or ()}

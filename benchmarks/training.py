@@ -11,24 +11,21 @@ last.  Writes benchmarks/results/training.json after each model, with --device c
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.workloads import load_image_model, load_text_model
-from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "training.json"
 CODECS = (
     "identity", "uniform:bits=8", "block:bits=8", "block:bits=4", "block:bits=2",
     "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", "sort:bits=8", "kmeans:bits=4", "topk:ratio=0.1",
@@ -80,14 +77,12 @@ def measure(name: str, args: argparse.Namespace, first: int = 1, last: int = 1) 
                 config = ActCompressConfig(codec, first=first, last=last) if codec != "none" else None
                 with compress_model(model, config) if config else nullcontext():
                     step()
-                    began = time.perf_counter()
-                    for _ in range(args.steps):
-                        step()
-                    found.append(samples * args.steps / (time.perf_counter() - began))
+                    took = sum(harness.seconds(step) for _ in range(args.steps))
+                    found.append(samples * args.steps / took)
                 progress.update()
     rows = []
     for codec, found in rates.items():
-        shares = sorted(a / b for a, b in zip(found[1:], rates["none"][1:], strict=True))
+        shares = harness.ratios(found[1:], rates["none"][1:])
         rows.append({"codec": codec, "samples_per_second": statistics.median(found[1:]), "n": args.rounds,
                      "of_none": statistics.median(shares), "of_none_range": [shares[0], shares[-1]]})  # fmt: skip
         print(f"{codec:60s} {rows[-1]['samples_per_second']:8.1f} samples/s  {rows[-1]['of_none']:.3f} of none")
@@ -95,7 +90,7 @@ def measure(name: str, args: argparse.Namespace, first: int = 1, last: int = 1) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="parts of names do")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS))
     parser.add_argument("--rounds", type=int, default=7)
@@ -104,14 +99,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="default: results/training.json, on a GPU training_cuda.json")
     args = parser.parse_args()
     os.environ.setdefault(VARIABLE, "1")
-    path = args.results or (PATH if args.device == "cpu" else PATH.with_stem("training_cuda"))
-    data = json.loads(path.read_text()) if path.is_file() else {}
-    for name in MODELS:
-        if any(part in name for part in args.models):
-            data.setdefault("models", {})[name] = measure(name, args)
-            command = "python benchmarks/training.py" + ("" if args.device == "cpu" else f" --device {args.device}")
-            data |= {"environment": environment(), "command": command}
-            path.write_text(json.dumps(data, indent=1) + "\n")
+    name = "training" if args.device == "cpu" else "training_cuda"
+    command = "training.py" + ("" if args.device == "cpu" else f" --device {args.device}")
+    keep = harness.Kept(args.results or harness.RESULTS / f"{name}.json", command, force=True)
+    for model in MODELS:
+        if any(part in model for part in args.models):
+            keep(model, lambda model=model: measure(model, args), part="models")
 
 
 if __name__ == "__main__":

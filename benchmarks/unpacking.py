@@ -15,21 +15,18 @@ import os
 import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import harness
 import memory
 import torch
 
 from hf_actcompress.ops import memory as pools
 from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.saved import tensors as site
-from hf_actcompress.workloads.results import environment
 
-PATH = Path(__file__).parent / "results" / "unpacking.json"
 KINDS = ("pool", "malloc")
 MODELS = ("minilm 32x128", "mobilenetv2_100 64x96px", "resnet18 64x96px")
 
@@ -66,7 +63,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=list(memory.MODELS), metavar="MODEL")
     parser.add_argument("--processes", type=int, default=3, help="of each kind and model")
     parser.add_argument("--repeats", type=int, default=5, help="steps counted in each")
@@ -81,15 +78,13 @@ def main() -> None:
         rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
         for _ in range(args.processes):
             for kind in KINDS:
-                command = [sys.executable, __file__, "--one", kind, "--models", model, "--repeats", str(args.repeats)]
-                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                rows[kind] += json.loads(out.splitlines()[-1])
+                options = ("--one", kind, "--models", model, "--repeats", args.repeats)
+                rows[kind] += harness.fresh_process(__file__, *options)
         data[model] = {kind: summary(own) for kind, own in rows.items()}
         for kind, row in data[model].items():
             print(f"{model:26} {kind:8} unpack {row['unpack_ms']:6.0f} ms  {row['faults']:7.0f} faults  "
                   f"step {row['step_ms']:6.0f} ms", flush=True)  # fmt: skip
-    data |= {"environment": environment(), "command": shlex.join(["python", "benchmarks/unpacking.py", *sys.argv[1:]])}
-    PATH.write_text(json.dumps(data, indent=1) + "\n")
+    harness.write("unpacking", {**data, **harness.about(shlex.join(["unpacking.py", *sys.argv[1:]]))})
 
 
 if __name__ == "__main__":

@@ -9,22 +9,21 @@ them.  Writes benchmarks/results/warning_hits.json.
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
+
+import harness
 
 from hf_actcompress.observe.warning import WARN_ERROR, warning_of
 
-ROOT = Path(__file__).resolve().parents[1]
-ACCURACY = ROOT / "benchmarks" / "results" / "accuracy"
 TASKS = {"cola": ("matthews_correlation", 0.0), "sst2": ("accuracy", 0.5), "cifar10": ("accuracy", 0.1)}
 LOST = 0.1
 
 
 def main() -> None:
+    harness.arguments(__doc__).parse_args()
     rows = []
     for task, (metric, floor) in TASKS.items():
-        records = [json.loads(path.read_text()) for path in sorted((ACCURACY / task).glob("*.json"))]
+        records = harness.read_all(f"accuracy/{task}")
         none = statistics.mean(r["metrics"][metric]["plain"] for r in records if r["codec"] == "none")
         counts = {"task": task, "runs": 0, "harmed": 0, "warned": 0, "caught": 0}
         for record in records:
@@ -42,8 +41,7 @@ def main() -> None:
             counts["caught"] += warned and lost > LOST
         rows.append(counts)
     rows.append({"task": "all", **{key: sum(row[key] for row in rows) for key in rows[0] if key != "task"}})
-    result = {"limit": WARN_ERROR, "lost": LOST, "tasks": rows}
-    (ROOT / "benchmarks" / "results" / "warning_hits.json").write_text(json.dumps(result, indent=1) + "\n")
+    harness.write("warning_hits", {"limit": WARN_ERROR, "lost": LOST, "tasks": rows})
     for row in rows:
         print(f"{row['task']:8s} {row['runs']} runs, {row['harmed']} harmed, {row['warned']} warned of, of which "
               f"{row['caught']} harmed")  # fmt: skip

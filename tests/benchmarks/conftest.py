@@ -12,5 +12,5 @@ BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield
-    for name in ("tables", "reference", "accuracy", "predictor", "predictor_study", "predictor_pages"):
+    for name in ("tables", "reference", "accuracy", "predictor", "predictor_study", "predictor_pages", "harness"):
         sys.modules.pop(name, None)

@@ -1,10 +1,13 @@
-"""Tables and a plot of benchmarks/results/{codecs,training}.json, for pages.py."""
+"""Tables and a plot of what was timed: results/{codecs,training,boundary_profile,kernels}.json, and those of a GPU."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from harness import FIGURES, against, read, table
 
 from hf_actcompress.report.style import STYLES, make_figure, save_figure, style_of
 
@@ -35,33 +38,28 @@ def by_codec(record: dict[str, Any]) -> dict[str, dict[tuple[str, str], dict]]:
 
 def codecs(record: dict[str, Any]) -> str:
     """Times at 64 MiB, growth, baselines, first calls."""
-    found = by_codec(record)
-    lines = ["| codec | fp32 encode | allowed | fp32 decode | allowed | bf16 encode | bf16 decode |",
-             "| --- |" + " ---: |" * 6]  # fmt: skip
+    found, lines = by_codec(record), []
     for codec, rows in found.items():
-        allowed, cells = ALLOWED.get(codec), []
+        cells = []
         for dtype in ("float32", "bfloat16"):
-            for i, way in enumerate(("encode", "decode")):
-                row = rows.get(("64M", dtype))
+            row = rows.get(("64M", dtype))
+            for way, most in zip(("encode", "decode"), ALLOWED.get(codec, (None, None)), strict=True):
                 cells.append(_clones(row[way]) if row else "")
                 if dtype == "float32":
-                    cells.append(_judged(row[way]["clones"], allowed[i]) if row and allowed else "")
-        lines.append(f"| {codec} | " + " | ".join(cells) + " |")
-    parts = ["\n".join(lines), _growth(found), _baselines(record.get("baselines", {}))]
-    parts += [
+                    cells.append(against(f"{most:.1f}", row[way]["clones"] <= most) if row and most else "")
+        lines.append((codec, *cells))
+    head = ("codec", "fp32 encode", "allowed", "fp32 decode", "allowed", "bf16 encode", "bf16 decode")
+    found_parts = [table(head, lines, "l"), _growth(found), _baselines(record.get("baselines", {}))]
+    found_parts += [
         f"In a new process, {name}, encode and decode: "
         + "; ".join(f"{label} {seconds:.2f} s" for label, seconds in calls.items()) + "."
         for name, calls in record.get("compilation", {}).items()
     ]  # fmt: skip
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in found_parts if part)
 
 
 def _clones(time: dict[str, float]) -> str:
     return f"{time['clones']:.2f} ({time['clones_p10']:.2f}-{time['clones_p90']:.2f})"
-
-
-def _judged(value: float, most: float) -> str:
-    return f"{most:.1f}" if value <= most else f"{most:.1f} **missed**"
 
 
 def _growth(found: dict[str, dict]) -> str:
@@ -70,67 +68,49 @@ def _growth(found: dict[str, dict]) -> str:
     for codec, rows in found.items():
         small, large = rows.get(("16M", "float32")), rows.get(("1G", "float32"))
         if small and large:
-            encode, decode, clone = (
+            *ways, clone = (
                 large[way]["ms"] / large["bytes"] / (small[way]["ms"] / small["bytes"])
                 for way in ("encode", "decode", "clone")
             )
             clones.append(clone)
-            cells.append(f"| {codec} | {_grown(encode)} | {_grown(decode)} |")
+            cells.append((codec, *(against(f"{ratio:.2f}", ratio <= GROWTH) for ratio in ways)))
     if not cells:
         return ""
-    head = (
+    return (
         "Time per byte at 1 GiB over time per byte at 16 MiB, fp32 (allowed: 1.3). What writes a tensor grows by "
         f"more, and so does `x.clone()`, by {statistics.median(clones):.1f}: 16 MiB come back from the heap with "
         "their pages in place and stay in a cache, while a mapping of 1 GiB is touched for the first time, which is "
         "most of a clone's time.\n\n"
-    )
-    return head + "\n".join(["| codec | encode | decode |", "| --- | ---: | ---: |", *cells])
-
-
-def _grown(ratio: float) -> str:
-    return f"{ratio:.2f}" + (" **missed**" if ratio > GROWTH else "")
+    ) + table(("codec", "encode", "decode"), cells, "l")
 
 
 def _baselines(rows: dict[str, dict]) -> str:
     if not rows:
         return ""
-    lines = ["| what users have | codec here | faster (range) | asked | error, theirs | error, ours |",
-             "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines = []
     for name, row in rows.items():
-        low, high = row["faster_range"]
-        asked = FASTER.get(row["codec"])
-        verdict = "" if asked is None else f"{asked}" if row["faster"] >= asked else f"{asked} **missed**"
-        lines.append(
-            f"| {name} | {row['codec']} | {row['faster']:.1f} ({low:.1f}-{high:.1f}) | {verdict} | "
-            f"{row['rel_error']['theirs']:.5f} | {row['rel_error']['ours']:.5f} |"
-        )
-    return "Encode and decode together, theirs over ours, 64 MiB of fp32, in turn:\n\n" + "\n".join(lines)
+        (low, high), asked, error = row["faster_range"], FASTER.get(row["codec"]), row["rel_error"]
+        lines.append((name, row["codec"], f"{row['faster']:.1f} ({low:.1f}-{high:.1f})",
+                      "" if asked is None else against(asked, row["faster"] >= asked), f"{error['theirs']:.5f}",
+                      f"{error['ours']:.5f}"))  # fmt: skip
+    head = ("what users have", "codec here", "faster (range)", "asked", "error, theirs", "error, ours")
+    return "Encode and decode together, theirs over ours, 64 MiB of fp32, in turn:\n\n" + table(head, lines, "ll")
 
 
 def training(record: dict[str, Any]) -> str:
     """Throughput over that without compression, a column per model."""
     models = list(record["models"])
-    rows: dict[str, dict[str, dict]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for model, found in record["models"].items():
         for row in found:
-            rows.setdefault(row["codec"], {})[model] = row
-    lines = ["| codec | " + " | ".join(models) + " |", "| --- |" + " ---: |" * len(models)]
-    for codec, own in rows.items():
-        cells = []
-        for model in models:
-            row = own.get(model)
-            if row is None:
-                cells.append("")
-            elif codec == "none":
-                cells.append(f"{row['samples_per_second']:.1f} samples/s")
-            else:
-                low, high = row["of_none_range"]
-                least = 0.95 if codec.startswith("lowrank") else SHARE
-                missed = " **missed**" if row["of_none"] < least else ""
-                cells.append(f"{row['of_none']:.3f} ({low:.3f}-{high:.3f}){missed}")
-        lines.append(f"| {codec} | " + " | ".join(cells) + " |")
+            codec, (low, high) = row["codec"], row["of_none_range"]
+            least = 0.95 if codec.startswith("lowrank") else SHARE
+            share = against(f"{row['of_none']:.3f} ({low:.3f}-{high:.3f})", row["of_none"] >= least)
+            plain = f"{row['samples_per_second']:.1f} samples/s"
+            cells.setdefault(codec, {})[model] = plain if codec == "none" else share
     n = ", ".join(str(record["models"][model][0]["n"]) for model in models)
-    return "\n".join(lines) + (
+    rows = [(codec, *(own.get(model, "") for model in models)) for codec, own in cells.items()]
+    return table(("codec", *models), rows, "l") + (
         f"\n\nSamples per second over those without compression in the same round, medians of {n} rounds (range). "
         "Asked: 0.97, low-rank 0.95. `" + record["command"] + "`."
     )
@@ -138,18 +118,56 @@ def training(record: dict[str, Any]) -> str:
 
 def boundary(record: dict[str, Any]) -> str:
     """The parts of a boundary's time."""
-    lines = ["| codec | roundtrip, ms | whole boundary, ms |", "| --- | ---: | ---: |"]
-    lines += [f"| {spec} | {row['roundtrip']:.1f} | {row['whole']:.1f} |" for spec, row in record["codecs"].items()]
+    rows = [(spec, f"{row['roundtrip']:.1f}", f"{row['whole']:.1f}") for spec, row in record["codecs"].items()]
     parts = "; ".join(f"{name} {value:.1f}" for name, value in record["ms"].items())
-    return "\n".join(lines) + f"\n\nOf each whole, in ms: {parts}. `{record['command']}`."
+    return table(("codec", "roundtrip, ms", "whole boundary, ms"), rows, "l") + (
+        f"\n\nOf each whole, in ms: {parts}. `{record['command']}`."
+    )
 
 
 def kernels(record: dict[str, Any]) -> str:
     """Page faults, and kernels by hand beside compiled ones."""
     pages = "; ".join(f"{name} {value:.1f}" for name, value in record["pages_ms"].items())
-    lines = ["| 25 MB of fp32 | by hand, ms | compiled, ms |", "| --- | ---: | ---: |"]
-    lines += [f"| {k} | {v['by hand']:.1f} | {v['compiled']:.1f} |" for k, v in record["kernels_ms"].items()]
-    return f"64 MiB, in ms: {pages}.\n\n" + "\n".join(lines) + f"\n\n`{record['command']}`."
+    rows = [(k, f"{v['by hand']:.1f}", f"{v['compiled']:.1f}") for k, v in record["kernels_ms"].items()]
+    text = table(("25 MB of fp32", "by hand, ms", "compiled, ms"), rows, "l")
+    return f"64 MiB, in ms: {pages}.\n\n{text}\n\n`{record['command']}`."
+
+
+def gpu_memory(record: dict[str, Any]) -> str:
+    rows = []
+    for key, methods in record.items():
+        if not isinstance(methods, dict) or "none" not in methods:
+            continue
+        plain = methods["none"]["held_mb"]
+        for name, row in methods.items():
+            share = "-" if name == "none" else f"1/{plain / row['held_mb']:.1f}" if row["held_mb"] else "0"
+            time = f"{row['multiple']:.2f}" if "multiple" in row else "not timed"
+            rows.append((key, name, f"{row['held_mb']:,.0f}", share, f"{row['peak_mb']:,.0f}", time))
+    head = ("model, batch, precision", "method", "held, MB", "of none", "peak of a step, MB", "step, in plain steps")
+    return table(head, rows, "ll") + _source(record)
+
+
+def gpu_training(record: dict[str, Any]) -> str:
+    rows = []
+    for model, found in record["models"].items():
+        for r in found:
+            low, high = r["of_none_range"]
+            share = f"{r['of_none']:.2f} ({low:.2f} to {high:.2f})" if r["codec"] != "none" else "1"
+            rows.append((model, f"`{r['codec']}`", f"{r['samples_per_second']:,.0f}", share))
+    return table(("model, batch", "codec in both directions", "samples/s", "of none"), rows, "ll") + _source(record)
+
+
+def gpu_codecs(record: dict[str, Any]) -> str:
+    rows = [(key, f"{row['encode']['ms']:.2f}", f"{row['decode']['ms']:.2f}", f"{row['clone']['ms']:.3f}",
+             f"{row['bytes'] / row['encode']['ms'] / 1e6:.0f}") for key, row in record["sizes"].items()]  # fmt: skip
+    head = ("size, dtype, codec", "encode, ms", "decode, ms", "clone, ms", "encode, GB/s")
+    return table(head, rows, "l") + _source(record)
+
+
+def _source(record: dict[str, Any]) -> str:
+    about = record["environment"]
+    note = f" {record['note'][0].upper()}{record['note'][1:]}." if "note" in record else ""
+    return f"\n\n`{record['command']}`, {about['accelerator']}, torch {about['torch']}.{note}"
 
 
 def plot(record: dict[str, Any], path: Path) -> Path | None:
@@ -170,10 +188,9 @@ def plot(record: dict[str, Any], path: Path) -> Path | None:
             if not rows:
                 continue
             color, marker = style_of(codec)[:2]
-            turned = "rotate" in codec
             x = [size for size, _ in rows]
             ax.plot(x, [t["clones"] for _, t in rows], color=color, marker=marker, markersize=5, linewidth=1.4,
-                    linestyle="--" if turned else "-", markeredgecolor="white", markeredgewidth=0.5,
+                    linestyle="--" if "rotate" in codec else "-", markeredgecolor="white", markeredgewidth=0.5,
                     label=codec.replace(",rotate=hadamard", ", rotated"))  # fmt: skip
             ax.fill_between(x, [t["clones_p10"] for _, t in rows], [t["clones_p90"] for _, t in rows], color=color,
                             alpha=0.12, linewidth=0)  # fmt: skip
@@ -196,3 +213,15 @@ def plot(record: dict[str, Any], path: Path) -> Path | None:
 def _size(value: float) -> str:
     unit = next(u for u in ("G", "M", "K") if value >= UNITS[u])
     return f"{value / UNITS[unit]:g} {unit}iB"
+
+
+def parts() -> Iterator[tuple[str, str, str]]:
+    for page, name, make in (
+        ("results", "codecs", codecs), ("results", "training", training),
+        ("results", "boundary_profile", boundary), ("results", "kernels", kernels), ("gpu", "gpu_memory", gpu_memory),
+        ("gpu", "training_cuda", gpu_training), ("gpu", "codecs_cuda", gpu_codecs),
+    ):  # fmt: skip
+        if (record := read(name)) is not None:
+            yield f"docs/{page}.md", name.replace("_", " "), make(record)
+    if (record := read("codecs")) is not None:
+        plot(record, FIGURES / "codec_speed.png")
