@@ -247,8 +247,8 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
         handle._removers.append(model.register_forward_pre_hook(passes, prepend=True))
         handle._removers.append(model.register_forward_hook(passes, always_call=True))
     if config.saved:
-        if config.saved_share is not None:
-            handle.budget = Budget(handle, config.saved_share)
+        if config.saved_auto is not None:
+            handle.budget = Budget(handle, config.saved_auto)
         codec, bits = (config.saved_codec(), None) if handle.budget is None else (CODEC, handle.budget.bits)
         handle.saved = SavedTensors(codec, bits, seed=seed, nonfinite=config.nonfinite)
         handle.meters["saved"] = Meter(every=0)

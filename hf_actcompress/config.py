@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .observe.target import START, Target, is_auto
+from .observe.target import START, SavedTarget, Target, is_auto
 from .observe.warning import WARN_ERROR
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ class ActCompressConfig:
         if self.grad_codec is not None:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
-            share = self.saved_share
-            self.saved = str(self.saved_codec()) if share is None else f"auto:budget={share:g}"
+            self.saved = str(self.saved_auto or self.saved_codec())
         if self.layers is not None:
             layers = _mapping(self.layers, "layers", "glob to codec: {'blocks.*': 'sort:bits=8'}")
             for pattern, value in layers.items():
@@ -233,13 +232,9 @@ class ActCompressConfig:
         return Target.parse(self.codec) if is_auto(self.codec) else None
 
     @property
-    def saved_share(self) -> float | None:
-        """The budget of saved="auto:budget=...", or None for a codec that is named."""
-        if not is_auto(self.saved):
-            return None
-        from .saved.budget import parse_share
-
-        return parse_share(self.saved)
+    def saved_auto(self) -> SavedTarget | None:
+        """The target of saved="auto:budget=...", or None for a codec that is named."""
+        return SavedTarget.parse(self.saved) if is_auto(self.saved) else None
 
     def saved_codec(self) -> Codec | None:
         """The codec of saved tensors, where one is named."""

@@ -1,16 +1,19 @@
-"""What `codec="auto:..."` asks for: a ratio to reach, or an error of the gradient to stay within.  Words and numbers
-only."""
+"""Targets of automatic choices: `codec="auto:ratio=8"`, `codec="auto:error=0.1"`, `saved="auto:budget=0.15"`."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from typing import TypeVar
 
-START = "block:bits=4"  # until the first training batch has been measured
+START = "block:bits=4"  # codec until the first training batch has been measured
 
-HELP = (
+CODECS = (
     "The automatic choice of codecs takes a ratio above 1 to reach over all boundaries and both directions, "
     "codec='auto:ratio=8', or a relative error of the parameters' gradient to stay within, codec='auto:error=0.1'."
+)
+SAVED = (
+    "The automatic choice of bits takes a budget between 0 and 1, the share of the uncompressed bytes that may be "
+    "held between forward and backward: saved='auto:budget=0.15'."
 )
 
 
@@ -22,24 +25,59 @@ class Target:
     error: float | None = None
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.ratio, self.error) if v is not None]
-        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in given)
-        low, high = (1, 1e6) if self.ratio is not None else (0, 10)
-        if len(given) != 1 or not numbers or not low < given[0] < high:
-            raise ValueError(f"auto got ratio={self.ratio!r}, error={self.error!r}. {HELP}")
+        if (self.ratio is None) == (self.error is None):
+            raise ValueError("auto takes either ratio or error.")
+        _check("ratio", self.ratio, 1, 1e6)
+        _check("error", self.error, 0, 10)
 
     @classmethod
-    def parse(cls, spec: str) -> "Target":
-        """From "auto:ratio=8" or "auto:error=0.1"."""
-        found = re.fullmatch(r"auto:(ratio|error)=([^,]+)", spec.strip().lower())
-        try:
-            return cls(**{found[1]: float(found[2])}) if found else cls()
-        except ValueError:
-            raise ValueError(f"codec={spec!r} is not known. {HELP}") from None
+    def parse(cls, spec: str) -> Target:
+        """From "auto:ratio=8" or "auto:error=0.1"; ValueError for anything else."""
+        return _parse(cls, spec, "codec", CODECS)
 
     def __str__(self) -> str:
         return f"auto:ratio={self.ratio:g}" if self.ratio is not None else f"auto:error={self.error:g}"
 
 
+@dataclass(frozen=True)
+class SavedTarget:
+    """budget: share of the bytes of the saved tensors without compression, in (0, 1)."""
+
+    budget: float
+
+    def __post_init__(self) -> None:
+        _check("budget", self.budget, 0, 1)
+
+    @classmethod
+    def parse(cls, spec: str) -> SavedTarget:
+        """From "auto:budget=0.15"; ValueError for anything else."""
+        return _parse(cls, spec, "saved", SAVED)
+
+    def __str__(self) -> str:
+        return f"auto:budget={self.budget:g}"
+
+
 def is_auto(spec: object) -> bool:
+    """Whether a spec asks for an automatic choice."""
     return isinstance(spec, str) and spec.strip().lower().split(":")[0] == "auto"
+
+
+T = TypeVar("T")
+
+
+def _parse(cls: type[T], spec: str, option: str, help: str) -> T:
+    from ..codecs.spec import build, split_spec  # loads torch, which the command line's help does without
+
+    try:
+        name, options = split_spec(spec.lower())
+        if not options:
+            raise ValueError("auto needs a target.")
+        return build(cls, name, options, spec)
+    except ValueError as error:
+        raise ValueError(f"{option}={spec!r}: {error} {help}") from None
+
+
+def _check(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and low < value < high):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} is not between {low} and {high:g}.")

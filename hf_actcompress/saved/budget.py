@@ -20,6 +20,7 @@ from torch import nn
 
 from ..codecs import Block
 from ..observe.allocation import Option, greedy
+from ..observe.target import SavedTarget
 from ..observe.tuner import Tuner
 from .sensitivity import Slot, Trial, measure
 from .tensors import SavedTensors
@@ -44,21 +45,20 @@ class Budget(Tuner):
     """A forward pre-hook of the whole model that chooses the bits of its saved tensors.
 
     handle: the Handle of the model.
-    share: of the bytes without compression, in (0, 1).
     bits: the choice, for SavedTensors; before the first measurement what the budget allows on average, rounded down.
     """
 
     every = 500  # passes, so that the cost of a measurement (sensitivity.COST steps) is 1 %
 
-    def __init__(self, handle: Any, share: float) -> None:
+    def __init__(self, handle: Any, target: SavedTarget) -> None:
         super().__init__(handle)
-        self.share = share
+        self.target = target
         self.slots: dict[str, Slot] = {}
         self.bits = Allotment()
-        self.bits.default = max(1, int(32 * share))
+        self.bits.default = max(1, int(32 * target.budget))
 
     def __str__(self) -> str:
-        return f"auto:budget={self.share:g}"
+        return str(self.target)
 
     def mean_bits(self) -> float:
         """Per element, over what is not held exactly."""
@@ -91,7 +91,7 @@ class Budget(Tuner):
                 f"saved={str(self)!r} measures gradients of whole parameters, and fully_shard or tensor parallelism "
                 "has cut them. Use the same bits for all there, for example saved='block:bits=4'."
             )
-        found = measure(self.handle, module, args, kwargs, choose(self.share))
+        found = measure(self.handle, module, args, kwargs, choose(self.target.budget))
         if found is None:
             return False
         self._set(found)
@@ -101,21 +101,6 @@ class Budget(Tuner):
             ", ".join(f"{n} at {bits}" for bits, n in sorted(counts.items())),
         )  # fmt: skip
         return True
-
-
-def parse_share(spec: str) -> float:
-    """The budget of "auto:budget=0.15".  Raises ValueError for anything else."""
-    name, _, value = spec.strip().lower().partition("auto:budget=")
-    try:
-        share = float(value) if not name else 0.0
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise ValueError(
-            f"saved={spec!r} is not known. The automatic choice of bits takes a budget between 0 and 1, the share of "
-            "the uncompressed bytes that may be held between forward and backward: saved='auto:budget=0.15'."
-        )
-    return share
 
 
 def choose(budget: float) -> Callable[[Trial, Callable[[dict[str, int]], float]], dict[str, int]]:

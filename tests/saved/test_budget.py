@@ -10,6 +10,7 @@ from helpers import batch_of, build, loss_of
 from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.observe.gradients import ExactPass
 from hf_actcompress.saved import budget, sensitivity
 from hf_actcompress.saved import tensors as site
 from hf_actcompress.saved.budget import CHOICES, Budget, allot
@@ -150,7 +151,34 @@ def test_it_is_measured_now_and_then_and_goes_on_from_a_checkpoint(monkeypatch):
         assert handle.load_state_dict(state) == ["saved"]
 
 
-def test_what_was_not_measured_in_time_takes_its_nearest_relative(monkeypatch):
+def test_no_choice_depends_on_a_clock(monkeypatch):
+    """The same bits, whether a second takes none or an hour."""
+    tables = []
+    for hurry in (0.0, 3600.0):
+        times = itertools.count(step=hurry) if hurry else itertools.repeat(0.0)
+        monkeypatch.setattr("time.perf_counter", lambda times=times: next(times))
+        model, batch = build("bert").train(), batch_of("bert")
+        with compress_model(model, auto(0.2)) as handle:
+            torch.manual_seed(1)
+            loss_of(model, batch).backward()
+            tables.append(handle.budget.table())
+    assert tables[0] == tables[1] and len({row["error"] for row in tables[0]}) > 20
+
+
+def test_so_many_passes_are_run_as_a_few_steps_cost(monkeypatch):
+    plain, seen = ExactPass.backward, []
+    monkeypatch.setattr(ExactPass, "backward", lambda self: seen.append(1) or plain(self))
+    monkeypatch.setattr(sensitivity, "COST", 2.0)
+    model, batch = build("bert").train(), batch_of("bert")
+    with compress_model(model, auto(0.2)) as handle:
+        loss_of(model, batch).backward()
+        slots = len(handle.budget.slots)
+    # 4 rows are twice the 2 that are taken, and a backward pass is 2/3 of a step; then linear layers together, and
+    # the allotments that are tried.
+    assert len(seen) <= 2 * 2 * 3 / 2 + 1 + len(budget.LEAST) < slots
+
+
+def test_what_was_not_measured_takes_its_nearest_relative(monkeypatch):
     monkeypatch.setattr(sensitivity, "COST", 0.0)
     model, batch = build("bert").train(), batch_of("bert")
     with compress_model(model, auto(0.2)) as handle:
