@@ -23,7 +23,8 @@ from harness import FIGURES, RESULTS, ROOT, read, table
 from hf_actcompress.cli.report import TABLES as TABLE_MARKERS
 from hf_actcompress.cli.report import draw
 from hf_actcompress.report.comparison import comparison_section, find_indices, load_comparison
-from hf_actcompress.report.tables import accuracy_table, load_records, write_results_page
+from hf_actcompress.report.records import load_records
+from hf_actcompress.report.tables import accuracy_table, write_results_page
 
 ROTATED = "block:bits={},rotate=hadamard,levels=gauss,allocate=energy"
 TRELLIS = "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3"

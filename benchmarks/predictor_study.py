@@ -23,7 +23,8 @@ import numpy as np
 from harness import FIGURES, RESULTS, read, write
 from scipy.stats import rankdata
 
-from hf_actcompress.report.tables import METRICS, codecs_of, load_records
+from hf_actcompress.report.records import METRICS, load_records
+from hf_actcompress.report.tables import codecs_of
 
 LOST = 0.1
 CHANCE = {"cola": 0.0, "sst2": 0.509, "cifar10": 0.1, "mnist": 0.1135}  # SST-2, MNIST: the largest class

@@ -17,18 +17,17 @@ from ..report.comparison import (
 )
 from ..report.page import build_page
 from ..report.plots import accuracy_vs_ratio, accuracy_vs_throughput, loss_curves
+from ..report.records import Record, load_records
 from ..report.tables import (
     BEGIN,
     END,
     Column,
-    Record,
     Section,
     accuracy_columns,
     accuracy_section,
     accuracy_sections,
     environments,
     legend_of,
-    load_records,
     write_results_page,
 )
 from .common import UNLIMITED, Help, make_console, print_json, print_table

@@ -1,7 +1,7 @@
 """The order in which each device works through a step, for every schedule that the simulator knows.
 
-The orders are those of torch.distributed.pipelining (tests/pipeline/test_simulate.py compares them) and of
-engine.py.  Numbers only: no tensors, no processes.
+The orders are those of torch.distributed.pipelining (tests/plan/test_simulate.py compares them) and of
+pipeline/engine.py.  Numbers only: no tensors, no processes.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FORWARD, BACKWARD = "F", "B"
-INPUT, WEIGHT = "I", "W"  # the two halves of a backward in zero-bubble schedules: for the stage before, for itself
+INPUT, WEIGHT = "I", "W"  # the two halves of a backward in zero-bubble schedules: gradients of inputs, of parameters
 
 
 @dataclass(frozen=True)
 class Action:
-    """One piece of computation.  waits: the device stands still until what it sent has left."""
+    """One piece of computation."""
 
     kind: str
     stage: int
-    chunk: int
-    waits: bool = False
+    chunk: int  # micro-batch
+    blocking: bool = False  # the device waits until the result has left
 
     def __str__(self) -> str:
         return f"{self.kind}{self.chunk}@{self.stage}"
@@ -29,12 +29,11 @@ class Action:
 
 @dataclass(frozen=True)
 class Schedule:
-    """devices: of a number of stages; prompt: receives are posted in time, so that a message leaves when it is ready,
-    else when its receiver has come to it."""
+    """How the devices of a pipeline order their work."""
 
     what: str
     per_device: int | None  # stages on each device, None for any number but one
-    prompt: bool
+    posts_receives: bool  # ahead, so that a message leaves when it is made; else when its receiver needs it
     make: Callable[[int, int, int, int, int], list[Action]]  # rank, devices, stages, micro-batches, ahead
 
 
@@ -42,24 +41,24 @@ def _gpipe(rank: int, devices: int, stages: int, chunks: int, ahead: int) -> lis
     return [Action(kind, rank, chunk) for kind in (FORWARD, BACKWARD) for chunk in range(chunks)]
 
 
-def _one_each(rank: int, chunks: int, begun: int, waits: bool) -> list[Action]:
+def _one_each(rank: int, chunks: int, begun: int, blocking: bool) -> list[Action]:
     """`begun` forwards, then one backward and one forward in turn, then the backwards that are left."""
     begun = min(begun, chunks)
-    order = [Action(FORWARD, rank, k, waits and k == begun - 1) for k in range(begun)]
+    order = [Action(FORWARD, rank, k, blocking and k == begun - 1) for k in range(begun)]
     for k in range(chunks):
         more = begun + k < chunks
-        order.append(Action(BACKWARD, rank, k, waits and more))
+        order.append(Action(BACKWARD, rank, k, blocking and more))
         if more:
-            order.append(Action(FORWARD, rank, begun + k, waits))
+            order.append(Action(FORWARD, rank, begun + k, blocking))
     return order
 
 
 def _1f1b(rank: int, devices: int, stages: int, chunks: int, ahead: int) -> list[Action]:
-    return _one_each(rank, chunks, stages - rank, waits=True)
+    return _one_each(rank, chunks, stages - rank, blocking=True)
 
 
 def _early(rank: int, devices: int, stages: int, chunks: int, ahead: int) -> list[Action]:
-    return _one_each(rank, chunks, stages - rank + ahead * (stages - 1 - rank), waits=False)
+    return _one_each(rank, chunks, stages - rank + ahead * (stages - 1 - rank), blocking=False)
 
 
 def _interleaved(rank: int, devices: int, stages: int, chunks: int, ahead: int) -> list[Action]:
@@ -97,7 +96,7 @@ def _zbv(rank: int, devices: int, stages: int, chunks: int, ahead: int) -> list[
             order.append(Action(kind, stage, seen[kind, stage]))
             seen[kind, stage] += 1
 
-    # The order is made for at least as many micro-batches as fill the V; those that are not there are left out.
+    # The order is made for at least as many micro-batches as fill the V; those beyond the real number are left out.
     full = max(2 * devices - 1, chunks)
     add(FORWARD, down, 2 * (devices - rank) - 1)
     for _ in range(rank):

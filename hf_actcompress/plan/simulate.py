@@ -1,8 +1,9 @@
 """A training step of a pipeline, simulated event by event.
 
 Devices compute, encode and decode one thing at a time, in the order of the schedule; a link carries one message at a
-time in each direction.  Where receives are not posted ahead, a message leaves when its receiver has asked for it, and
-what asks waits behind the bytes that go the same way, as with gloo: so torch's 1F1B uses one direction at a time.
+time in each direction.  Where a schedule does not post its receives ahead, a message leaves only when its receiver has
+told the sender that it is ready, and that notice waits behind the bytes that go the same way, as with gloo: so torch's
+1F1B uses one direction of a link at a time.
 Numbers in, times out: it knows no tensors, no codecs and no processes.
 """
 
@@ -21,29 +22,28 @@ from .schedules import BACKWARD, FORWARD, INPUT, SCHEDULES, WEIGHT, Action, orde
 
 @dataclass(frozen=True)
 class Stage:
-    """Seconds of one micro-batch; `optimizer` once a step.  weight: the share of the backward that only the stage's
-    own parameters need, which zero-bubble schedules set apart."""
+    """Seconds that a stage takes for one micro-batch."""
 
     forward: float
     backward: float
-    optimizer: float = 0.0
-    weight: float = 0.5
+    optimizer: float = 0.0  # once a step
+    weight: float = 0.5  # share of the backward that computes gradients of parameters; zero-bubble schedules split it
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between two devices, the same both ways.  bandwidth: bytes per second; latency: seconds."""
+    """Between two devices, the same in both directions."""
 
-    bandwidth: float
-    latency: float = 0.0
+    bandwidth: float  # bytes per second
+    latency: float = 0.0  # seconds
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One direction of one cut: bytes of a micro-batch's message, and seconds to encode and to decode it."""
+    """One direction of one cut, for one micro-batch."""
 
-    nbytes: float
-    encode: float = 0.0
+    nbytes: float  # of the message
+    encode: float = 0.0  # seconds
     decode: float = 0.0
 
 
@@ -56,9 +56,9 @@ class Cut:
 
 
 class Event(NamedTuple):
-    """Something that took a resource for a time.  resource: a device's number, or (from, to) for a link."""
+    """What occupied a device or a link for a time."""
 
-    resource: int | tuple[int, int]
+    resource: int | tuple[int, int]  # a device's number, or (from, to) of a link
     kind: str  # F, B, I, W; encode, decode; send; optimizer
     stage: int
     chunk: int
@@ -75,15 +75,15 @@ class Timeline:
     devices: int
 
     @cached_property
-    def _worked(self) -> dict[int | tuple[int, int], float]:
-        worked: dict[int | tuple[int, int], float] = defaultdict(float)
+    def _occupied(self) -> dict[int | tuple[int, int], float]:
+        occupied: dict[int | tuple[int, int], float] = defaultdict(float)
         for event in self.events:
-            worked[event.resource] += event.end - event.start
-        return worked
+            occupied[event.resource] += event.end - event.start
+        return occupied
 
     def busy(self, resource: int | tuple[int, int]) -> float:
         """The share of the step for which a device works, or a link carries bytes in that direction."""
-        return self._worked.get(resource, 0.0) / self.seconds if self.seconds else 0.0
+        return self._occupied.get(resource, 0.0) / self.seconds if self.seconds else 0.0
 
     @property
     def bubble(self) -> float:
@@ -92,15 +92,15 @@ class Timeline:
 
     @property
     def links(self) -> list[tuple[int, int]]:
-        return sorted(resource for resource in self._worked if isinstance(resource, tuple))
+        return sorted(resource for resource in self._occupied if isinstance(resource, tuple))
 
 
 def bound(
     stages: Sequence[Stage], links: Mapping[tuple[int, int], Link], cuts: Sequence[Cut], chunks: int, schedule: str,
     devices: int | None = None,
 ) -> float:  # fmt: skip
-    """What no order of the work can beat: the larger of the busiest device's computation (without codecs) and the
-    busiest link's bytes over its bandwidth, in one direction."""
+    """Seconds that no order of the work can beat: the larger of the busiest device's computation (without codecs) and
+    the bytes over the bandwidth of the busiest link, in one direction."""
     count = len(stages) if devices is None else devices
     at = place(schedule, len(stages), count)
     work, carried = defaultdict(float), defaultdict(float)
@@ -141,18 +141,18 @@ def simulate(
     for k in range(len(cuts)):
         if at[k] != at[k + 1]:
             _link(links, at[k], at[k + 1])
-    return _Step(stages, links, cuts, order, at, SCHEDULES[schedule].prompt).run()
+    return _Step(stages, links, cuts, order, at, SCHEDULES[schedule].posts_receives).run()
 
 
 @dataclass
 class _Device:
     order: deque[Action]
     busy: bool = False
-    waits: int = 0  # messages that have to leave before it goes on
+    unsent: int = 0  # messages that have to leave before the device goes on
 
 
 @dataclass
-class _Way:
+class _Direction:
     """One direction of a link."""
 
     link: Link
@@ -165,10 +165,10 @@ class _Message(NamedTuple):
     traffic: Traffic
     sender: int
     receiver: int
-    waited_for: bool
+    blocking: bool = False  # its sender waits until it has left
 
 
-_ASKING = Traffic(0)  # what tells a sender that its peer is ready
+_NOTICE = Traffic(0)  # tells a sender that its receiver is ready
 
 
 class _Step:
@@ -176,24 +176,24 @@ class _Step:
 
     def __init__(
         self, stages: Sequence[Stage], links: Mapping[tuple[int, int], Link], cuts: Sequence[Cut],
-        order: list[list[Action]], at: list[int], prompt: bool,
+        order: list[list[Action]], at: list[int], posts_receives: bool,
     ) -> None:  # fmt: skip
-        self.stages, self.cuts, self.at, self.prompt = stages, cuts, at, prompt
+        self.stages, self.cuts, self.at, self.posts_receives = stages, cuts, at, posts_receives
         self.devices = [_Device(deque(actions)) for actions in order]
-        self.ways: dict[tuple[int, int], _Way] = {}
+        self.directions: dict[tuple[int, int], _Direction] = {}
         for (a, b), link in links.items():
-            self.ways[a, b], self.ways[b, a] = _Way(link), _Way(link)
+            self.directions[a, b], self.directions[b, a] = _Direction(link), _Direction(link)
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.ticket = itertools.count()  # ties end in the order in which they began
         self.now = 0.0
-        self.ready: set[tuple[str, int, int]] = set()  # what has arrived, or was made on the same device
-        self.wanted: set[tuple[str, int, int]] = set()  # receives that are posted
-        self.asked: set[tuple[str, int, int]] = set()  # those of which the sender knows
+        self.arrived: set[tuple[str, int, int]] = set()  # messages, also those that stay on a device
+        self.expected: set[tuple[str, int, int]] = set()  # messages for which a receive is posted
+        self.noticed: set[tuple[str, int, int]] = set()  # those of which the sender knows that
         self.events: list[Event] = []
 
     def run(self) -> Timeline:
         for device in range(len(self.devices)):
-            self._go_on(device)
+            self._start_next(device)
         while self.heap:
             self.now, _, then = heapq.heappop(self.heap)
             then()
@@ -205,9 +205,8 @@ class _Step:
                 end[event.resource] = max(end[event.resource], event.end)
         for stage, device in enumerate(self.at):
             seconds = self.stages[stage].optimizer
-            if seconds:
-                self._note(device, "optimizer", stage, 0, end[device], end[device] + seconds)
-                end[device] += seconds
+            self._note(device, "optimizer", stage, 0, end[device], end[device] + seconds)
+            end[device] += seconds
         return Timeline(max([self.now, *end]), self.events, len(self.devices))
 
     def _after(self, seconds: float, then: Callable[[], None]) -> None:
@@ -219,45 +218,48 @@ class _Step:
         if end > start:
             self.events.append(Event(resource, kind, stage, chunk, start, end))
 
-    # -- devices ---------------------------------------------------------------------------------------------------
-    def _needs(self, action: Action) -> tuple[tuple[str, int, int], int, Traffic] | None:
-        """Key, sender and traffic of what an action waits for from another stage."""
-        forward = action.kind == FORWARD
-        other = action.stage + (-1 if forward else 1)
-        if action.kind == WEIGHT or not 0 <= other < len(self.stages):
-            return None
-        cut = self.cuts[min(action.stage, other)]
-        kind = FORWARD if forward else BACKWARD
-        return (kind, action.stage, action.chunk), self.at[other], cut.forward if forward else cut.backward
+    # -- messages --------------------------------------------------------------------------------------------------
+    def _input(self, action: Action) -> _Message | None:
+        """What an action needs from another stage."""
+        return self._message(action, action.stage + (-1 if action.kind == FORWARD else 1), action.stage)
 
-    def _go_on(self, number: int) -> None:
+    def _output(self, action: Action) -> _Message | None:
+        """What an action makes for another stage."""
+        return self._message(action, action.stage, action.stage + (1 if action.kind == FORWARD else -1))
+
+    def _message(self, action: Action, source: int, target: int) -> _Message | None:
+        if action.kind == WEIGHT or not (0 <= source < len(self.stages) and 0 <= target < len(self.stages)):
+            return None
+        forward, cut = action.kind == FORWARD, self.cuts[min(source, target)]
+        key = (FORWARD if forward else BACKWARD, target, action.chunk)
+        traffic = cut.forward if forward else cut.backward
+        return _Message(key, traffic, self.at[source], self.at[target], action.blocking)
+
+    # -- devices ---------------------------------------------------------------------------------------------------
+    def _start_next(self, number: int) -> None:
+        """Start the device's next action, if the device is idle and what the action needs is there."""
         device = self.devices[number]
         if device.busy or not device.order:
             return
         action = device.order[0]
-        needs = self._needs(action)
-        if needs is not None and needs[0] not in self.wanted:
-            self.wanted.add(needs[0])
-            if needs[1] != number and not self.prompt:
-                self.ways[number, needs[1]].queue.append(_Message(needs[0], _ASKING, number, needs[1], False))
-                self._carry(number, needs[1])
-        if device.waits or (needs is not None and needs[0] not in self.ready):
+        needs, makes = self._input(action), self._output(action)
+        received = needs is not None and needs.sender != number
+        if needs is not None and needs.key not in self.expected:
+            self.expected.add(needs.key)
+            if received and not self.posts_receives:
+                self._send(_Message(needs.key, _NOTICE, number, needs.sender))
+        if device.unsent or (needs is not None and needs.key not in self.arrived):
             return
         device.order.popleft()
         device.busy = True
         time = self.now
-        stage, chunk = action.stage, action.chunk
-        if needs is not None and needs[1] != number:
-            self._note(number, "decode", stage, chunk, time, time + needs[2].decode)
-            time += needs[2].decode
-        seconds = self._seconds(action)
-        self._note(number, action.kind, stage, chunk, time, time + seconds)
-        time += seconds
-        message = self._makes(action)
-        if message is not None and message.receiver != number:
-            self._note(number, "encode", stage, chunk, time, time + message.traffic.encode)
-            time += message.traffic.encode
-        self._after(time - self.now, lambda: self._finished(number, message))
+        sent = makes is not None and makes.receiver != number
+        for kind, seconds in (("decode", needs.traffic.decode if received else 0.0),
+                              (action.kind, self._seconds(action)),
+                              ("encode", makes.traffic.encode if sent else 0.0)):  # fmt: skip
+            self._note(number, kind, action.stage, action.chunk, time, time + seconds)
+            time += seconds
+        self._after(time - self.now, lambda: self._finished(number, makes))
 
     def _seconds(self, action: Action) -> float:
         stage = self.stages[action.stage]
@@ -265,54 +267,48 @@ class _Step:
             return stage.forward
         return stage.backward * {BACKWARD: 1.0, INPUT: 1 - stage.weight, WEIGHT: stage.weight}[action.kind]
 
-    def _makes(self, action: Action) -> _Message | None:
-        forward = action.kind == FORWARD
-        other = action.stage + (1 if forward else -1)
-        if action.kind == WEIGHT or not 0 <= other < len(self.stages):
-            return None
-        cut = self.cuts[min(action.stage, other)]
-        key = (FORWARD if forward else BACKWARD, other, action.chunk)
-        traffic = cut.forward if forward else cut.backward
-        return _Message(key, traffic, self.at[action.stage], self.at[other], action.waits)
-
     def _finished(self, number: int, message: _Message | None) -> None:
         device = self.devices[number]
         device.busy = False
-        if message is not None:
-            if message.receiver == number:
-                self.ready.add(message.key)
-            else:
-                device.waits += message.waited_for
-                self.ways[number, message.receiver].queue.append(message)
-                self._carry(number, message.receiver)
-        self._go_on(number)
+        if message is not None and message.receiver == number:
+            self.arrived.add(message.key)
+        elif message is not None:
+            device.unsent += message.blocking
+            self._send(message)
+        self._start_next(number)
 
     # -- links -----------------------------------------------------------------------------------------------------
-    def _carry(self, a: int, b: int) -> None:
-        way = self.ways[a, b]
-        able = (m for m in way.queue if self.prompt or m.traffic is _ASKING or m.key in self.asked)
-        message = None if way.busy else next(able, None)
+    def _send(self, message: _Message) -> None:
+        self.directions[message.sender, message.receiver].queue.append(message)
+        self._carry_next(message.sender, message.receiver)
+
+    def _carry_next(self, a: int, b: int) -> None:
+        """Put the first message that may leave onto the link, if the link is idle in that direction."""
+        direction = self.directions[a, b]
+        able = (m for m in direction.queue
+                if self.posts_receives or m.traffic is _NOTICE or m.key in self.noticed)  # fmt: skip
+        message = None if direction.busy else next(able, None)
         if message is None:
             return
-        way.queue.remove(message)
-        way.busy = True
-        seconds = message.traffic.nbytes / way.link.bandwidth
+        direction.queue.remove(message)
+        direction.busy = True
+        seconds = message.traffic.nbytes / direction.link.bandwidth
         kind, stage, chunk = message.key
         self._note((a, b), "send", stage, chunk, self.now, self.now + seconds)
         self._after(seconds, lambda: self._left(message))
-        self._after(seconds + way.link.latency, lambda: self._arrived(message))
+        self._after(seconds + direction.link.latency, lambda: self._arrived(message))
 
     def _left(self, message: _Message) -> None:
-        self.ways[message.sender, message.receiver].busy = False
-        self._carry(message.sender, message.receiver)
-        if message.waited_for:
-            self.devices[message.sender].waits -= 1
-            self._go_on(message.sender)
+        self.directions[message.sender, message.receiver].busy = False
+        self._carry_next(message.sender, message.receiver)
+        if message.blocking:
+            self.devices[message.sender].unsent -= 1
+            self._start_next(message.sender)
 
     def _arrived(self, message: _Message) -> None:
-        if message.traffic is _ASKING:
-            self.asked.add(message.key)
-            self._carry(message.receiver, message.sender)
+        if message.traffic is _NOTICE:
+            self.noticed.add(message.key)
+            self._carry_next(message.receiver, message.sender)
         else:
-            self.ready.add(message.key)
-            self._go_on(message.receiver)
+            self.arrived.add(message.key)
+            self._start_next(message.receiver)

@@ -4,6 +4,7 @@ Nothing here knows torch, nor another folder of this package.
 """
 
 from .page import build_page
-from .tables import accuracy_table, load_records
+from .records import load_records
+from .tables import accuracy_table
 
 __all__ = ["accuracy_table", "build_page", "load_records"]

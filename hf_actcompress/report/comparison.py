@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .records import Record, read_json, read_records
 from .tables import (
     DIVERGED,
     Column,
-    Record,
     Row,
     complete,
     drop_against,
     markdown_table,
     plain_text,
-    read_json,
-    read_records,
     scale_of,
     settings_of,
     show,

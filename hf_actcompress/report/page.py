@@ -16,19 +16,17 @@ from typing import Any
 from .charts import Point, Series, curves, legend, scatter
 from .comparison import comparison_columns, comparison_notes, records_of
 from .plots import chosen_curves, mean_curve
+from .records import Record, is_number, number
 from .style import NAMES, PERCENT, STYLES, family, label
 from .tables import (
     Column,
-    Record,
     Row,
     Section,
     accuracy_columns,
     accuracy_sections,
     codecs_of,
     environments,
-    is_number,
     legend_of,
-    number,
     scale_of,
     show,
     show_mean,

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .records import Record
 from .style import NAMES, STYLES, Style, escape_math, family, label, make_figure, save_figure, short_label, style_of
-from .tables import Record, Row, accuracy_table, codecs_of, scale_of, summarize_values
+from .tables import Row, accuracy_table, codecs_of, scale_of, summarize_values
 
 
 def accuracy_vs_ratio(records_by_task: Mapping[str, Sequence[Record]], path: str | os.PathLike[str]) -> Path:

@@ -295,9 +295,9 @@ def test_a_large_cluster_is_shown_in_part(tmp_path):
 def test_who_waits_for_its_sends_in_1f1b():
     """As torch's Schedule1F1B: the sends of the warm-up run on but for its last one, those of the steady phase are
     waited for together with the next receive, and the cool-down has nothing to wait for."""
-    found = [(a.kind, a.chunk, a.waits) for a in orders("1f1b", 2, 2, 4)[0]]
+    found = [(a.kind, a.chunk, a.blocking) for a in orders("1f1b", 2, 2, 4)[0]]
     assert found == [
         ("F", 0, False), ("F", 1, True), ("B", 0, True), ("F", 2, True), ("B", 1, True), ("F", 3, True),
         ("B", 2, False), ("B", 3, False),
     ]  # fmt: skip
-    assert not any(a.waits for rank in orders("early-1f1b", 2, 2, 4) for a in rank)
+    assert not any(a.blocking for rank in orders("early-1f1b", 2, 2, 4) for a in rank)

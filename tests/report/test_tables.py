@@ -8,12 +8,12 @@ import pytest
 from helpers.records import RECORDS, record
 
 from hf_actcompress.report.plots import accuracy_vs_ratio, loss_curves
+from hf_actcompress.report.records import load_records
 from hf_actcompress.report.tables import (
     BEGIN,
     END,
     Column,
     accuracy_table,
-    load_records,
     markdown_table,
     write_results_page,
 )
