@@ -39,9 +39,8 @@ def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
         run = part.take(flat)
         found = native.two_flags(run, value)
         if found is None:
-            with native.patience():
-                bits, strange = apply(two_flags, run, shared=shared)
-                found = bits, not bool(strange.any())
+            bits, others = apply(two_flags, run, shared=shared)
+            found = bits, not bool(others.any())
         if not found[1]:
             return None
         pieces.append(found[0].view(-1))

@@ -86,8 +86,7 @@ def encode_slopes(x: Tensor, name: str, bits: int, state: RoundingState | None) 
             if not bool(run.sum(dtype=torch.float32).isfinite()):
                 return None
             shared = noise_source(key, part.shape[2], x.device)
-            with native.patience():
-                found = apply(slope_encode, run, [counters(part, x.device)], shared=shared, **static)[0], True
+            found = apply(slope_encode, run, [counters(part, x.device)], shared=shared, **static)[0], True
         if not found[1]:
             return None
         pieces.append(found[0].view(-1))
