@@ -10,8 +10,8 @@ from typing import Any
 import harness
 from harness import FIGURES, RESULTS, against, mean_std, read
 
+from hf_actcompress.report.records import load_records
 from hf_actcompress.report.style import make_figure, save_figure
-from hf_actcompress.report.tables import load_records
 
 # (model, method) -> how many times less has to be held; model -> what a step with "saved 4" may take, in plain steps.
 ASKED = {
