@@ -23,7 +23,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 
 from hf_actcompress.weights import DistillationTrainer, LCCallback, LearningCompression, load_compressed
 from hf_actcompress.workloads import build_compute_metrics, load_text, load_text_model, tokenize_splits
-from hf_actcompress.workloads.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.results import bf16_is_fast
 
 RESULTS = harness.RESULTS / "bert_codebook"
 SCHEME = {"encoder.layer.*": "codebook:k=4 + prune:keep=1%"}

@@ -19,7 +19,7 @@ from typing import Any
 
 import harness
 
-from hf_actcompress.workloads.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.results import bf16_is_fast
 
 RESULTS = harness.RESULTS / "distill"
 SEEDS = (0, 1, 2)

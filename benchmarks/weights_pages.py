@@ -12,8 +12,8 @@ from harness import FIGURES, RESULTS, ROOT, against, mean_std, read, read_all, t
 
 from hf_actcompress.report.plots import report_card
 from hf_actcompress.weights.card import markdown
-from hf_actcompress.workloads import fronts
-from hf_actcompress.workloads.fronts import Point, pareto, plot
+from hf_actcompress.workloads.pareto import Point, pareto, plot
+from hf_actcompress.workloads.pareto import table as pareto_table
 
 sys.path.insert(0, str(ROOT / "examples" / "mnist"))
 
@@ -107,7 +107,7 @@ def search(trials: list[dict[str, Any]], path: Path) -> str:
         groups.setdefault(record["sampler"], []).append(point(record))
     plot(groups, path, dense=trials[0]["reference_error"], joined=False)
     counts = ", ".join(f"{len(points)} trials by {sampler}" for sampler, points in groups.items())
-    front = fronts.table(pareto([p for points in groups.values() for p in points]))
+    front = pareto_table(pareto([p for points in groups.values() for p in points]))
     return f"{front}\n\nThe front of {counts}, {trials[0]['epochs']:g} epochs each."
 
 

@@ -12,18 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import TrainingArguments, set_seed
 
-from hf_actcompress.workloads import (
-    build_compute_metrics,
-    collate_images,
-    load_image_model,
-    load_images,
-    prepare_images,
-)  # fmt: skip
-from hf_actcompress.workloads.arguments import ImageDataArguments as DataArguments
-from hf_actcompress.workloads.arguments import ImageModelArguments as ModelArguments
+from hf_actcompress.workloads import build_compute_metrics, collate_images, prepare_images
+from hf_actcompress.workloads.arguments import ImageDataArguments, ImageModelArguments
 from hf_actcompress.workloads.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
@@ -38,25 +30,12 @@ DEFAULTS = {
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, training_args, compression = parse_arguments(
-        [ModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
+        [ImageModelArguments, ImageDataArguments, TrainingArguments], argv, DEFAULTS
     )
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):
-        data = load_images(
-            data_args.dataset,
-            max_train=data_args.max_train_samples,
-            max_eval=data_args.max_eval_samples,
-            seed=data_args.data_seed_for_subset,
-        )
-    model, preprocessing = load_image_model(
-        model_args.model,
-        data.num_labels,
-        model_args.image_size,
-        pretrained=model_args.pretrained,
-        label_names=data.label_names,
-    )
-    if model_args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        data = data_args.load()
+    model, preprocessing = model_args.load(data)
     train, evaluation = prepare_images(data, preprocessing)
     return train_and_report(
         model=model,

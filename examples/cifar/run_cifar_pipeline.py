@@ -14,62 +14,35 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import set_seed
 
-from hf_actcompress.pipeline.launch import guarded, join, share
-from hf_actcompress.workloads import (
-    build_compute_metrics,
-    collate_images,
-    load_image_model,
-    load_images,
-    prepare_images,
+from hf_actcompress.pipeline.launch import guarded, join
+from hf_actcompress.workloads import build_compute_metrics, collate_images, prepare_images
+from hf_actcompress.workloads.arguments import ImageDataArguments, ImageModelArguments
+from hf_actcompress.workloads.pipelined import (
+    load_on_first_rank,
+    parse_pipeline_arguments,
+    train_pipeline_and_report,
 )  # fmt: skip
-from hf_actcompress.workloads.arguments import ImageDataArguments as DataArguments
-from hf_actcompress.workloads.arguments import ImageModelArguments as ModelArguments
-from hf_actcompress.workloads.pipelined import parse_pipeline_arguments, train_pipeline_and_report
 
 DEFAULTS = {"output_dir": "outputs/cifar_pipeline", "batch_size": 64, "eval_batch_size": 128, "learning_rate": 1e-3}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    model_args, data_args, args = parse_pipeline_arguments([ModelArguments, DataArguments], argv, DEFAULTS)
-    rank, _ = join(args.timeout)
+    model_args, data_args, args = parse_pipeline_arguments([ImageModelArguments, ImageDataArguments], argv, DEFAULTS)
+    join(args.timeout)
     set_seed(args.seed)
-    data = facts = train = evaluation = None
-    if rank == 0:
-        data = load_images(
-            data_args.dataset,
-            max_train=data_args.max_train_samples,
-            max_eval=data_args.max_eval_samples,
-            seed=data_args.data_seed_for_subset,
-        )
-        facts = {"task": data.task, "data": data.source, "labels": data.num_labels, "names": data.label_names}
-    facts = share(facts)
-    model, preprocessing = load_image_model(
-        model_args.model,
-        facts["labels"],
-        model_args.image_size,
-        pretrained=model_args.pretrained,
-        label_names=facts["names"],
-    )
-    if model_args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if data is not None:
-        train, evaluation = prepare_images(data, preprocessing)
+    data, task = load_on_first_rank(data_args)
+    model, preprocessing = model_args.load(task)
+    train, evaluation = (None, None) if data is None else prepare_images(data, preprocessing)
     return train_pipeline_and_report(
         model=model,
         args=args,
         train=train,
         evaluation=evaluation,
         collate=collate_images,
-        compute_metrics=build_compute_metrics(facts["task"], facts["labels"]),
-        about={
-            "task": facts["task"],
-            "data": facts["data"],
-            "model": model_args.model,
-            "image_size": preprocessing.size,
-        },
+        compute_metrics=build_compute_metrics(task.task, task.num_labels),
+        about={"task": task.task, "data": task.source, "model": model_args.model, "image_size": preprocessing.size},
     )
 
 

@@ -34,10 +34,10 @@ from hf_actcompress.workloads import (
     build_compute_metrics,
     collate_images,
     load_image_model,
-    load_images,
     prepare_images,
 )  # fmt: skip
-from hf_actcompress.workloads.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.arguments import ImageDataArguments
+from hf_actcompress.workloads.results import bf16_is_fast
 from hf_actcompress.workloads.run import parse_plain
 
 STEPS = ("dense", "unstructured", "structured", "int8", "card")
@@ -76,21 +76,11 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    dataset: str = field(
-        default="embedded",
-        metadata={"help": "'embedded' (digits), a local folder such as data/cifar10, or a hub id: uoft-cs/cifar100."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many images only."})
-
-
-@dataclass
 class Job:
     """What every step needs."""
 
     model_args: ModelArguments
-    data_args: DataArguments
+    data_args: ImageDataArguments
     training_args: TrainingArguments
     data: TaskData
     train: Any
@@ -188,7 +178,7 @@ def card(job: Job) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, training_args = parse_plain([ModelArguments, DataArguments, TrainingArguments], argv,
+    model_args, data_args, training_args = parse_plain([ModelArguments, ImageDataArguments, TrainingArguments], argv,
                                                        DEFAULTS)  # fmt: skip
     unknown = [step for step in model_args.steps if step not in STEPS]
     if unknown:
@@ -196,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training_args.seed)
     if model_args.calibration_samples < 2:
         raise ValueError(f"--calibration_samples {model_args.calibration_samples}: give 2 or more.")
-    data = load_images(data_args.dataset, max_train=data_args.max_train_samples, max_eval=data_args.max_eval_samples)
+    data = data_args.load()
     _, preprocessing = load_image_model(model_args.model, data.num_labels, model_args.image_size)
     train_rows, evaluation = prepare_images(data, preprocessing)
     few = min(model_args.calibration_samples, len(data.train))

@@ -22,12 +22,12 @@ from hf_actcompress.weights.distillation import DistillationTrainer
 from hf_actcompress.weights.structured import count
 from hf_actcompress.workloads import (
     build_compute_metrics,
-    load_text,
     load_text_model,
     print_results,
     tokenize_splits,
     write_results,
 )  # fmt: skip
+from hf_actcompress.workloads.arguments import TextDataArguments
 from hf_actcompress.workloads.run import parse_plain
 
 DEFAULTS = {
@@ -58,25 +58,12 @@ class ModelArguments:
     hidden: float = field(default=0.0, metadata={"help": "Weight of the loss on hidden states."})
 
 
-@dataclass
-class DataArguments:
-    dataset: str = field(
-        default="embedded",
-        metadata={"help": "'embedded' (docstrings), a local folder such as data/glue/sst2, or a hub id such as glue."},
-    )
-    task: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: sst2, rte, ..."})
-    max_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows only."})
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    model_args, data_args, training_args = parse_plain([ModelArguments, DataArguments, TrainingArguments], argv,
+    model_args, data_args, training_args = parse_plain([ModelArguments, TextDataArguments, TrainingArguments], argv,
                                                        DEFAULTS)  # fmt: skip
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):
-        data = load_text(data_args.dataset, data_args.task, max_train=data_args.max_train_samples,
-                         max_eval=data_args.max_eval_samples)  # fmt: skip
+        data = data_args.load()
 
     def load(name: str) -> Any:
         return load_text_model(name, data.num_labels, label_names=data.label_names, texts=data.texts())

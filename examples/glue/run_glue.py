@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from hf_actcompress.workloads import build_compute_metrics, load_text, load_text_model, tokenize_splits
+from hf_actcompress.workloads import build_compute_metrics, tokenize_splits
+from hf_actcompress.workloads.arguments import TextDataArguments, TextModelArguments
 from hf_actcompress.workloads.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
@@ -29,46 +30,20 @@ DEFAULTS = {
 
 
 @dataclass
-class ModelArguments:
-    model: str = field(
-        default="minilm",
-        metadata={"help": "'minilm' (packaged weights), 'tiny-bert' (random), a local folder, or a hub id."},
-    )
-
-
-@dataclass
-class DataArguments:
-    dataset: str = field(
-        default="embedded",
-        metadata={"help": "'embedded' (docstrings), a local folder such as data/glue/rte, or a hub id such as glue."},
-    )
-    task: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: cola, rte, sst2, ..."})
-    max_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
+class DataArguments(TextDataArguments):
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every batch to max_length (static shapes for torch_compile, ef+)."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows only."})
-    data_seed_for_subset: int = field(default=0, metadata={"help": "Which rows max_train_samples takes."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, training_args, compression = parse_arguments(
-        [ModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
+        [TextModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
     )
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):
-        data = load_text(
-            data_args.dataset,
-            data_args.task,
-            max_train=data_args.max_train_samples,
-            max_eval=data_args.max_eval_samples,
-            seed=data_args.data_seed_for_subset,
-        )
-    model, tokenizer = load_text_model(
-        model_args.model, data.num_labels, label_names=data.label_names, texts=data.texts()
-    )
-
+        data = data_args.load()
+    model, tokenizer = model_args.load(data, data.texts())
     train, evaluation = tokenize_splits(data, tokenizer, data_args.max_length, pad=data_args.pad_to_max_length)
     return train_and_report(
         model=model,

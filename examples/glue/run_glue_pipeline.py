@@ -18,28 +18,20 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, set_seed
 
-from hf_actcompress.pipeline.launch import guarded, join, share
-from hf_actcompress.workloads import build_compute_metrics, load_text, load_text_model, tokenize_splits
-from hf_actcompress.workloads.pipelined import parse_pipeline_arguments, train_pipeline_and_report
+from hf_actcompress.pipeline.launch import guarded, join
+from hf_actcompress.workloads import build_compute_metrics, tokenize_splits
+from hf_actcompress.workloads.arguments import TextDataArguments, TextModelArguments
+from hf_actcompress.workloads.pipelined import (
+    load_on_first_rank,
+    parse_pipeline_arguments,
+    train_pipeline_and_report,
+)  # fmt: skip
 
 DEFAULTS = {"output_dir": "outputs/glue_pipeline"}
 
 
 @dataclass
-class ModelArguments:
-    model: str = field(
-        default="minilm", metadata={"help": "'minilm' (packaged weights), a local folder, or a hub id; on every rank."}
-    )
-
-
-@dataclass
-class DataArguments:
-    dataset: str = field(
-        default="embedded",
-        metadata={"help": "'embedded' (docstrings), a local folder such as data/glue/rte, or a hub id such as glue."},
-    )
-    task: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: cola, rte, sst2, ..."})
-    max_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
+class DataArguments(TextDataArguments):
     pad_to_multiple_of: int | None = field(
         default=None,
         metadata={
@@ -47,31 +39,15 @@ class DataArguments:
             "Default: pad all to max_length, as the delta codec needs."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows only."})
-    data_seed_for_subset: int = field(default=0, metadata={"help": "Which rows max_train_samples takes."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    model_args, data_args, args = parse_pipeline_arguments([ModelArguments, DataArguments], argv, DEFAULTS)
-    rank, _ = join(args.timeout)
+    model_args, data_args, args = parse_pipeline_arguments([TextModelArguments, DataArguments], argv, DEFAULTS)
+    join(args.timeout)
     set_seed(args.seed)
-    data = facts = train = evaluation = None
-    if rank == 0:
-        data = load_text(
-            data_args.dataset,
-            data_args.task,
-            max_train=data_args.max_train_samples,
-            max_eval=data_args.max_eval_samples,
-            seed=data_args.data_seed_for_subset,
-        )
-        facts = {"task": data.task, "data": data.source, "labels": data.num_labels, "names": data.label_names}
-    facts = share(facts)
-    model, tokenizer = load_text_model(
-        model_args.model, facts["labels"], label_names=facts["names"], texts=None if data is None else data.texts()
-    )
-    if data is not None:
-        train, evaluation = tokenize_splits(data, tokenizer, data_args.max_length)
+    data, task = load_on_first_rank(data_args)
+    model, tokenizer = model_args.load(task, None if data is None else data.texts())
+    train, evaluation = (None, None) if data is None else tokenize_splits(data, tokenizer, data_args.max_length)
     multiple = data_args.pad_to_multiple_of
     padding = "longest" if multiple else "max_length"
     collate = DataCollatorWithPadding(
@@ -83,14 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train=train,
         evaluation=evaluation,
         collate=collate,
-        compute_metrics=build_compute_metrics(facts["task"], facts["labels"]),
+        compute_metrics=build_compute_metrics(task.task, task.num_labels),
         processing_class=tokenizer,
-        about={
-            "task": facts["task"],
-            "data": facts["data"],
-            "model": model_args.model,
-            "max_length": data_args.max_length,
-        },
+        about={"task": task.task, "data": task.source, "model": model_args.model, "max_length": data_args.max_length},
     )
 
 

@@ -20,8 +20,8 @@ from run_lc import Distill, reference
 from torch import nn
 
 from hf_actcompress.weights import LCCallback, parse_scheme
-from hf_actcompress.workloads.fronts import Point, pareto, plot, table
 from hf_actcompress.workloads.lenet import LeNet5, load_digits, make_trainer
+from hf_actcompress.workloads.pareto import Point, pareto, plot, table
 
 SAMPLERS = ("tpe", "random")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_actcompress.workloads import columns, embedded
+from hf_actcompress.workloads import embedded
 from hf_actcompress.workloads.hub import cached_only_when_offline
 
 if TYPE_CHECKING:
@@ -22,6 +22,19 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "dev", "test")
 HELD_OUT = 0.1
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
+# The text columns of the GLUE tasks, as in transformers' run_glue.py.
+GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "cola": ("sentence",),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence",),
+    "stsb": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
 # Data whose meaning a mirror image changes: a mirrored 2 is no digit.
 _UNFLIPPABLE = ("digit", "mnist", "svhn", "letter", "char")
 
@@ -88,9 +101,9 @@ def load_text(
     """
     splits, name, source = _load(name_or_path, task, embedded.docstrings, "docstrings")
     splits, source = _two_splits(splits, source, seed)
-    label = columns.label_column(splits["train"], label_column)
-    texts = columns.text_columns(splits["train"], name, label, text_columns)
-    splits, names = columns.encode_labels(splits, label)
+    label = _find_label_column(splits["train"], label_column)
+    texts = _find_text_columns(splits["train"], name, label, text_columns)
+    splits, names = _encode_labels(splits, label)
     train, evaluation = _subsample(splits, max_train, max_eval, seed)
     return TaskData(train, evaluation, name, label, names, text_columns=texts, source=source)
 
@@ -122,10 +135,10 @@ def load_images(
     splits, name, source = _load(name_or_path, task, embedded.digits, "digits")
     splits, source = _two_splits(splits, source, seed)
     train = splits["train"]
-    label = columns.label_column(train, label_column)
+    label = _find_label_column(train, label_column)
     pictures = [column for column, kind in train.features.items() if isinstance(kind, datasets.Image)]
     if image_column is not None:
-        columns.check_known(train, [image_column], "image_column")
+        _check_known(train, [image_column], "image_column")
     elif len(pictures) == 1:
         image_column = pictures[0]
     else:
@@ -133,7 +146,7 @@ def load_images(
             f"{name!r} has {len(pictures)} picture columns among {train.column_names}; one is needed: "
             "name it with image_column=, or use load_text for a text task."
         )
-    splits, names = columns.encode_labels(splits, label)
+    splits, names = _encode_labels(splits, label)
     if not names:
         raise ValueError(f"The label column {label!r} of {name!r} holds real numbers; load_images needs classes.")
     train, evaluation = _subsample(splits, max_train, max_eval, seed)
@@ -249,3 +262,73 @@ def tokenize_splits(
         return split.map(tokenize, batched=True, remove_columns=drop, desc="tokenizing")
 
     return prepare(data.train), prepare(data.eval)
+
+
+# Columns: which holds the label, which the texts
+
+
+def _check_known(dataset: Any, columns: Sequence[str], argument: str) -> None:
+    unknown = [column for column in columns if column not in dataset.column_names]
+    if unknown:
+        raise ValueError(f"{argument} names unknown columns {unknown}; the data set has {dataset.column_names}.")
+
+
+def _find_label_column(dataset: Any, wanted: str | None) -> str:
+    import datasets
+
+    if wanted is not None:
+        _check_known(dataset, [wanted], "label_column")
+        return wanted
+    for name in LABEL_COLUMNS:
+        if name in dataset.column_names:
+            return name
+    classes = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(classes) == 1:
+        return classes[0]
+    raise ValueError(
+        f"No label column among {dataset.column_names}: one of {list(LABEL_COLUMNS)} or a single ClassLabel column "
+        "is needed; name yours with label_column=."
+    )
+
+
+def _find_text_columns(dataset: Any, task: str, label: str, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    if wanted is not None:
+        if not 1 <= len(wanted) <= 2:
+            raise ValueError(f"text_columns={list(wanted)}: a tokenizer takes one text or a pair of texts.")
+        _check_known(dataset, wanted, "text_columns")
+        return tuple(wanted)
+    known = [columns for columns in (GLUE_COLUMNS.get(task), *GLUE_COLUMNS.values()) if columns]
+    # Pairs before single columns: qnli's (question, sentence) must not be read as (sentence,).
+    for columns in [*known[: task in GLUE_COLUMNS], *sorted(known, key=len, reverse=True)]:
+        if all(column in dataset.column_names for column in columns):
+            return columns
+    strings = [
+        name for name, kind in dataset.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")
+    ]
+    strings = [name for name in strings if name != label]
+    if len(strings) in (1, 2):
+        return tuple(strings)
+    raise ValueError(
+        f"{task!r} has {len(strings)} text columns ({strings}) among {dataset.column_names}; one or two are needed: "
+        "name them with text_columns=, or use load_images for pictures."
+    )
+
+
+def _encode_labels(splits: dict[str, Any], label: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Makes the label column a ClassLabel with the same classes in both splits; leaves a regression alone."""
+    import datasets
+
+    kind = splits["train"].features[label]
+    if isinstance(kind, datasets.ClassLabel):
+        return splits, tuple(kind.names)
+    if getattr(kind, "dtype", "").startswith("float"):
+        return splits, ()
+    values = sorted(set(splits["train"][label]) | set(splits["eval"][label]))
+    index = {value: position for position, value in enumerate(values)}
+    names = [str(value) for value in values]
+    encoded = {}
+    for name, split in splits.items():
+        column = [index[value] for value in split[label]]
+        split = split.remove_columns(label).add_column(label, column)
+        encoded[name] = split.cast_column(label, datasets.ClassLabel(names=names))
+    return encoded, tuple(names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_actcompress.workloads.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.results import bf16_is_fast
 
 MEAN, STD = 0.1307, 0.3081
 

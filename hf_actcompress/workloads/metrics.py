@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from hf_actcompress.workloads.data import GLUE_COLUMNS as GLUE_TASKS
 from hf_actcompress.workloads.hub import cached_only_when_offline
 
 logger = logging.getLogger(__name__)
 
 MATTHEWS, F1, CORRELATION = ("cola",), ("mrpc", "qqp"), ("stsb",)
-GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 TOP_K = 5
 _told: set[str] = set()
 

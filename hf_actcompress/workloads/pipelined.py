@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hf_actcompress.pipeline.arguments import PipelineArguments
+from hf_actcompress.workloads.data import TaskData
 from hf_actcompress.workloads.results import print_results, write_results
 
 
@@ -32,6 +34,20 @@ def parse_pipeline_arguments(
         if spec not in (None, "none"):
             parse_codec(spec)
     return parsed
+
+
+def load_on_first_rank(data_args: Any) -> tuple[TaskData | None, Any]:
+    """(data on rank 0 and None elsewhere, on every rank what a model has to know of it).
+
+    The second has the fields task, source, num_labels and label_names of TaskData.
+    """
+    import torch.distributed as dist
+
+    from hf_actcompress.pipeline.launch import share
+
+    data = data_args.load() if dist.get_rank() == 0 else None
+    names = ("task", "source", "num_labels", "label_names")
+    return data, SimpleNamespace(**share(None if data is None else {name: getattr(data, name) for name in names}))
 
 
 def train_pipeline_and_report(

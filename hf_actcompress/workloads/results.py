@@ -41,6 +41,22 @@ def environment() -> dict[str, Any]:
     }
 
 
+def bf16_is_fast() -> bool:
+    """Whether bf16 autocast makes training faster here: on accelerators that have bf16, and CPUs that multiply in it.
+
+    Other CPUs emulate it: a convolution then takes about ten times as long as in fp32.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return True
+    # torch has no public function for this; where the private ones are gone, fp32 is never wrong.
+    supported = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(ask() for ask in supported if ask is not None)
+
+
 def write_results(output_dir: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
     """Writes `record` with `environment()` to `output_dir/results.json` and returns that path.
 

@@ -170,7 +170,9 @@ def example(kind: str, rank: int, folder: Path) -> None:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if rank:  # must not be missed
-        module.load_text = module.load_images = None
+        for name in ("TextDataArguments", "ImageDataArguments"):
+            if hasattr(module, name):
+                getattr(module, name).load = None
     argv = "--max_train_samples 12 --max_eval_samples 10 --batch_size 4 --micro_batches 2 --eval_batch_size 8"
     own = {
         "glue": f"--model {folder}/model --max_length 16 --topology client-server --codec delta+block:bits=4",

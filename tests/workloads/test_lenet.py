@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers.processes import ROOT
 
-from hf_actcompress.workloads.fronts import pareto, plot, table
 from hf_actcompress.workloads.lenet import MEAN, STD, Digits, LeNet5, as_batch
+from hf_actcompress.workloads.pareto import pareto, plot, table
 
 MNIST = ROOT / "examples" / "mnist"
 TINY = ROOT.parent / "shared" / "data" / "tiny" / "mnist"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_actcompress.workloads.arithmetic import bf16_is_fast
+from hf_actcompress.workloads.results import bf16_is_fast
 
 
 @pytest.mark.parametrize(("amx", "avx512", "fast"), [(True, False, True), (False, True, True), (False, False, False)])
@@ -15,7 +15,7 @@ def test_cpus(monkeypatch, amx, avx512, fast):
     assert bf16_is_fast() is fast
 
 
-def test_a_torch_without_these_questions(monkeypatch):
+def test_a_torch_without_these_functions(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
