@@ -24,9 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .compressed_form import CompressedForm, Reader, Writer, dtype_of, name_of, restore, whole
+from .compressed_form import CompressedForm
 from .files import is_shape, some
+from .restore import restore
 from .scheme import Scheme, find_tasks
+from .stream import Reader, Writer, dtype_of, name_of, whole
 
 FILE_NAME = "compressed.safetensors"
 TENSOR = "lc2"  # the format's version

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import count_bits, save_compressed
-from .compressed_form import CompressedForm, Reader, Writer, restore
+from .compressed_form import CompressedForm
+from .restore import restore
 from .scheme import Scheme, Task, find_tasks
+from .stream import Reader, Writer
 from .tuning import Structure, project, structure
 
 

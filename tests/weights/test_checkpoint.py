@@ -20,7 +20,8 @@ from hf_actcompress.weights import (
     save_compressed,
 )
 from hf_actcompress.weights.checkpoint import FILE_NAME
-from hf_actcompress.weights.compressed_form import Reader, Writer, restore
+from hf_actcompress.weights.restore import restore
+from hf_actcompress.weights.stream import Reader, Writer
 from hf_actcompress.workloads.lenet import LeNet5
 
 SCHEMES = {

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_actcompress.weights.compressed_form import Reader, Writer, restore
 from hf_actcompress.weights.compressions import parse_compression
+from hf_actcompress.weights.restore import restore
+from hf_actcompress.weights.stream import Reader, Writer
 from hf_actcompress.workloads.lenet import LeNet5
 
 
