@@ -10,8 +10,8 @@ from typing import Any
 
 from harness import FIGURES, RESULTS, ROOT, against, mean_std, read, read_all, table
 
+from hf_actcompress.report.card import markdown
 from hf_actcompress.report.plots import report_card
-from hf_actcompress.weights.card import markdown
 from hf_actcompress.workloads.pareto import Point, pareto, plot
 from hf_actcompress.workloads.pareto import table as pareto_table
 

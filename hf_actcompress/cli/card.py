@@ -51,6 +51,7 @@ def _card(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from ..report.card import save_cards, table
     from ..weights import card
     from ..workloads import environment
     from ..workloads.batches import evaluation_batches
@@ -87,13 +88,13 @@ def _card(args: argparse.Namespace) -> None:
     if args.json:
         print_json({**about, "models": cards})
     else:
-        columns, lines = card.table(cards)
+        columns, lines = table(cards)
         print_table(f"{data.source}, {about['samples']} samples; {args.device}, {about['threads']} threads, medians "
                     f"of {args.repeats} forwards", ["", *columns], lines, split=True)  # fmt: skip
     for each in cards:
         for note in each["notes"]:
             print(f"note: {each['name']}: {note}", file=sys.stderr)
-    for path in card.save_cards(cards, args.output, about) if args.output is not None else ():
+    for path in save_cards(cards, args.output, about) if args.output is not None else ():
         print(f"written: {path}", file=sys.stderr)
 
 

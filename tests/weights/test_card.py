@@ -10,6 +10,7 @@ from helpers.small_models import Net, images, inputs
 from torch import nn
 
 from hf_actcompress.cli import main
+from hf_actcompress.report.card import save_cards
 from hf_actcompress.weights import card
 from hf_actcompress.weights.card import (
     Candidate,
@@ -125,7 +126,7 @@ def test_zeros_without_speed_are_named_and_the_files_say_all(tmp_path):
     assert "bring no speed" in card._notes(row, (1, 2))[0]
     assert card._notes({**row, "speed_up": {"1": 1.5, "2": 1.0}}, (1, 2)) == []
     assert cards[0]["energy"].startswith(("measured", "estimated: CPU time x 15 W"))
-    paths = card.save_cards(cards, tmp_path, {"data": "made up"})
+    paths = save_cards(cards, tmp_path, {"data": "made up"})
     assert json.loads(paths[0].read_text())["models"][1]["name"] == "sparse"
     text = paths[1].read_text()
     assert "| | dense | sparse |" in text and "top-1 error, %" in text and "ms a sample, 2 at once (p95)" in text
