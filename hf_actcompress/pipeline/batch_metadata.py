@@ -1,8 +1,8 @@
-"""What the first rank tells the others about a batch before a step: masks, sample ids, labels, how many rows count.
+"""What rank 0 sends to the others about each batch: side inputs, sample ids, labels, the number of valid rows.
 
-Only rank 0 reads data.  Everything else that a stage needs goes out in one small message, a step ahead: side inputs
-(masks in one bit per value) and ids to all, labels to the rank of the last stage.  Inputs stay where they are.  It
-knows neither stages nor codecs.
+Only rank 0 reads data.  The other ranks get what their stages need in one small message, one step ahead: side inputs
+(masks in one bit a value) and ids go to all, labels to the rank of the last stage.  The inputs themselves are not
+sent.  It knows neither stages nor codecs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .batches import Batch
 from .links import Links
 
 FIRST, REST = 1, 2  # tags
@@ -24,42 +24,24 @@ CAPACITY = 4096
 LENGTH = struct.Struct("<I")
 
 
-@dataclass
-class Batch:
-    """One step's batch as a rank sees it.
-
-    inputs, extra: of the first stage, on rank 0 alone; side: of every stage; labels: of the last stage.
-    ids: of the samples, -1 for rows that only fill up; valid: rows that count; shape: of the inputs.
-    """
-
-    shape: tuple[int, ...]
-    ids: Tensor
-    valid: int
-    side: dict[str, Tensor] = field(default_factory=dict)
-    labels: Tensor | None = None
-    inputs: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Feed:
-    """The batches of rank 0 on every rank.
+class BatchLink:
+    """Brings the batches of rank 0 to every rank.
 
     labels_to: the rank of the last stage.
     """
 
     def __init__(self, links: Links, rank: int, size: int, labels_to: int) -> None:
         self.links, self.rank, self.size, self.labels_to = links, rank, size, labels_to
-        self._rooms: dict[int, int] = {}
-        self._sent: list[Tensor] = []
+        self._capacities: dict[int, int] = {}
 
     def batches(self, source: Iterable[Batch] | None) -> Iterator[Batch]:
-        """source: rank 0's batches; the other ranks give None and get what they need of the same ones."""
+        """Rank 0 gives its batches as `source`, the others None; they get the same batches without the inputs."""
         if self.rank == 0:
-            yield from self._giving(iter(source or ()))
+            yield from self._send_all(iter(source or ()))
         else:
-            yield from self._taking()
+            yield from self._receive_all()
 
-    def _giving(self, source: Iterator[Batch]) -> Iterator[Batch]:
+    def _send_all(self, source: Iterator[Batch]) -> Iterator[Batch]:
         following = next(source, None)
         self._send(following)
         while following is not None:
@@ -68,7 +50,7 @@ class Feed:
             yield batch
         self.links.flush()
 
-    def _taking(self) -> Iterator[Batch]:
+    def _receive_all(self) -> Iterator[Batch]:
         self._expect()
         while True:
             message = self._receive()
@@ -81,31 +63,30 @@ class Feed:
     def _send(self, batch: Batch | None) -> None:
         for peer in range(1, self.size):
             data = pack(batch, labels=peer == self.labels_to)
-            room = self._rooms.get(peer, CAPACITY)
+            capacity = self._capacities.get(peer, CAPACITY)
             what = f"Rank 0, a batch's side inputs to rank {peer}"
-            self.links.send(_buffer(data[:room], room), peer, FIRST, what)
-            if len(data) > room:
-                self.links.send(_buffer(data[room:], len(data) - room), peer, REST, what)
-            self._rooms[peer] = max(room, _room(len(data)))
+            self.links.send(_buffer(data[:capacity], capacity), peer, FIRST, what)
+            if len(data) > capacity:
+                self.links.send(_buffer(data[capacity:], len(data) - capacity), peer, REST, what)
+            self._capacities[peer] = max(capacity, _capacity(len(data)))
 
     def _expect(self) -> None:
         self._what = f"Rank {self.rank}, a batch's side inputs from rank 0"
-        buffer = torch.empty(self._rooms.get(0, CAPACITY), dtype=torch.uint8)
+        buffer = torch.empty(self._capacities.get(0, CAPACITY), dtype=torch.uint8)
         self.links.expect(buffer, 0, FIRST, self._what)
 
     def _receive(self) -> Batch | None:
         data = bytes(self.links.collect(FIRST).numpy())
         (length,) = LENGTH.unpack_from(data)
-        room = len(data)
-        if length > room:
-            self.links.expect(torch.empty(length - room, dtype=torch.uint8), 0, REST, self._what)
+        if length > len(data):
+            self.links.expect(torch.empty(length - len(data), dtype=torch.uint8), 0, REST, self._what)
             data += bytes(self.links.collect(REST).numpy())
-        self._rooms[0] = max(room, _room(length))
+        self._capacities[0] = max(len(data), _capacity(length))
         return unpack(data)
 
 
-def _room(length: int) -> int:
-    """Both sides make room for a message as long as the longest so far."""
+def _capacity(length: int) -> int:
+    """Bytes of the next buffer: both sides are prepared for a message as long as the longest so far."""
     return max(CAPACITY, 1 << (length - 1).bit_length())
 
 
@@ -114,7 +95,7 @@ def _buffer(data: bytes, size: int) -> Tensor:
 
 
 def pack(batch: Batch | None, labels: bool) -> bytes:
-    """A message: its length, what it holds as JSON, and the tensors; an end if there is no batch."""
+    """A message: its length, a description in JSON, the tensors; without a batch it says that there are no more."""
     if batch is None:
         head: dict[str, Any] = {"end": True}
         parts: list[bytes] = []

@@ -1,4 +1,4 @@
-"""A rank as a process: how it joins the others, shares small values with them, and ends when something fails."""
+"""The process of a rank: joining the others, sharing small values with them, ending when something fails."""
 
 from __future__ import annotations
 
@@ -53,19 +53,18 @@ def share(value: Any, source: int = 0) -> Any:
 
 
 def leave() -> None:
-    """End of a rank's program: its process group and that group's threads are gone; nothing where there is no group.
+    """End the process group and its threads at the end of a program; does nothing where there is no group.
 
-    A thread of gloo that lets the tensors of its last operation go while the interpreter ends is stopped inside a
-    destructor, which aborts a finished program ("terminate called without an active exception",
-    https://github.com/pytorch/pytorch/issues/190489).  `destroy_process_group` waits for these threads only if
-    nothing else holds the group.  A Trainer's DistributedDataParallel does, in cycles that only the collector frees,
-    and has to go first: as the last holder it would wait for the threads with the interpreter's lock, which they may
-    want.  Not for a program that failed: waiting for the others then hangs.
+    A gloo thread that frees tensors while the interpreter shuts down aborts a finished program ("terminate called
+    without an active exception", https://github.com/pytorch/pytorch/issues/190489).  `destroy_process_group` waits for
+    these threads only if nothing else refers to the group.  A Trainer's DistributedDataParallel does, in cycles that
+    only the garbage collector frees, so it is collected first.  Do not call this in a program that failed: waiting for
+    the others would hang.
     """
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
-        time.sleep(0.1)  # a group that something else holds, as DTensor's caches do: its threads come to rest
+        time.sleep(0.1)  # DTensor's caches may still refer to a group: time for its threads to finish
 
 
 def guarded(main: Callable[[], Any]) -> Any:

@@ -18,11 +18,11 @@ REASON = "hf_actcompress/reason"
 
 
 class LinkError(RuntimeError):
-    """A peer does not answer."""
+    """A peer that does not answer."""
 
 
 class Links:
-    """What one stage sends and awaits.
+    """The sends and receives of one stage.
 
     timeout: seconds that a wait may take.
     `waited` counts the seconds spent waiting, `bytes` what was sent.
@@ -50,7 +50,7 @@ class Links:
             raise self._lost(what, peer, error) from error
 
     def expect(self, buffer: Tensor, peer: int, tag: int, what: str) -> None:
-        """Let what comes with `tag` flow into `buffer`."""
+        """Post a receive of the message with `tag` into `buffer`, without waiting."""
         try:
             self._awaited[tag] = dist.irecv(buffer, peer, group=self.group, tag=tag), buffer, what, peer
         except RuntimeError as error:
@@ -60,7 +60,7 @@ class Links:
         return tag in self._awaited
 
     def collect(self, tag: int) -> Tensor:
-        """The buffer, when it is full."""
+        """Wait for the message with `tag`; returns its buffer."""
         work, buffer, what, peer = self._awaited.pop(tag)
         self._wait(work, what, peer)
         return buffer
@@ -95,7 +95,7 @@ class Links:
 
 
 def report(text: str) -> None:
-    """Leave the reason why this process fails for the others; the first one stays."""
+    """Tell the other processes why this one fails; the first report is kept."""
     try:
         default_store().compare_set(REASON, "", f"rank {dist.get_rank()}: {text}")
     except (RuntimeError, ValueError):
@@ -103,7 +103,7 @@ def report(text: str) -> None:
 
 
 def reason(patience: float = 0.0) -> str | None:
-    """What another process reported, if any."""
+    """The report of another process, if there is one within `patience` seconds."""
     until = time.monotonic() + patience
     try:
         store = default_store()

@@ -1,9 +1,9 @@
 """A model cut into stages, each of which runs the model's own forward.
 
-A stage keeps the modules of its layers and runs the whole forward function of the model: what belongs to earlier
-stages is replaced by a stand-in that returns the activation that came in, and after the stage's last layer the forward
-is left.  So masks, positions and other side inputs are made by the model's own code in every stage, and no plan by
-architecture is needed.  Names of parameters stay those of the unsplit model.
+A stage keeps the modules of its layers and runs the model's whole forward: modules of earlier stages are replaced by
+stand-ins, which return the received activation, and the forward ends after the stage's last layer.  So the model's own
+code makes masks, positions and other side inputs in every stage, and nothing depends on the architecture.  Parameters
+keep the names of the unsplit model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ EMBEDDED = "inputs_embeds"
 
 
 class _Done(Exception):
-    """Carries the output of a stage's last layer out of the model's forward."""
+    """Raised after a stage's last layer to end the model's forward; carries the output."""
 
 
-class _Relay:
-    """The activation that came in."""
+class _Received:
+    """The activation from the stage before."""
 
     value: Tensor | None = None
 
@@ -42,31 +42,32 @@ class _Output:
     shape: tuple[int, ...] | None
 
 
-class Elsewhere(nn.Module):
-    """Stands for a module of an earlier stage: gives what came in, in the form of the module's own output.
+class StandIn(nn.Module):
+    """Replaces a module of an earlier stage: returns the received activation in the form of the module's output.
 
-    Where that has another shape than a layer's output (patches before a class token joins them), zeros do: what the
-    model makes of them is dropped when the last module before the stage gives what came in.
+    Where the module's output has another shape than the layers' (patches before a class token is added), it returns
+    zeros; the model's result of them is dropped, since the last stand-in returns the received activation.
     """
 
     def __init__(
-        self, part: nn.Module, relay: _Relay, output: _Output, expected: tuple[int, ...] | None, dtype: torch.dtype
-    ) -> None:
+        self, part: nn.Module, received: _Received, output: _Output, expected: tuple[int, ...] | None,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         super().__init__()
         plain = {k: v for k, v in vars(part).items() if isinstance(v, (str, int, float, type(None))) and k[0] != "_"}
         self._plain = {k: v for k, v in plain.items() if k != "training"}
-        self._relay, self._length, self._dtype = relay, output.length, dtype
+        self._received, self._length, self._dtype = received, output.length, dtype
         same = output.shape is None or expected is None or output.shape[1:] == expected[1:]
         self._shape = None if same else output.shape
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        value = self._relay.value
+        value = self._received.value
         if self._shape is not None:
             value = value.new_zeros(value.shape[0], *self._shape[1:])
         return value if self._length is None else (value, *[None] * (self._length - 1))
 
     def __getattr__(self, name: str) -> Any:
-        """Models ask their embeddings for the dtype of a weight, however deep it lies, and blocks for their kind."""
+        """Models read the dtype of a weight from their embeddings, and plain attributes from their blocks."""
         if name.startswith("_"):
             return super().__getattr__(name)
         if name in ("weight", "bias"):
@@ -89,12 +90,12 @@ class StageModule(nn.Module):
         super().__init__()
         self.index, self.count = index, len(bounds) - 1
         own = layers[bounds[index] : bounds[index + 1]]
-        # What both sides of a link have to agree on, in words and as a number that shapes and names make.
+        # What both sides of a link must have in common: the class, a hash of names and shapes, the cuts.
         shapes = zlib.crc32(str([(name, tuple(p.shape)) for name, p in model.named_parameters()]).encode())
         cuts = [bound - 1 for bound in bounds[1:-1]]
         self.plan = f"{type(model).__name__} {shapes:08x}, {len(layers)} layers cut after {cuts}"
         self.layers = tuple(layer.name for layer in own)
-        relay = self._relay = _Relay()
+        received = self._received = _Received()
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
         memo: dict[int, Any] = {}
         mine = {path for layer in own for path in layer.parts}
@@ -102,10 +103,10 @@ class StageModule(nn.Module):
         for layer in layers[: bounds[index]]:
             for path in layer.parts:
                 part, output = model.get_submodule(path), outputs.get(path, _Output(None, None))
-                # What returns several things and has no parameters is run: it makes positions for all blocks.
+                # A module without parameters that returns a tuple is run: it makes positions for all blocks.
                 if path not in mine and (output.length is None or any(True for _ in part.parameters())):
                     expected = None if path == layer.module else layer.shape
-                    memo[id(part)] = Elsewhere(part, relay, output, expected, dtype)
+                    memo[id(part)] = StandIn(part, received, output, expected, dtype)
         for layer in layers[bounds[index + 1] :]:
             for path in layer.parts:
                 part = model.get_submodule(path)
@@ -125,7 +126,7 @@ class StageModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.index:
-            self._relay.value = args[0]
+            self._received.value = args[0]
             mask = kwargs.get("attention_mask")
             if self._pad is not None and mask is not None and mask.dim() == 2:
                 other = 0 if self._pad else 1
@@ -137,13 +138,13 @@ class StageModule(nn.Module):
         except _Done as done:
             return done.args[0]
         finally:
-            self._relay.value = None
+            self._received.value = None
         if isinstance(output, Mapping):
             return output["logits"]
         return first_tensor(output)
 
     def own_state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers under the names of the unsplit model; what lies on its top belongs to stage 0."""
+        """Parameters and buffers by their names in the unsplit model; those of the model itself belong to stage 0."""
         found = {}
         for name, value in self.model.state_dict().items():
             top = "." not in name
@@ -173,8 +174,8 @@ def split(
     shared = [name for name, _ in model.named_parameters() if "." in name and not name.startswith(parts)]
     if shared:
         raise ValueError(
-            f"{type(model).__name__} cannot be split: {', '.join(shared[:3])} belong to no layer, so every stage "
-            "would train a copy of its own."
+            f"{type(model).__name__} cannot be split: {', '.join(shared[:3])} belong to no layer, so that every stage "
+            "would train its own copy."
         )
     if (cuts is None) == (stages is None):
         raise ValueError(f"split: give either cuts or stages; got cuts={cuts!r} and stages={stages!r}.")

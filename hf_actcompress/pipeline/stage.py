@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from ..codecs import Codec, CodecState, raw_nbytes
 from .engine import BACKWARD, DIRECTIONS, FORWARD, LinkedStage
 from .links import Links, exchange
-from .wire import UNCODABLE, WireError, WireFormat
+from .wire import NOT_FINITE_TEXT, WireError, WireFormat
 
 # Bits of a tag: place of the tensor, micro-batch, direction and link.
 PLACES, CHUNKS = 8, 4096
-GREETING = PLACES * CHUNKS - 1
+SETTINGS = PLACES * CHUNKS - 1
 
 
 class CompressedPipelineStage(LinkedStage):
     """A PipelineStage, used as torch's own in any schedule.
 
-    codec: of the activations it sends and receives; grad_codec: of the gradients, None for the same (with `delta+a`
-        for a).  Both neighbours of a link must have the same ones; that is checked before the first step, as is that
-        they hold stages of the same model.  Integers and bools travel as they are.
-    seed: of stochastic rounding and cold starts.
+    codec: of the activations; grad_codec: of the gradients, None for `codec.for_gradients()`.  Integers and bools are
+        sent as they are.
+    seed: of stochastic rounding and of a codec's first state.
     timeout: seconds that the stage waits for a peer.
-    agree: more that neighbours must have in common, {what: value}.
+    agree: settings that neighbours must share besides codecs, model and number of stages, {name: value}.
 
-    `bytes` counts what was sent in each direction, `raw_bytes` what it would have been, `seconds` the time to encode,
-    decode and wait for peers.  A state is kept for each link, direction and micro-batch (of `delta` for each
-    link); `codec_state()` is checkpointable.
-    Raises WireError (sites/wire.py) where what arrives is not what was to arrive, LinkError where a peer does not
-    answer; both name stage, micro-batch, step and cause.
+    Before the first step neighbours compare these settings.  `bytes` counts what was sent in each direction,
+    `raw_bytes` the size without compression, `seconds` the time to encode, decode and wait for peers.  There is one
+    codec state for each link, direction and micro-batch (one a link for codecs that remember samples);
+    `codec_state()` can be saved.
+    Raises WireError for a message that is not the expected one, LinkError where a peer does not answer; both name
+    stage, micro-batch, step and cause.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CompressedPipelineStage(LinkedStage):
         self.seed, self.steps, self.agree = seed, 0, dict(agree or {})
         self.bytes, self.raw_bytes, self.seconds = Counter(), Counter(), Counter()
         self.links = Links(self.group, timeout)
-        self._greeted = False
+        self._compared = False
         self._ids: list[Tensor] | None = None
         self._plans: dict[tuple[str, int], Any] = {}
         self._formats: dict[tuple, WireFormat] = {}
@@ -73,17 +73,18 @@ class CompressedPipelineStage(LinkedStage):
         self._expected: dict[tuple, tuple[WireFormat | None, Any, int]] = {}
 
     def sample_ids(self, ids: Sequence[int] | Tensor | None, chunks: int) -> None:
-        """Numbers of the samples of the next training step, in order, cut into `chunks` micro-batches as the batch is.
+        """Sample ids of the next training step, in the order of the batch, which is cut into `chunks` micro-batches.
 
-        Needed by `delta`, on both sides of a link; below 0 stands for a row that is not to be remembered.
+        Codecs that remember samples (`delta`) need them on both sides of a link; rows with an id below 0 are not
+        remembered.
         """
         self._ids = None if ids is None else list(torch.as_tensor(ids, dtype=torch.int64).tensor_split(chunks))
 
     # -- what the engine calls -----------------------------------------------------------------------------------
     def begin(self) -> None:
-        if not self._greeted:
-            self._greeted = True
-            self._greet()
+        if not self._compared:
+            self._compared = True
+            self._compare_settings()
         self.links.flush()
         self.steps += 1  # on every rank once a step, so that numbers of messages agree
         self._plans.clear()
@@ -101,7 +102,7 @@ class CompressedPipelineStage(LinkedStage):
         tag = self._tag(direction, chunk, place, other)
         if not x.is_floating_point():
             buffer = x.contiguous().cpu().view(torch.uint8)
-            self._buffers["as it is", tag] = buffer  # alive until it is sent
+            self._buffers["unchanged", tag] = buffer  # alive until it is sent
         else:
             began = time.perf_counter()
             state = self._state("send", direction, chunk, place)
@@ -111,9 +112,9 @@ class CompressedPipelineStage(LinkedStage):
             sent = wire.encode(x.detach(), state, buffer, self._number(chunk))
             self.seconds["encode"] += time.perf_counter() - began
             if not sent:
-                self.links.send(buffer, peer, tag, what)  # the peer is to know why
+                self.links.send(buffer, peer, tag, what)  # so that the peer learns why
                 self.links.flush()
-                raise WireError(f"{what}: {UNCODABLE}")
+                raise WireError(f"{what}: {NOT_FINITE_TEXT}")
         self.bytes[direction] += buffer.numel()
         self.links.send(buffer, peer, tag, what)
 
@@ -144,7 +145,7 @@ class CompressedPipelineStage(LinkedStage):
         self.seconds["decode"] += time.perf_counter() - began
         return x
 
-    # -- on the link -----------------------------------------------------------------------------------------------
+    # -- messages -------------------------------------------------------------------------------------------------
     def _where(self, direction: str, chunk: int, other: str) -> str:
         return f"Stage {self.stage_index}, step {self.steps}, micro-batch {chunk}, {direction} {other}"
 
@@ -168,8 +169,8 @@ class CompressedPipelineStage(LinkedStage):
             self._formats[key] = WireFormat(self.codecs[direction], tuple(shape), dtype, new=new)
         return self._formats[key]
 
-    def _greet(self) -> None:
-        """Compare notes with the neighbours: a peer with buffers of another size would end in an abort."""
+    def _compare_settings(self) -> None:
+        """Compare settings with the neighbours: gloo would abort on buffers of another size."""
         mine = {
             "codec": str(self.codecs[FORWARD]), "gradient codec": str(self.codecs[BACKWARD]),
             "number of stages": self.num_stages, "model": getattr(self.submod, "plan", None), **self.agree,
@@ -177,7 +178,7 @@ class CompressedPipelineStage(LinkedStage):
         tags = {}
         for other in (self.stage_index - 1, self.stage_index + 1):
             if 0 <= other < self.num_stages and not self._is_same_rank(other):
-                tag = min(self.stage_index, other) * 2 * CHUNKS * PLACES + GREETING
+                tag = min(self.stage_index, other) * 2 * CHUNKS * PLACES + SETTINGS
                 tags[other] = (self._resolve_peer_global_rank(other), tag)
         what = f"Stage {self.stage_index}, before the first step"
         text = json.dumps(mine, default=str)
@@ -193,15 +194,15 @@ class CompressedPipelineStage(LinkedStage):
 
     # -- state -----------------------------------------------------------------------------------------------------
     def _plan(self, direction: str, chunk: int, shape: Sequence[int], state: CodecState | None) -> Any:
-        """Which rows are known to both sides; made in the order of the micro-batches, and set for the next call."""
+        """Which rows both sides remember, set in the state for the next call; made in the order of micro-batches."""
         if not self.codecs[direction].traits.per_sample:
             return None
         key = (state.site, chunk)
         if key not in self._plans:
             if self.has_backward and self._ids is None:
                 raise ValueError(
-                    f"Stage {self.stage_index}: {self.codecs[direction]} needs to know which samples a batch holds: "
-                    "call stage.sample_ids(ids, chunks) on every rank before each training step."
+                    f"Stage {self.stage_index}: {self.codecs[direction]} remembers samples and needs their ids: call "
+                    "stage.sample_ids(ids, chunks) on every rank before each training step."
                 )
             if self.has_backward:
                 for number, ids in enumerate(self._ids):
@@ -225,12 +226,12 @@ class CompressedPipelineStage(LinkedStage):
         return self._states[name]
 
     def codec_state(self) -> dict[str, Any]:
-        """What the codecs of this stage remember, by direction, micro-batch and output, and the number of steps."""
+        """The states of this stage's codecs by direction, micro-batch and output, and the number of steps."""
         found = {name: state.state_dict() for name, state in self._states.items() if state is not None}
         return {"steps": self.steps, "codecs": [str(self.codecs[d]) for d in DIRECTIONS], "states": found}
 
     def load_codec_state(self, values: dict[str, Any]) -> None:
-        """Take it over.  Raises ValueError for the state of another codec."""
+        """Load what `codec_state` returned.  Raises ValueError for the state of another codec."""
         codecs = [str(self.codecs[d]) for d in DIRECTIONS]
         if values["codecs"] != codecs:
             raise ValueError(

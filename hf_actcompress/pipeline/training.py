@@ -1,11 +1,13 @@
-"""A training loop over pipeline stages: batches, steps, evaluation, checkpoints, and where the time went.
+"""A training loop over pipeline stages: steps, evaluation, checkpoints, and where the time goes.
 
-One process a rank, launched by torchrun or accelerate.  Rank 0 reads the data (feed.py).  The recipes of
-examples/glue and examples/cifar are built on it; it knows no data set and no transformers.
+One process a rank, launched by torchrun or accelerate.  Rank 0 reads the data (batches.py) and sends the others what
+their stages need (batch_metadata.py).  The pipeline scripts in examples/ use it; it knows no data set and no
+transformers.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -24,7 +26,8 @@ from torch.nn import functional as F
 from ..codecs import Identity, parse_codec
 from . import checkpoints
 from .arguments import PipelineArguments
-from .batch_metadata import Batch, Feed
+from .batch_metadata import BatchLink
+from .batches import IGNORED, Batch, evaluation_batches, training_batches
 from .engine import EarlySchedule1F1B, Shapes, forward_only
 from .launch import join, share
 from .links import LinkError, Links, reason
@@ -32,10 +35,6 @@ from .split import merge, split
 from .stage import CompressedPipelineStage
 
 logger = logging.getLogger(__name__)
-IGNORED = -100  # label of a row that only fills up
-# Side inputs: what later stages need besides the activation.
-SIDE = ("attention_mask", "position_ids")
-INPUTS = ("input_ids", "pixel_values")
 
 
 class PipelineTrainer:
@@ -89,7 +88,7 @@ class PipelineTrainer:
         ]  # fmt: skip
         self.schedule = self._schedule()
         self.shapes = Shapes(self.schedule, self.stages)
-        self.feed = Feed(Links(None, args.timeout), self.rank, self.size, self.last_rank)
+        self.batch_link = BatchLink(Links(None, args.timeout), self.rank, self.size, self.last_rank)
         self.optimizer = torch.optim.AdamW(
             [p for module in self.modules.values() for p in module.parameters() if p.requires_grad],
             lr=args.learning_rate, weight_decay=args.weight_decay,
@@ -111,7 +110,7 @@ class PipelineTrainer:
         return EarlySchedule1F1B(self.stages[0], n, loss_fn=self._loss, ahead=self.args.ahead)
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Of one micro-batch, such that the mean over the micro-batches is the mean over the batch's valid rows."""
+        """The loss of one micro-batch, scaled so that the mean over micro-batches is that over the valid rows."""
         if target.is_floating_point():
             total = F.mse_loss(output.float().view(-1)[~target.isnan()], target[~target.isnan()], reduction="sum")
         else:
@@ -119,43 +118,6 @@ class PipelineTrainer:
         return total * self.args.micro_batches / self._valid
 
     # -- data ----------------------------------------------------------------------------------------------------
-    def _batches(self, epoch: int | None, done: int = 0) -> Iterator[Batch] | None:
-        """Of a training epoch from batch `done` on, or of the evaluation (None); on rank 0."""
-        rows = self.eval_rows if epoch is None else self.train_rows
-        if self.rank != 0:
-            return None
-        size = self.args.batch_size if epoch is not None else self.args.eval_batch_size
-        order = list(range(len(rows)))
-        if epoch is not None:
-            generator = torch.Generator().manual_seed(self.args.seed * 7919 + epoch)
-            order = torch.randperm(len(rows), generator=generator).tolist()
-
-        def batches() -> Iterator[Batch]:
-            for number in range(done, math.ceil(len(order) / size)):
-                # Augmentation has a seed for each batch, so that a run goes on in the middle of an epoch.
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed((self.args.seed * 1009 + (epoch or 0)) * 1000003 + number)
-                    batch = self._batch(rows, order[number * size : (number + 1) * size])
-                yield batch  # outside: dropout draws from the rank's own stream
-
-        return batches()
-
-    def _batch(self, rows: Sequence[Any], chosen: list[int]) -> Batch:
-        valid, n = len(chosen), self.args.micro_batches
-        fill = -valid % n  # micro-batches are equally large
-        values = dict(self.collate([rows[i] for i in chosen + [chosen[-1]] * fill]))
-        labels = values.pop("labels")
-        if fill:
-            labels = labels.clone()
-            labels[valid:] = math.nan if labels.is_floating_point() else IGNORED
-        name = next((name for name in INPUTS if name in values), None)
-        if name is None:
-            raise ValueError(f"A batch needs one of {', '.join(INPUTS)}; collate gave {sorted(values)}.")
-        inputs = values.pop(name)
-        side = {k: values.pop(k) for k in SIDE if k in values}
-        ids = torch.tensor(chosen + [-1] * fill)
-        return Batch(tuple(inputs.shape), ids, valid, side, labels, inputs, values)
-
     def _chunks(self, batch: Batch) -> tuple[list[tuple], list[dict], list[Tensor] | None]:
         n, first = self.args.micro_batches, 0 in self.own
         inputs = batch.inputs.to(self.device).chunk(n) if first else None
@@ -170,7 +132,7 @@ class PipelineTrainer:
 
     # -- training ------------------------------------------------------------------------------------------------
     def train(self) -> list[dict[str, Any]]:
-        """All steps from where it stands; the log: one entry each `logging_steps`."""
+        """Train from the current step to the last one; returns the log, one entry every `logging_steps`."""
         args = self.args
         if not self.steps:
             raise ValueError("There is nothing to train on: give `train` on rank 0, and --num_train_epochs above 0.")
@@ -188,9 +150,8 @@ class PipelineTrainer:
         with self._bar(self.steps) as bar:
             bar(self.step)
             while self.step < self.steps:
-                epoch, done = divmod(self.step, self.per_epoch)
                 began = time.perf_counter()
-                for batch in self.feed.batches(self._until_last(self._batches(epoch, done))):
+                for batch in self.batch_link.batches(self._training_batches()):
                     self._train_step(batch)
                     self.step += 1
                     self._account(time.perf_counter() - began)
@@ -203,11 +164,24 @@ class PipelineTrainer:
                     began = time.perf_counter()
         return self.history
 
-    def _until_last(self, batches: Iterator[Batch] | None) -> Iterator[Batch] | None:
-        if batches is None:
+    def _training_batches(self) -> Iterator[Batch] | None:
+        """Of the current epoch, from the current step on; on rank 0."""
+        if self.rank != 0:
             return None
-        left = self.steps - self.step
-        return (batch for _, batch in zip(range(left), batches, strict=False))
+        epoch, start = divmod(self.step, self.per_epoch)
+        batches = training_batches(
+            self.train_rows, self.collate, size=self.args.batch_size, micro_batches=self.args.micro_batches,
+            seed=self.args.seed, epoch=epoch, start=start,
+        )  # fmt: skip
+        return itertools.islice(batches, self.steps - self.step)
+
+    def _evaluation_batches(self) -> Iterator[Batch] | None:
+        if self.rank != 0:
+            return None
+        return evaluation_batches(
+            self.eval_rows, self.collate, size=self.args.eval_batch_size, micro_batches=self.args.micro_batches,
+            seed=self.args.seed,
+        )  # fmt: skip
 
     def _train_step(self, batch: Batch) -> None:
         arguments, named, targets = self._chunks(batch)
@@ -228,7 +202,7 @@ class PipelineTrainer:
         self.rates.step()
 
     def _clip(self) -> None:
-        """By the norm over the gradients of all stages."""
+        """Clip by the norm over the gradients of all stages."""
         if not self.args.max_grad_norm:
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -250,14 +224,14 @@ class PipelineTrainer:
 
     def _account(self, seconds: float) -> None:
         self.times["total"] += seconds
-        self.times["wait"] += self.feed.links.waited
-        self.feed.links.waited = 0.0
+        self.times["wait"] += self.batch_link.links.waited
+        self.batch_link.links.waited = 0.0
         for stage in self.stages:
             for name in ("encode", "decode", "wait"):
                 self.times[name] += stage.seconds.pop(name, 0.0)
             for direction in ("forward", "backward"):
                 self.bytes[direction] += stage.bytes.pop(direction, 0)
-        self.bytes["side"], self.feed.links.bytes = self.bytes["side"] + self.feed.links.bytes, 0
+        self.bytes["side"], self.batch_link.links.bytes = self.bytes["side"] + self.batch_link.links.bytes, 0
 
     def _log(self) -> None:
         loss = torch.stack(self._losses).mean().item() if self._losses else math.nan
@@ -286,11 +260,11 @@ class PipelineTrainer:
 
     # -- evaluation ----------------------------------------------------------------------------------------------
     def evaluate(self) -> dict[str, float]:
-        """Loss and metrics on the evaluation data, which goes over the same links; equal on every rank."""
+        """Loss and metrics on the evaluation data, sent over the same links; the same on every rank."""
         for module in self.modules.values():
             module.eval()
         outputs, labels = [], []
-        for batch in self.feed.batches(self._batches(None)):
+        for batch in self.batch_link.batches(self._evaluation_batches()):
             arguments, named, _ = self._chunks(batch)
             self.shapes.use(("evaluate", batch.shape))
             with self._autocast():
@@ -316,7 +290,7 @@ class PipelineTrainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
     def save(self) -> Path:
-        """This rank's part of everything that a resumed run needs; the last two are kept."""
+        """Write this rank's part of what a resumed run needs; the last two checkpoints are kept."""
         state = {
             "step": self.step, "own": self.own,
             "modules": {k: module.state_dict() for k, module in self.modules.items()},
@@ -345,7 +319,7 @@ class PipelineTrainer:
         self.step, self.history = state["step"], state["history"]
 
     def merge(self) -> bool:
-        """Bring all trained weights together in `model` on rank 0; whether this is rank 0."""
+        """Collect all trained weights in `model` on rank 0; returns whether this is rank 0."""
         count = len(self.all_modules)
         states = []
         for k in range(count):

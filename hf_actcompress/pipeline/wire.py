@@ -1,10 +1,10 @@
-"""A payload as bytes on a link: one buffer of a size that both sides know, with a header that tells whether it fits.
+"""A payload as bytes on a link: one buffer of a size that both sides know, with a header that is checked.
 
     sender:    payload ──write──▶ uint8 buffer ═══ link ═══▶ uint8 buffer ──read──▶ payload :receiver
 
-Sizes are fixed by the codec and by the shape and dtype of what is sent, so that a receiver can post its buffer before
-anything was computed.  Tensors lie in the buffer with the widest element first, which keeps each aligned; reading
-makes views, no copies.
+The codec and the shape and dtype of the tensor fix the size, so that a receiver can post its buffer before anything
+was computed.  Tensors lie in the buffer with the widest elements first, which keeps each aligned; reading makes
+views, no copies.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ VERSION = 1
 # so that the tensors behind it are aligned.
 LAYOUT = struct.Struct("<4sHHIIQI")
 HEADER = 64
-STRANGE = 1  # flag: the sender's tensor held NaN, Inf or magnitudes above 2**48, and there is no body
-UNCODABLE = (
+NOT_FINITE = 1  # flag: the sender's tensor held NaN, Inf or magnitudes above 2**48, and there is no body
+NOT_FINITE_TEXT = (
     "the tensor holds NaN, Inf or magnitudes above 2**48. Lower the learning rate, or look for the cause there."
 )
 
 
 class WireError(RuntimeError):
-    """What arrived is not what was to arrive."""
+    """A message that is not the expected one: damaged, out of order, or of another codec or shape."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class _Field:
 
 
 class WireFormat:
-    """How tensors of one shape and dtype travel under one codec.
+    """The layout of the messages of one codec, for tensors of one shape and dtype.
 
-    codec: its payloads have the same tensors for every input of that shape (all codecs of this package do).
-    checksum: whether the body is summed (crc32, about a millisecond per MB).
+    codec: its payloads must have the same tensors for every input of that shape, as all codecs of this package do.
+    checksum: whether the body is protected by a crc32 (about a millisecond a MB).
     new: for codecs that remember samples (delta), how many rows travel in full; all of them if not given.
 
     `nbytes` is the size of the buffer.  Raises ValueError for a codec that cannot take such a tensor.
@@ -68,7 +68,7 @@ class WireFormat:
         new: int | None = None,
     ) -> None:
         self.codec, self.shape, self.dtype, self.checksum = codec, tuple(shape), dtype, checksum
-        # Shapes of what is inside follow from the input's shape alone, so any tensor shows them.
+        # The layout follows from the input's shape alone, so any tensor shows it.
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(self.shape, generator=generator).to(dtype)
         state = codec.init_state("wire")
@@ -89,23 +89,23 @@ class WireFormat:
         return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
     def encode(self, x: Tensor, state: CodecState | None, buffer: Tensor, number: int = 0) -> bool:
-        """Encode `x` into `buffer`, as message `number`; whether it can be sent.
+        """Encode `x` into `buffer` as message `number`; returns whether the tensor was finite.
 
-        Of a tensor with NaN, Inf or magnitudes above 2**48 only a header that says so is written.
+        For a tensor with NaN, Inf or magnitudes above 2**48 only a header that says so is written.
         Raises ValueError for another shape or dtype.
         """
         if tuple(x.shape) != self.shape or x.dtype != self.dtype:
             raise ValueError(
-                f"A tensor of shape {tuple(x.shape)} and dtype {x.dtype} is to go over a link that was set up for "
-                f"{self.shape} and {self.dtype}. Pipelines have fixed shapes: pad the last batch, or drop it."
+                f"The link was set up for tensors of shape {self.shape} and {self.dtype}; got {tuple(x.shape)} and "
+                f"{x.dtype}. Pipelines have fixed shapes: pad the last batch, or drop it."
             )
         return self.write(self.codec.encode(x, state), buffer, number)
 
     def write(self, payload: Payload, buffer: Tensor, number: int = 0) -> bool:
-        """Put `payload` into `buffer`; False if it is that of a tensor that cannot be coded."""
+        """Write `payload` into `buffer`; False for the payload of a tensor that was not finite."""
         # A payload of `identity` says raw, too, but then so does the template.
-        strange = payload.raw and not self._template.raw
-        if not strange:
+        not_finite = payload.raw and not self._template.raw
+        if not not_finite:
             tensors = dict(_tensors(payload))
             for field in self._fields:
                 tensor = tensors[field.path]
@@ -115,28 +115,28 @@ class WireFormat:
                         f"{field.shape} {field.dtype}: the payload belongs to another codec or shape."
                     )
                 self._view(buffer, field).copy_(tensor)
-        total = self._sum(buffer) if self.checksum and not strange else 0
+        total = self._sum(buffer) if self.checksum and not not_finite else 0
         head = LAYOUT.pack(
-            MAGIC, VERSION, STRANGE if strange else 0, self.fingerprint, number, self.nbytes - HEADER, total
+            MAGIC, VERSION, NOT_FINITE if not_finite else 0, self.fingerprint, number, self.nbytes - HEADER, total
         )
         buffer[:HEADER] = torch.frombuffer(bytearray(head.ljust(HEADER, b"\0")), dtype=torch.uint8)
-        return not strange
+        return not not_finite
 
     def read(self, buffer: Tensor, number: int = 0, where: str = "link") -> Payload:
         """The payload in `buffer`, as views of it.
 
-        Raises WireError, which begins with `where`, if it is not message `number` under this codec, if it was damaged,
+        Raises WireError, which begins with `where`, if it is not message `number` of this codec, if it was damaged,
         or if the sender's tensor was not finite.
         """
         head = bytes(buffer[:HEADER].cpu().numpy())
         magic, version, flags, fingerprint, found, length, total = LAYOUT.unpack(head[: LAYOUT.size])
         if magic != MAGIC:
             raise WireError(
-                f"{where}: what arrived does not begin as a payload does ({magic!r}). The peer sends something else, "
+                f"{where}: the message does not begin as a payload does ({magic!r}). The peer sends something else, "
                 "or the two sides are out of step."
             )
         if version != VERSION:
-            raise WireError(f"{where}: the peer speaks version {version} of the format, this side {VERSION}.")
+            raise WireError(f"{where}: the peer uses version {version} of the format, this side {VERSION}.")
         if fingerprint != self.fingerprint or length != self.nbytes - HEADER:
             raise WireError(
                 f"{where}: the peer uses another codec, shape or dtype than this side ({self.codec} for {self.shape} "
@@ -144,8 +144,8 @@ class WireFormat:
             )
         if found != number:
             raise WireError(f"{where}: message {found} arrived instead of {number}: the sides are out of step.")
-        if flags & STRANGE:
-            raise WireError(f"{where}: on the sender's side {UNCODABLE}")
+        if flags & NOT_FINITE:
+            raise WireError(f"{where}: on the sender's side {NOT_FINITE_TEXT}")
         if self.checksum and (own := self._sum(buffer)) != total:
             raise WireError(
                 f"{where}: the payload was damaged on its way (checksum {own:#010x}, {total:#010x} was sent)."
