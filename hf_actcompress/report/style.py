@@ -59,6 +59,7 @@ def label(codec: str) -> str:
     head, _, rest = codec.removeprefix("ef+").partition("|")
     own = family(head)
     words = head if own == "other" else " ".join([NAMES.get(own, own), *_options(head)])
+    words = words.replace("low rank rank", "low rank")
     words = f"{words}, then {label(rest)}" if rest else words
     return f"{words}, error feedback" if codec.startswith("ef+") else words
 
@@ -76,7 +77,7 @@ def _options(head: str) -> list[str]:
     options = dict(item.split("=", 1) for item in head.partition(":")[2].split(",") if "=" in item)
     words = [f"{options['bits']} bit" + "s" * (options["bits"] != "1")] if "bits" in options else []
     words += [_share(options["ratio"])] if "ratio" in options else []
-    words += [options["rank"]] if "rank" in options else []
+    words += [f"rank {options['rank']}"] if "rank" in options else []
     return words + ([options["format"]] if "format" in options else [])
 
 
