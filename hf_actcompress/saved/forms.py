@@ -1,4 +1,4 @@
-"""What the graph holds in place of a saved tensor: the tensor itself, a payload, bits, slopes or narrow integers.
+"""What the graph holds in place of a saved tensor: the tensor itself, a codec's payload, or a packed tensor.
 
 Every class has `unpack()`, which may be called any number of times.  Those that hold values have `nbytes`.
 This file knows tensors and codecs, not autograd's hooks.
@@ -6,16 +6,18 @@ This file knows tensors and codecs, not autograd's hooks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Payload
+from ..codecs import Codec, CodecState, Payload
 from ..ops.memory import Pool, fresh
 from .masks import unpack_flags
-from .slopes import decode_slopes
+from .slopes import decode_slopes, encode_slopes
 
 
 class Passthrough:
@@ -65,10 +67,10 @@ def flatten(x: Tensor) -> tuple[Tensor, Layout] | None:
 
 
 class Encoded:
-    """Values as a payload."""
+    """Values as a codec's payload."""
 
     def __init__(self, codec: Codec, payload: Payload) -> None:
-        self.codec, self.payload = codec, payload
+        self.codec, self.payload, self.bits = codec, payload, codec.traits.bits
 
     def unpack(self) -> Tensor:
         return self.codec.decode(self.payload)
@@ -78,48 +80,46 @@ class Encoded:
         return self.payload.nbytes
 
 
-class Bits:
-    """A tensor of two different values: one bit for each element."""
+class Packed:
+    """Values as another, smaller tensor.
 
-    def __init__(self, bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> None:
-        self.bits, self.shape = bits, shape
-        self.low, self.high, self.dtype = low, high, dtype
+    decode: makes of `values` a contiguous tensor.  bits: of an element, where they were chosen.
+    """
 
-    def unpack(self) -> Tensor:
-        return unpack_flags(self.bits, self.shape, self.low, self.high, self.dtype)
+    codec = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.bits.numel()
-
-
-class Slopes:
-    """The input of an activation function as the function's slope there."""
-
-    def __init__(self, codes: Tensor, x: Tensor, name: str, bits: int) -> None:
-        self.codes, self.name, self.bits = codes, name, bits
-        self.shape, self.dtype = tuple(x.shape), x.dtype
+    def __init__(self, values: Tensor, decode: Callable[[Tensor], Tensor], bits: int | None = None) -> None:
+        self.values, self.decode, self.bits = values, decode, bits
 
     def unpack(self) -> Tensor:
-        return decode_slopes(self.codes, self.shape, self.dtype, self.name, self.bits)
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.numel()
-
-
-class Integers:
-    """Integers in the smallest dtype that holds them."""
-
-    def __init__(self, x: Tensor, narrow: torch.dtype) -> None:
-        self.values, self.dtype = x.to(narrow), x.dtype
-
-    def unpack(self) -> Tensor:
-        return fresh(self.values.numel(), self.dtype, self.values.device).view(self.values.shape).copy_(self.values)
+        return self.decode(self.values)
 
     @property
     def nbytes(self) -> int:
         return self.values.numel() * self.values.element_size()
+
+
+def two_valued(bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> Packed:
+    """A tensor of two different values, one bit for each element."""
+    return Packed(bits, partial(unpack_flags, shape=shape, low=low, high=high, dtype=dtype))
+
+
+def slopes(x: Tensor, function: str, bits: int, state: CodecState | None) -> Packed | None:
+    """The input of an activation function as the function's slope there; None where NaN or Inf is in it."""
+    codes = encode_slopes(x, function, bits, state)
+    if codes is None:
+        return None
+    return Packed(codes, partial(decode_slopes, shape=tuple(x.shape), dtype=x.dtype, name=function, bits=bits), bits)
+
+
+def integers(x: Tensor) -> Packed | None:
+    """Integers in the smallest dtype that holds them; None if that is their own."""
+    narrow = narrowest(x)
+    return None if narrow is None else Packed(x.to(narrow), partial(_widened, dtype=x.dtype))
+
+
+def _widened(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return fresh(values.numel(), dtype, values.device).view(values.shape).copy_(values)
 
 
 class Shared:

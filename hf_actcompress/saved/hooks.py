@@ -1,11 +1,7 @@
-"""Module hooks that compress saved tensors during a forward pass, and tell which module is running.
-
-They are objects, not closures, so that they can be copied and pickled with the model.
-"""
+"""Module hooks that compress saved tensors during a forward pass, and tell which module is running."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,52 +9,30 @@ from torch import nn
 from .tensors import SavedTensors
 
 
-class Enter:
-    def __init__(self, saved: SavedTensors) -> None:
-        self.saved = saved
+class Hook:
+    """Calls a method of the site with a module and its name.
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.saved.enter(module)
+    An object and not a closure, so that it can be copied and pickled with the model.
+    """
 
+    def __init__(self, saved: SavedTensors, method: str, name: str) -> None:
+        self.saved, self.method, self.name = saved, method, name
 
-class Leave:
-    def __init__(self, saved: SavedTensors) -> None:
-        self.saved = saved
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.saved.leave()
-
-
-class Begin:
-    """Tells which module saves the tensors that are packed from now on."""
-
-    def __init__(self, saved: SavedTensors, name: str) -> None:
-        self.saved, self.name = saved, name
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.saved.begin(self.name, module)
-
-
-class End:
-    def __init__(self, saved: SavedTensors) -> None:
-        self.saved = saved
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.saved.end(module)
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        getattr(self.saved, self.method)(module, self.name)
 
 
 def is_hook(hook: Any) -> bool:
-    return isinstance(hook, (Enter, Leave, Begin, End))
+    return isinstance(hook, Hook)
 
 
-def install(saved: SavedTensors, model: nn.Module) -> Iterable[Any]:
+def install(saved: SavedTensors, model: nn.Module) -> list[Any]:
     """Hooks on `model` and on the modules in it; returns their RemovableHandles."""
-    removers = [
-        model.register_forward_pre_hook(Enter(saved), prepend=True),
-        model.register_forward_hook(Leave(saved), always_call=True),
-    ]
+    removers = []
     for name, module in model.named_modules():
-        if module is not model:
-            removers.append(module.register_forward_pre_hook(Begin(saved, name)))
-            removers.append(module.register_forward_hook(End(saved), always_call=True))
+        before, after = ("enter", "leave") if module is model else ("begin", "end")
+        removers += [
+            module.register_forward_pre_hook(Hook(saved, before, name), prepend=module is model),
+            module.register_forward_hook(Hook(saved, after, name), always_call=True),
+        ]
     return removers

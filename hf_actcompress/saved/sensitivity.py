@@ -20,7 +20,6 @@ from ..codecs import Codec
 from ..models.replay import few_rows, normed, undisturbed
 from ..observe.events import Event
 from ..observe.gradients import ExactPass
-from .forms import Slopes
 from .rules import weight_of
 
 REFERENCE = 4  # bits at which errors are measured
@@ -60,6 +59,8 @@ class Slot:
 class Exact:
     """A tensor of a trial: the tensor itself, rounded in the backward passes in which the trial says so."""
 
+    codec = None
+
     def __init__(self, trial: Trial, slot: Slot, exact: Tensor, encode: Callable[[Codec], Any], nbytes: int) -> None:
         self.trial, self.slot, self.exact, self.encode, self.nbytes = trial, slot, exact, encode, nbytes
 
@@ -95,8 +96,7 @@ class Trial:
         coded = encode(self.codec)
         if coded is None:
             return None
-        bits = coded.bits if isinstance(coded, Slopes) else REFERENCE
-        overhead = max(0, coded.nbytes - run.numel() * bits // 8)
+        overhead = max(0, coded.nbytes - run.numel() * (coded.bits or REFERENCE) // 8)
         sizes = (int(size * self.scale) for size in (run.numel() * run.element_size(), run.numel(), overhead))
         slot = self.slots[name] = Slot(name, *sizes)
         return Exact(self, slot, run, encode, coded.nbytes)

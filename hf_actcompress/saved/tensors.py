@@ -25,10 +25,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..codecs import Codec, raw_nbytes
 from ..observe.events import Event, Listener
 from ..ops.memory import Pool
-from .forms import Bits, Encoded, Integers, Passthrough, Sharded, Shared, Slopes, flatten, narrowest
+from .forms import Encoded, Packed, Passthrough, Sharded, Shared, flatten, integers, slopes, two_valued
 from .masks import pack_flags, pack_two_values
 from .rules import needed_by, slopes_of
-from .slopes import LARGEST, encode_slopes
+from .slopes import LARGEST
 
 # Elements; smaller tensors are a thousandth of the bytes.  What a pooler or a classifier takes is among them, and half
 # of the error of all gradients would come from there.
@@ -105,7 +105,7 @@ class SavedTensors:
     def active(self) -> bool:
         return any(self._entered)
 
-    def enter(self, model: nn.Module) -> None:
+    def enter(self, model: nn.Module, name: str = "") -> None:
         """A forward pass of `model` begins."""
         first = self.enabled and torch.is_grad_enabled() and not self.active
         if first and torch.compiler.is_compiling():
@@ -122,7 +122,7 @@ class SavedTensors:
         torch._C._autograd._push_saved_tensors_default_hooks(self.pack, unpack)
         self._entered[-1] = True
 
-    def leave(self) -> None:
+    def leave(self, model: nn.Module, name: str = "") -> None:
         """The forward pass that began last has ended, or failed."""
         if self._entered and self._entered.pop():
             torch._C._autograd._pop_saved_tensors_default_hooks()
@@ -130,12 +130,12 @@ class SavedTensors:
             self._modules.clear()
             self._pool = Pool()  # from now on only the graph refers to the old one
 
-    def begin(self, name: str, module: nn.Module) -> None:
+    def begin(self, module: nn.Module, name: str) -> None:
         """Tensors that are packed from now on are saved by this module."""
         if self.active:
             self._modules.append((name, module))
 
-    def end(self, module: nn.Module) -> None:
+    def end(self, module: nn.Module, name: str) -> None:
         if self._modules and self._modules[-1][1] is module:
             self._modules.pop()
 
@@ -165,7 +165,7 @@ class SavedTensors:
             raw = 0 if ("raw", *place) in stored else run.numel() * run.element_size()
             stored[key] = weakref.ref(content)
             stored[("raw", *place)] = lambda: None
-            self._tell(slot, raw, content.nbytes, codec=getattr(content, "codec", None), x=run, decode=content.unpack)
+            self._tell(slot, raw, content.nbytes, codec=content.codec, x=run, decode=content.unpack)
         if self._trial is not None:
             self._trial.use(content, user)
         return Shared(content, layout, tuple(x.shape), self._pool)
@@ -206,35 +206,33 @@ class SavedTensors:
             listener(event)
 
     def _encode(self, slot: str, run: Tensor, user: nn.Module | None, made_by_operation: bool) -> Any:
-        """The tensor in one of the classes of forms.py; None where nothing would be gained."""
+        """The tensor as a `Packed` or `Encoded`; None where nothing would be gained."""
         shape, dtype = tuple(run.shape), run.dtype
         if dtype == torch.bool:
-            return Bits(pack_flags(run), shape, 0, 1, dtype)
+            return two_valued(pack_flags(run), shape, 0, 1, dtype)
         if dtype in INTS:
-            narrow = narrowest(run)
-            return None if narrow is None else Integers(run, narrow)
-        if isinstance(user, nn.ReLU):  # its gradient needs the sign only
-            return Bits(pack_flags(run), shape, 0.0, 1.0, dtype)  # NaN counts as positive, as in torch's own gradient
+            return integers(run)
+        if isinstance(user, nn.ReLU):  # its gradient needs the sign only; NaN counts as positive, as in torch
+            return two_valued(pack_flags(run), shape, 0.0, 1.0, dtype)
         if isinstance(user, nn.Hardtanh):  # inside or outside of the range; ReLU6 is one
-            inside = pack_flags(run, user.min_val, user.max_val)
-            return Bits(inside, shape, user.min_val, (user.min_val + user.max_val) / 2, dtype)
-        if not made_by_operation:
-            found = pack_two_values(run)
-            if found is not None:
-                return Bits(found[0], shape, 0.0, found[1], dtype)
+            low, high = user.min_val, user.max_val
+            return two_valued(pack_flags(run, low, high), shape, low, (low + high) / 2, dtype)
+        found = None if made_by_operation else pack_two_values(run)
+        if found is not None:
+            return two_valued(found[0], shape, 0.0, found[1], dtype)
         if self._trial is not None:
             return self._trial.keep(slot, run, lambda codec: self._by_codec(slot, codec, run, user))
         codec = self.codec if self.bits is None else self.codec.with_bits(self.bits[slot])
         return self._by_codec(slot, codec, run, user)
 
-    def _by_codec(self, slot: str, codec: Codec, run: Tensor, user: nn.Module | None) -> Encoded | Slopes | None:
-        slopes, bits = slopes_of(user), codec.traits.bits
-        if slopes is not None and bits is not None and run.dtype != torch.float64:
+    def _by_codec(self, slot: str, codec: Codec, run: Tensor, user: nn.Module | None) -> Encoded | Packed | None:
+        function, bits = slopes_of(user), codec.traits.bits
+        if function is not None and bits is not None and run.dtype != torch.float64:
             # A slope at 3 bits has the error of a value at 4: the backward pass multiplies it by nothing.
             bits = 3 if bits == 4 and self.bits is None else min(bits, LARGEST)
-            codes = encode_slopes(run, slopes, bits, self.state)
-            if codes is not None:
-                return Slopes(codes, run, slopes, bits)
+            packed = slopes(run, function, bits, self.state)
+            if packed is not None:
+                return packed
         raw = raw_nbytes(tuple(run.shape), run.dtype)
         try:
             nbytes = codec.payload_nbytes(tuple(run.shape), run.dtype)
