@@ -1,6 +1,6 @@
-"""Forward and backward passes on the side, in the middle of a training run, that leave no trace in it.
+"""Forward and backward passes that are run for a measurement, between the steps of a training run.
 
-A leaf module: it knows torch's modules and random numbers, no codec, site or trainer.
+They leave gradients, buffers and random numbers as they were.  This file knows no codec, site or trainer.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _side = threading.local()
 
 
 def on_the_side() -> bool:
-    """Whether the pass that is running is none of the training run's own: hooks that measure leave it alone."""
+    """Whether the pass that is running is one for a measurement: hooks that measure ignore it."""
     return getattr(_side, "depth", 0) > 0
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Buffers (statistics of batch norms) and random numbers are afterwards what they were."""
+    """Restores buffers (statistics of batch norms) and random numbers at the end of the context."""
     buffers = [(b, b.clone()) for b in model.buffers()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     devices = [] if device.type in ("cpu", "meta") else [device]
-    numpy = sys.modules.get("numpy")  # what is not loaded has drawn nothing
+    numpy = sys.modules.get("numpy")  # not imported only to save its random state
     python, arrays = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         _side.depth = getattr(_side, "depth", 0) + 1
@@ -47,7 +47,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def loss_of(output: Any) -> Tensor:
-    """The model's own loss, or else its outputs in a random direction, always the same one."""
+    """The model's own loss: the first scalar of its output.  Without one, the mean product of the outputs with fixed
+    random numbers."""
     tensors = [t for t in tree_flatten(dict(output) if isinstance(output, dict) else output)[0]
                if isinstance(t, Tensor) and t.requires_grad]  # fmt: skip
     for t in tensors:
@@ -59,25 +60,25 @@ def loss_of(output: Any) -> Tensor:
 
 
 def gradients(loss: Tensor, parameters: Sequence[nn.Parameter], again: bool = False) -> list[Tensor | None]:
-    """Of the parameters, whose `.grad` stays as it is.  again: the graph is needed once more.
+    """Gradients of the parameters, whose `.grad` stays as it is.  again: keep the graph for another pass.
 
     Raises ValueError for sharded parameters and reentrant activation checkpointing, which allow no such pass.
     """
     if any(type(p.data).__name__ == "DTensor" for p in parameters):
         raise ValueError(
-            "Gradients of whole parameters are compared here, and fully_shard or tensor parallelism has cut them. "
-            "Leave analysis and auto out there: analysis=False, and fixed codecs."
+            "analysis=True and auto compare gradients of whole parameters, and fully_shard or tensor parallelism has "
+            "sharded them. Use analysis=False and named codecs there."
         )
     if _reentrant(loss):
         raise ValueError(
-            "Reentrant activation checkpointing allows no backward pass on the side, which analysis and auto need. "
-            "Use activation_checkpointing_kwargs={'use_reentrant': False}, or leave them out."
+            "analysis=True and auto run backward passes of their own, which reentrant activation checkpointing does "
+            "not allow. Use activation_checkpointing_kwargs={'use_reentrant': False}, or leave them out."
         )
     return list(torch.autograd.grad(loss, parameters, retain_graph=again, allow_unused=True))
 
 
 def _reentrant(loss: Tensor) -> bool:
-    """Whether part of the graph is made only in the backward pass: `grad` would leave that out without a word."""
+    """Whether part of the graph is made only in the backward pass, where `torch.autograd.grad` would miss it."""
     seen, todo = set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -91,7 +92,7 @@ def _reentrant(loss: Tensor) -> bool:
 
 
 def few_rows(args: tuple, kwargs: dict[str, Any], take: int) -> tuple[tuple, dict[str, Any], float]:
-    """The first `take` rows of a batch, and how many times as many there were."""
+    """The first `take` rows of a batch, and the number of all rows divided by that."""
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.dim()]
     rows = tensors[0].shape[0] if tensors else 1
     if rows <= take:
@@ -103,6 +104,6 @@ def few_rows(args: tuple, kwargs: dict[str, Any], take: int) -> tuple[tuple, dic
     return tree_map(few, args), tree_map(few, kwargs), rows / take
 
 
-def normed(model: nn.Module) -> bool:
-    """Whether rows of a batch depend on each other through batch normalisation."""
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the rows of a batch depend on each other through batch normalisation."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

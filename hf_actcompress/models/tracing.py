@@ -1,7 +1,6 @@
-"""One traced forward of a model: which modules run, in which order, and what they hand on.
+"""One traced forward pass of a model: which modules run, in which order, and what they return.
 
-A leaf beside `layers.py`: it knows modules and tensors, no layer numbering. The trace leaves nothing behind: hooks,
-train flags, buffers and random state are as before.
+Hooks, training flags, buffers and random state are as before afterwards.  This file knows no layer numbers.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def _trace(model: nn.Module, modules: dict[str, nn.Module], inputs: Any, candida
         shape, dtype = (None, None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
         run.outputs[path] = (shape, dtype, type(output).__name__)
         if path in candidates and tensor is not None:
-            # The version tells a tensor that is handed on from one that is changed in place (`out += x`).
+            # The version tells a tensor that is returned unchanged from one that is changed in place (`out += x`).
             inner, kept, version = latest
             if inside(inner, path) and kept is tensor and version == tensor._version:
                 run.opened.add(path)
@@ -149,7 +148,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _guesses(model: nn.Module) -> Iterator[Any]:
-    """Inputs of batch 1 that the model may accept, likeliest and smallest first."""
+    """Inputs with one row that the model may accept, the likeliest and smallest first."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     embedding, conv, linear = (next((m for m in model.modules() if isinstance(m, kind)), None)
                                for kind in (nn.Embedding, CONVOLUTIONS, nn.Linear))

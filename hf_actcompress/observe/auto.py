@@ -1,12 +1,12 @@
-"""Codecs for every boundary and direction under one target: `codec="auto:ratio=8"` or `codec="auto:error=0.1"`.
+"""Chooses codecs for every boundary and direction: `codec="auto:ratio=8"` or `codec="auto:error=0.1"`.
 
 What each candidate does to the gradient of the parameters is measured on a training batch, one boundary and direction
 at a time (`sensitivity.py`): the root mean square over layers of the relative error of each layer's own gradient,
-because Adam steps as far in layers with small gradients as in others.  The whole batch takes part: the gradients of a
+because Adam steps as far in layers with small gradients as in others.  The whole batch is used: the gradients of a
 few rows have so low a rank that a rotation keeps all of them, and looks ten times as good as it is.  Errors of
 different places are nearly independent, so their squares add up; of all combinations that keep the target the best one
-is taken.  It is measured anew now and then, the candidates that were far from the best left out, and another choice
-must be clearly better to replace what is in use, because a new codec starts with fresh state.
+is taken.  Later measurements leave out candidates that were far from the best.  Another choice must be clearly better
+to replace the one in use, because a new codec starts with fresh state.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CANDIDATES = (
     "rotated:bits=6", "rotated:bits=4", "rotated:bits=3", "rotated:bits=2", "rotated:bits=1",
     "kmeans:bits=4", "kmeans:bits=3", "kmeans:bits=2", "topk:ratio=0.1|block:bits=8", "topk:ratio=0.05|block:bits=8",
 )  # fmt: skip
-NEAR = 1.5  # candidates with more error than so many times the best one of their size or less are not measured again
+NEAR = 1.5  # candidates with more than this times the error of the best one of at most their size are left out later
 BETTER = 0.9  # another choice replaces the one in use if its error is below this share of it
 
 

@@ -1,4 +1,4 @@
-"""How a decoded tensor differs from what went in, and how hard the input is to code.
+"""How a decoded tensor differs from the input, and how hard the input is to compress.
 
 Pure functions of tensors: they know no codec, module or file.
 """
@@ -47,8 +47,8 @@ def distance(x: Tensor, y: Tensor) -> tuple[float, float]:
 def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
     """All of MEASURES for an input `x` and what is decoded of it, `y`, of the same shape and strides.
 
-    None stands for what is not defined: everything where there are no values or NaN or Inf is among them; the decibels
-    and bits of an exact copy; the ratios of a constant tensor.
+    None stands for what is not defined: all of them for an empty tensor and where there is NaN or Inf; decibels and
+    bits of an exact copy; outlier, kurtosis and bits of a constant tensor.
     """
     none = dict.fromkeys(MEASURES)
     if x.numel() == 0:
@@ -73,10 +73,8 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of two vectors: squares of their difference, of the first and of the second, and products of the two.
-
-    Sums of parts add up to the sums of the whole.
-    """
+    """Sums over two vectors: squares of their difference (`noise`), of the first (`power`) and of the second (`own`),
+    and products of the two (`dot`).  Sums of parts add up to those of the whole."""
 
     noise: float = 0.0
     power: float = 0.0
@@ -87,7 +85,7 @@ class Sums:
         return Sums(self.noise + other.noise, self.power + other.power, self.own + other.own, self.dot + other.dot)
 
     def measures(self) -> dict[str, float | None]:
-        """`rel_error`, `snr_db` and `cosine`; None where NaN or Inf came about."""
+        """`rel_error`, `snr_db` and `cosine`; None where there is NaN or Inf."""
         values = (self.noise, self.power, self.own, self.dot)
         if not all(map(math.isfinite, values)):
             return dict.fromkeys(("rel_error", "snr_db", "cosine"))
@@ -95,7 +93,7 @@ class Sums:
 
 
 def sums_of(exact: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> list[Sums]:
-    """Of each pair; a tensor that is None on one side counts as zeros there."""
+    """The sums of each pair of tensors; None counts as zeros."""
     result = []
     for a, b in zip(exact, other, strict=True):
         if a is None and b is None:
@@ -119,7 +117,7 @@ def rms_error(parts: Iterable[Sums]) -> float | None:
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    """Products in fp32, which is fast, in chunks short enough for it; the chunks are summed in double precision."""
+    """The dot product: chunks in fp32, which is fast, and their sum in double precision."""
     if x.numel() == 0:
         return 0.0
     chunks = [a @ b for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True)]

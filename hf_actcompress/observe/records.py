@@ -44,7 +44,7 @@ COLUMNS = {
 
 
 class Writer:
-    """Appends rows to a file; knows no way to leave half a line but a crash of the machine."""
+    """Appends rows to a file, always whole lines."""
 
     def __init__(self, path: str | os.PathLike[str], model: str, *, resume_at: int = 0) -> None:
         """A run that starts at step 0 starts a new file; one that resumes keeps the rows before `resume_at`.

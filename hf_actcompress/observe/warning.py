@@ -1,4 +1,4 @@
-"""When a run is likely to lose accuracy, told by the errors that boundaries meter anyway.  Words and numbers only."""
+"""Warns of a likely loss of accuracy, by the errors that meters measure at boundaries anyway."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ WARN_ERROR = 0.25
 
 
 def warning_of(metrics: Mapping[str, float], limit: float, codecs: Mapping[tuple[str, str], str]) -> str | None:
-    """The words of the warning, or None where the errors are small or were not measured.
+    """The text of the warning, or None where the errors are small or were not measured.
 
     metrics: a log line's `compress/<boundary>/<direction>_error`.
-    limit: of the largest of them; 0 never warns.
+    limit: for the largest of them; 0 never warns.
     codecs: the spec in use by (boundary, direction).
     """
     errors = {place: metrics[key] for place in codecs if (key := f"compress/{place[0]}/{place[1]}_error") in metrics}

@@ -3,8 +3,8 @@
 How much the gradient of the parameters suffers from the rounding of one saved tensor is measured (sensitivity.py).
 Rounding noise of different tensors is independent, so while it is small their squared errors add up, and each bit more
 divides one by four; the bits that make the sum least are then found greedily.  Where bits are few, errors multiply and
-a tensor at one bit can spoil all that comes after it: so several allotments, with one, two, three bits as the least,
-are tried on the same rows, and the one with the least error of the whole gradient is taken.
+a tensor at one bit can spoil everything after it: so several allotments, with at least one, two or three bits each,
+are tried on the same rows, and the one with the smallest error of the whole gradient is taken.
 Source: the adaptive bits of GACT (Liu et al., 2022), which shifts seeds where this rounds and leaves exact.
 """
 
@@ -89,7 +89,7 @@ class Budget(Tuner):
         if any(type(p.data).__name__ == "DTensor" for p in module.parameters()):
             raise ValueError(
                 f"saved={str(self)!r} measures gradients of whole parameters, and fully_shard or tensor parallelism "
-                "has cut them. Use the same bits for all there, for example saved='block:bits=4'."
+                "has sharded them. Use the same bits for all there, for example saved='block:bits=4'."
             )
         found = measure(self.handle, module, args, kwargs, choose(self.target.budget))
         if found is None:
@@ -115,8 +115,8 @@ def choose(budget: float) -> Callable[[Trial, Callable[[dict[str, int]], float]]
 
 
 def allot(trial: Trial, budget: float, least: int = CHOICES[0]) -> dict[str, int] | None:
-    """Bits for every slot, at least `least`, so that all that is held is at most `budget` of the raw bytes and the sum
-    of errors is least; None where `least` bits for each are too many.
+    """Bits for every slot, at least `least`, with the smallest sum of errors that `budget` (a share of the raw bytes)
+    allows; None where `least` bits for each are too many.
 
     Raises ValueError where one bit for each is too much already.
     """

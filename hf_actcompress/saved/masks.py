@@ -26,7 +26,7 @@ def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor
 def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
     """(bitmap, c) if every value of `x` (contiguous) is 0 or c, as in dropout's mask, else None.
 
-    A sample settles most.
+    A sample of about `look` values decides most cases.
     """
     flat = x.reshape(-1)
     some = flat[:: max(1, flat.numel() // look)]

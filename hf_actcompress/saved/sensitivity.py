@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from ..models.replay import few_rows, normed, undisturbed
+from ..models.replay import few_rows, has_batch_norm, undisturbed
 from ..observe.events import Event
 from ..observe.gradients import ExactPass
 from .rules import weight_of
@@ -145,7 +145,7 @@ def measure(handle: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], 
         bits for each slot, to the bits that are taken.
     Returns None where a tensor holds NaN or Inf.
     """
-    args, kwargs, scale = few_rows(args, kwargs, ROWS * (2 if normed(model) else 1))
+    args, kwargs, scale = few_rows(args, kwargs, ROWS * (2 if has_batch_norm(model) else 1))
     trial = Trial(scale, handle.saved.codec)
     parameters = [p for p in model.parameters() if p.requires_grad]
     with handle.disabled(), handle.saved.trying(trial), undisturbed(model):
