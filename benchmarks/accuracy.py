@@ -37,9 +37,9 @@ TASKS = {
         "--placement cuts --max_train_samples 5000 --max_eval_samples 5000 --image_size 96",
     ),
 }  # task: (recipe, folder of the data, options)
-ROTATED = "rotate=hadamard,levels=gauss,allocate=energy"
-PATCHED = ROTATED + ",patch=dct"  # differs on images alone
-TRELLIS = "rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3"
+# How version 0.1 spelled them: its records keep these names.
+OLD = {"rotated": "rotate=hadamard,levels=gauss,allocate=energy",
+       "trellis": "rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3"}
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,35 @@ class Run:
 
     @property
     def path(self) -> Path:
-        codecs = (self.codec,) if self.grad_codec is None else (self.codec, self.grad_codec)
+        old = self._path(recorded(self.codec, self.task))
+        return old if old.is_file() else self._path(self.codec)
+
+    def _path(self, codec: str) -> Path:
+        codecs = (codec,) if self.grad_codec is None else (codec, self.grad_codec)
         return RESULTS / self.task / harness.file_name(*codecs, f"seed{self.seed}")
 
     def __str__(self) -> str:
         return f"{self.task} {self.codec} seed {self.seed}"
 
 
+def recorded(codec: str, task: str) -> str:
+    """The name of a codec in the records of version 0.1."""
+    name, _, bits = codec.partition(":")
+    if name not in OLD:
+        return codec
+    return f"block:{bits},{OLD[name]}{',patch=dct' if name == 'rotated' and task == 'cifar10' else ''}"
+
+
 def plan(tasks: list[str]) -> list[Run]:
     """All runs, the most telling ones first."""
     seeds = (0, 1, 2)
-    main = [("none", None), ("block:bits=4", GRADIENT), (f"block:bits=3,{ROTATED}", GRADIENT),
-            (f"block:bits=2,{ROTATED}", GRADIENT), (f"block:bits=2,{TRELLIS}", GRADIENT)]  # fmt: skip
+    main = [("none", None), ("block:bits=4", GRADIENT), ("rotated:bits=3", GRADIENT),
+            ("rotated:bits=2", GRADIENT), ("trellis:bits=2", GRADIENT)]  # fmt: skip
     runs = []
     for seed in seeds:
-        runs += [Run("cifar10", f"block:bits={b},{PATCHED}", GRADIENT, seed) for b in (4, 3, 2) if "cifar10" in tasks]
+        runs += [Run("cifar10", "rotated:bits=4", GRADIENT, seed)] if "cifar10" in tasks else []
         runs += [Run(task, codec, grad, seed) for task in tasks for codec, grad in main]
-        runs += [Run("cola", f"block:bits=4,{ROTATED}", GRADIENT, seed)] if "cola" in tasks else []
+        runs += [Run("cola", "rotated:bits=4", GRADIENT, seed)] if "cola" in tasks else []
         if seed == 0:
             runs += [Run(task, codec, None, 0) for codec in single("cola") for task in tasks if codec in single(task)]
             runs += [Run(task, codec, None, 0) for task in tasks for codec in single(task) if codec.startswith("low")]

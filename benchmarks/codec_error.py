@@ -22,14 +22,9 @@ from hf_actcompress.codecs.transforms.levels import gauss_levels
 from hf_actcompress.models.tracing import first_tensor
 from hf_actcompress.workloads import load_image_model, load_images, load_text, load_text_model, prepare_images
 
-ROTATED = "rotate=hadamard,levels=gauss"
 SPECS = [
     "uniform:bits=8", "uniform:bits=4", "sort:bits=8", "sort:bits=4", "kmeans:bits=4", "float8", "topk:ratio=0.2",
-    "block:bits=8", "block:bits=4,equalize=none", "block:bits=4", f"block:bits=4,{ROTATED},equalize=none",
-    f"block:bits=4,{ROTATED}", f"block:bits=3,{ROTATED},equalize=none", f"block:bits=3,{ROTATED}",
-    f"block:bits=3,{ROTATED},allocate=energy",
-    "block:bits=2,equalize=none", "block:bits=2", f"block:bits=2,{ROTATED},equalize=none",
-    f"block:bits=2,{ROTATED},fit=error", f"block:bits=2,{ROTATED}", f"block:bits=2,{ROTATED},allocate=energy",
+    "block:bits=8", "block:bits=4,equalize=none", "block:bits=4", "block:bits=2,equalize=none", "block:bits=2",
     "rotated:bits=4", "rotated:bits=3", "rotated:bits=2", "trellis:bits=3", "trellis:bits=2",
 ]  # fmt: skip
 

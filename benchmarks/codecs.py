@@ -33,8 +33,7 @@ from hf_actcompress.plan.bench import measure, sample
 SIZES = ("16K", "256K", "1M", "16M", "64M", "256M", "1G")
 CODECS = (
     "uniform:bits=8", "uniform:bits=4", "uniform:bits=2", "block:bits=8", "block:bits=4", "block:bits=2",
-    "block:bits=4,round=stochastic", "block:bits=2,rotate=hadamard",
-    "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", "sort:bits=8", "kmeans:bits=4", "topk:ratio=0.1",
+    "block:bits=4,round=stochastic", "rotated:bits=2", "sort:bits=8", "kmeans:bits=4", "topk:ratio=0.1",
     "lowrank:rank=8", "float8",
 )  # fmt: skip
 FEATURES = 768

@@ -14,7 +14,7 @@ import torch
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.workloads import collate_images, load_image_model, load_images, prepare_images
 
-CODECS = ("block:bits=8", "block:bits=4", "block:bits=2,rotate=hadamard,levels=gauss")
+CODECS = ("block:bits=8", "block:bits=4", "rotated:bits=2")
 
 
 def main() -> None:

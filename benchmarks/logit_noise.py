@@ -26,15 +26,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.workloads import load_text, tokenize_splits
 
-ROTATED = "rotate=hadamard,levels=gauss"
 CODECS = (
-    "block:bits=4", "block:bits=4,equalize=none",
-    *(f"block:bits={b},{ROTATED}{more}" for b in (3, 2) for more in (",fit=error", "", ",allocate=energy")),
-    f"block:bits=2,{ROTATED},equalize=none,fit=error",
-    f"block:bits=2,{ROTATED},allocate=energy,prototypes=3",
-    "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy",
-    "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy,prototypes=3",
-)  # fmt: skip
+    "block:bits=4", "block:bits=4,equalize=none", "rotated:bits=3", "rotated:bits=2", "rotated:bits=2,prototypes=3",
+    "trellis:bits=2,prototypes=0", "trellis:bits=2",
+)
 
 
 def outcome(model: Any, batches: dict[str, list], config: ActCompressConfig | None) -> dict[str, torch.Tensor]:
@@ -74,7 +69,7 @@ def main() -> None:
     plain, rows = outcome(model, batches, None), []
     cuts = {"both": (1, 2), "first": (1, 0), "last": (0, 2)}
     runs = [(codec, "both") for codec in CODECS]
-    runs += [(f"block:bits=2,{ROTATED},fit=error", cut) for cut in ("first", "last")]
+    runs += [("rotated:bits=2", cut) for cut in ("first", "last")]
     for codec, cut in tqdm(runs):
         first, last = cuts[cut]
         config = ActCompressConfig(codec, "identity", first=first, last=last, placement="cuts")

@@ -26,6 +26,7 @@ from hf_actcompress.report.comparison import comparison_section, find_indices, l
 from hf_actcompress.report.records import load_records
 from hf_actcompress.report.tables import accuracy_table, write_results_page
 
+# The records keep the names that version 0.1 had for these codecs.
 ROTATED = "block:bits={},rotate=hadamard,levels=gauss,allocate=energy"
 TRELLIS = "block:bits=2,rotate=hadamard,levels=trellis,allocate=energy,patch=dct,prototypes=3"
 # Label, codec of the text tasks, codec of the images where it is another (text has no patches).

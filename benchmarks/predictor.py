@@ -44,7 +44,6 @@ CUTS = {
     "every": "--first 3 --last 2 --placement every",
 }
 GRADIENT = "block:bits=8,round=stochastic"
-ROTATED = "rotate=hadamard,levels=gauss"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def plan(tasks: list[str]) -> list[Run]:
             ("topk:ratio=0.05", "cuts"), ("uniform:bits=8", "every"), ("uniform:bits=6", "every"),
             ("uniform:bits=5", "late"), ("block:bits=3", "every"), ("sort:bits=3", "every"), ("kmeans:bits=2", "cuts"),
             ("float8:format=e5m2", "every"), ("topk:ratio=0.5", "every")]  # fmt: skip
-    forward = [(f"block:bits=2,{ROTATED}", "late"), ("uniform:bits=4", "every"), ("block:bits=2", "cuts")]
+    forward = [("rotated:bits=2", "late"), ("uniform:bits=4", "every"), ("block:bits=2", "cuts")]
     runs = []
     for task in tasks:
         own = [Run(task, "none", None, "late", seed) for seed in (0, 1, 2)]

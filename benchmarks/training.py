@@ -28,7 +28,7 @@ from hf_actcompress.workloads import load_image_model, load_text_model
 
 CODECS = (
     "identity", "uniform:bits=8", "block:bits=8", "block:bits=4", "block:bits=2",
-    "block:bits=2,rotate=hadamard,levels=gauss,allocate=energy", "sort:bits=8", "kmeans:bits=4", "topk:ratio=0.1",
+    "rotated:bits=2", "sort:bits=8", "kmeans:bits=4", "topk:ratio=0.1",
     "lowrank:rank=8", "float8",
 )  # fmt: skip
 

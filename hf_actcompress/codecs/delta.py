@@ -135,9 +135,12 @@ class DeltaState(CodecState):
         return rows.view(len(slots), -1)[:, :width].reshape(len(slots), *self.shape).to(like.device)
 
     def check(self, slots: list[int]) -> Tensor:
-        """int64 [1]: differs, all but surely, where the caches of the two sides do."""
-        weights = torch.arange(1, len(slots) + 1)
-        return (self.codes[torch.tensor(slots)].sum(1, dtype=torch.int64) * weights).sum(dim=0, keepdim=True)
+        """int64 [1]: differs, all but surely, where the caches of the two sides do, in codes or scales."""
+        index = torch.tensor(slots)
+        words = [t[index].view(len(slots), -1).view(torch.int64) for t in (self.codes, self.scales)]
+        words = torch.cat(words, 1).view(-1)
+        weights = (2 * torch.arange(words.numel()) + 1) * 0x9E3779B97F4A7C1  # odd, so that no word is lost
+        return (words * weights).sum(dim=0, keepdim=True)  # modulo 2**64
 
     def write(self, slots: list[int], rows: Tensor) -> None:
         """Keep fp32 `rows` [k, *shape] in 8 bits."""

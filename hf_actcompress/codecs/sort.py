@@ -13,7 +13,7 @@ from ..ops.lookup import decode_table
 from ..ops.packing import MAX_BITS
 from ..ops.reductions import extremes, ranked, strided_sample
 from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
-from ..ops.scales import safe_inverse
+from ..ops.scales import flushed, usable
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .registry import register_codec
 
@@ -69,12 +69,12 @@ class Sort(Codec):
             least, most = extremes(x)
             lo = torch.cat([least[None], lo[1:]])
             hi = torch.cat([lo[1:], most[None]])
-        return lo[1:].contiguous(), torch.stack([lo, hi / top - lo / top], 1)
+        return lo[1:].contiguous(), torch.stack([flushed(lo), usable(hi / top - lo / top)], 1)
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         edges, scales = self._groups(x)
         offsets = torch.arange(scales.shape[0], device=x.device).float() * 2 ** (self.bits - self.splits)
-        shared = [edges, scales, safe_inverse(scales[:, 1]), offsets]
+        shared = [edges, scales, 1 / scales[:, 1], offsets]
         codes = encode_parts(sort_encode, x, shared, **self._static())
         return self._payload(x, {"codes": join(codes), "scales": scales})
 
@@ -90,7 +90,7 @@ class Sort(Codec):
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         edges, scales = self._groups(x)
-        return roundtrip_parts(sort_roundtrip, x, [edges, scales, safe_inverse(scales[:, 1])], **self._static())
+        return roundtrip_parts(sort_roundtrip, x, [edges, scales, 1 / scales[:, 1]], **self._static())
 
     def _static(self) -> dict[str, int | bool]:
         # A chain of comparisons is as long as there are groups.

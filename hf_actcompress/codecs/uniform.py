@@ -16,6 +16,7 @@ from ..ops.packing import MAX_BITS
 from ..ops.reductions import extremes
 from ..ops.rounding import noise_source
 from ..ops.rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
+from ..ops.scales import flushed, usable
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .registry import register_codec
 from .rounding import RoundingState, key_of
@@ -47,7 +48,7 @@ class Uniform(Codec):
         """fp32 [2]: minimum and step."""
         lo, hi = extremes(x)
         top = 2**self.bits - 1
-        return torch.stack([lo, hi / top - lo / top])  # hi - lo could overflow
+        return torch.stack([flushed(lo), usable(hi / top - lo / top)])  # hi - lo could overflow
 
     def _apply(self, kernel: Kernel, x: Tensor, scale: Tensor, state: CodecState | None) -> list[Tensor]:
         flat, results = x.reshape(-1), []

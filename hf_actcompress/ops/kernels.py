@@ -13,7 +13,7 @@ from torch import Tensor
 from .compiled import Kernel
 from .packing import code_dtype, pack, unpack_parts
 from .rounding import noise
-from .scales import ceil16, floor16, safe_inverse
+from .scales import ceil16, floor16, flushed, usable
 
 SELECTED = 4  # bits up to which a table is looked up by choices
 
@@ -37,10 +37,10 @@ def _group_codes(x, starts, mean, inverse, lanes, key, bits):  # noqa: ANN001, A
     """(codes fp32 [N, K, C], minimum [N, K], step [N, K])"""
     y, top = units(x, mean, inverse), 2**bits - 1
     lo, hi = y.amin(-1), y.amax(-1)
-    lo = floor16(lo)
+    lo = floor16(flushed(lo))
     # Not hi - lo, which could overflow; not a division, which takes longer than all the rest of a group.
-    step = ceil16(hi * (1 / top) - lo * (1 / top))
-    codes = rounded((y - lo[..., None]) * safe_inverse(step)[..., None], top, starts, lanes, key)
+    step = usable(ceil16(hi * (1 / top) - lo * (1 / top)))
+    codes = rounded((y - lo[..., None]) * (1 / step)[..., None], top, starts, lanes, key)
     return codes, lo, step
 
 
@@ -77,7 +77,7 @@ def _group_roundtrip(
 
 
 def _line_codes(x, starts, scale, lanes, key, bits):  # noqa: ANN001, ANN202
-    y = (x.float() - scale[0]) * safe_inverse(scale[1])
+    y = (x.float() - scale[0]) * (1 / scale[1])
     return rounded(y, 2**bits - 1, starts, lanes, key)
 
 

@@ -19,7 +19,17 @@ def ceil16(x: Tensor) -> Tensor:
     return -floor16(-x)
 
 
+def flushed(x: Tensor) -> Tensor:
+    """Subnormal numbers become 0: a step could not tell a minimum among them from the other values.  NaN stays."""
+    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, torch.zeros_like(x), x)
+
+
+def usable(step: Tensor) -> Tensor:
+    """A step that has an inverse: at least the smallest normal number.  NaN stays."""
+    return step.clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def safe_inverse(step: Tensor) -> Tensor:
-    """1 / step, and 0 where the step is 0 or too small to invert: such a group decodes to its minimum."""
+    """1 / step, and 0 where it is 0 or too small to invert."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.where(step >= tiny, 1.0 / step.clamp_min(tiny), torch.zeros_like(step))

@@ -132,11 +132,19 @@ def test_a_run_goes_on_from_its_state():
         again[0].load_state_dict({"error": None})
 
 
-def test_caches_that_differ_are_noticed():
+@pytest.mark.parametrize("what", ["a code", "two codes that changed places", "a scale"])
+def test_caches_that_differ_are_noticed(what):
     codec = parse_codec("delta+block:bits=4")
     states = both(codec)
     passed(codec, states, activations([1, 2], 0), [1, 2])
-    states[1].codes[1, 5] ^= 1
+    state = states[1]
+    if what == "a code":
+        state.codes[1, 5] ^= 1
+    elif what == "a scale":
+        state.scales[0, 1, 1] *= 1.001
+    else:
+        state.codes[1, [5, 6]] = state.codes[1, [6, 5]]
+        assert state.codes[1, 5] != state.codes[1, 6]
     with pytest.raises(ValueError, match="caches of the two sides differ"):
         passed(codec, states, activations([1, 2], 1), [1, 2])
 

@@ -1,4 +1,6 @@
-"""Codecs of every kind, for tests that hold of all."""
+"""Codecs of every kind, for tests that hold of all.  A new codec is among them by its name."""
+
+from hf_actcompress.codecs import codec_names
 
 SPECS = [
     "identity",
@@ -40,3 +42,4 @@ SPECS = [
     "ef+topk:ratio=0.3|uniform:bits=4,round=stochastic",
     "ef+lowrank:rank=1",
 ]
+SPECS += [name for name in codec_names() if not any(spec.partition(":")[0] == name for spec in SPECS)]

@@ -34,7 +34,6 @@ struct Groups {
     int64_t period, groups;
     int cols;
     uint32_t start, key;
-    bool stored16;
 };
 
 struct Scale {
@@ -42,11 +41,11 @@ struct Scale {
 };
 
 template <int TOP>
-INLINE Scale scale_of(float lo, float hi, bool stored16) {
-    if (stored16) lo = floor16(lo);
-    float step = hi * static_cast<float>(1.0 / TOP) - lo * static_cast<float>(1.0 / TOP);
-    if (stored16) step = -floor16(-step);
-    return {lo, step, step >= FLT_MIN ? 1.0f / step : 0.0f};
+INLINE Scale scale_of(float lo, float hi) {
+    lo = floor16(std::fabs(lo) < FLT_MIN ? 0.0f : lo);
+    float step = -floor16(lo * static_cast<float>(1.0 / TOP) - hi * static_cast<float>(1.0 / TOP));
+    step = step < FLT_MIN ? FLT_MIN : step;  // NaN stays
+    return {lo, step, 1.0f / step};
 }
 
 // Values of group `g` in y, and its minimum and step.
@@ -69,11 +68,11 @@ INLINE Scale prepare(const Groups<T>& all, int64_t g, float* y) {
     const float lo = joined(low, [](auto a, auto b) { return b < a ? b : a; });
     const float hi = joined(high, [](auto a, auto b) { return b > a ? b : a; });
     const bool nan = any(strange);
-    return scale_of<TOP>(nan ? NAN : lo, nan ? NAN : hi, all.stored16);
+    return scale_of<TOP>(nan ? NAN : lo, nan ? NAN : hi);
 }
 
 template <typename T, int BITS, bool NOISE>
-void encode(const Groups<T>& all, uint8_t* codes, void* scales) {
+void encode(const Groups<T>& all, uint8_t* codes, uint16_t* scales) {
     constexpr int TOP = (1 << BITS) - 1;
     const int cols = all.cols;
     const uint32_t key = all.key;
@@ -82,13 +81,8 @@ void encode(const Groups<T>& all, uint8_t* codes, void* scales) {
         float y[LARGEST];
         const Scale scale = prepare<TOP>(all, g, y);
         const float lo = scale.lo, unit = scale.unit;
-        if (all.stored16) {  // both are bf16 already
-            store(static_cast<uint16_t*>(scales) + 2 * g, lo);
-            store(static_cast<uint16_t*>(scales) + 2 * g + 1, scale.step);
-        } else {
-            store(static_cast<float*>(scales) + 2 * g, lo);
-            store(static_cast<float*>(scales) + 2 * g + 1, scale.step);
-        }
+        store(scales + 2 * g, lo);  // both are bf16 already
+        store(scales + 2 * g + 1, scale.step);
         uint8_t* out = codes + g * (cols * BITS / 8);
         const uint32_t first = all.start + static_cast<uint32_t>(g) * static_cast<uint32_t>(cols);
         const auto code = [&](int c) {
@@ -135,7 +129,7 @@ void roundtrip(const Groups<T>& all, T* out) {
 // Images with channels last, [pixels, channels], whose groups are runs of pixels of one channel: what would be decoded of
 // them, in the same order.  As many channels, hence groups, at a time as a register has lanes.
 template <typename T, int BITS, bool NOISE>
-void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key, bool stored16,
+void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key,
             T* __restrict out) {
     constexpr int TOP = (1 << BITS) - 1;
     const int64_t runs = pixels / cols;
@@ -154,7 +148,7 @@ void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels,
                     strange |= v != v;
                 }
                 for (int j = 0; j < LANES; ++j) {
-                    const Scale scale = scale_of<TOP>(strange[j] ? NAN : lo[j], strange[j] ? NAN : hi[j], stored16);
+                    const Scale scale = scale_of<TOP>(strange[j] ? NAN : lo[j], strange[j] ? NAN : hi[j]);
                     lo[j] = scale.lo, step[j] = scale.step, unit[j] = scale.unit;
                     counter[j] = static_cast<uint32_t>(((i * channels + first + j) * runs + r) * cols);
                 }
@@ -168,14 +162,14 @@ void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels,
 
 template <typename T, int BITS>
 void planes_of(bool noise, const void* x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key,
-               bool stored16, void* out) {
+               void* out) {
     const auto run = noise ? planes<T, BITS, true> : planes<T, BITS, false>;
-    run(static_cast<const T*>(x), images, pixels, channels, cols, key, stored16, static_cast<T*>(out));
+    run(static_cast<const T*>(x), images, pixels, channels, cols, key, static_cast<T*>(out));
 }
 
 // Codes and scales, or with `out` the roundtrip.
 template <typename T, int BITS>
-void run(const Groups<T>& all, bool noise, uint8_t* codes, void* scales, void* out) {
+void run(const Groups<T>& all, bool noise, uint8_t* codes, uint16_t* scales, void* out) {
     T* values = static_cast<T*>(out);
     if (values)
         noise ? roundtrip<T, BITS, true>(all, values) : roundtrip<T, BITS, false>(all, values);
@@ -184,7 +178,7 @@ void run(const Groups<T>& all, bool noise, uint8_t* codes, void* scales, void* o
 }
 
 template <typename T>
-void choose(int bits, const Groups<T>& all, bool noise, uint8_t* codes, void* scales, void* out) {
+void choose(int bits, const Groups<T>& all, bool noise, uint8_t* codes, uint16_t* scales, void* out) {
     switch (bits) {
         case 1: return run<T, 1>(all, noise, codes, scales, out);
         case 2: return run<T, 2>(all, noise, codes, scales, out);
@@ -238,30 +232,29 @@ void flags_of(const T* x, int64_t rows, float low, float high, uint8_t* bits) {
 }  // namespace
 
 // x [groups, cols] fp32 or bf16; mean, inverse, root [period, cols] or null.  Writes codes [groups, cols * bits / 8] and
-// scales [groups, 2] (bf16 with stored16, else fp32), or, where it is given, what is decoded of them to out [groups, cols].
+// scales [groups, 2] (bf16), or, where it is given, what is decoded of them to out [groups, cols].
 extern "C" void group_codes(const void* x, int bf16, int noise, int bits, const float* mean, const float* inverse,
                             const float* root, int64_t period, int64_t groups, int cols, uint32_t start, uint32_t key,
-                            int stored16, uint8_t* codes, void* scales, void* out) {
-    const bool keep16 = stored16 != 0;
+                            uint8_t* codes, uint16_t* scales, void* out) {
     if (bf16)
-        choose<uint16_t>(bits, {static_cast<const uint16_t*>(x), mean, inverse, root, period, groups, cols, start, key,
-                                keep16}, noise, codes, scales, out);
+        choose<uint16_t>(bits, {static_cast<const uint16_t*>(x), mean, inverse, root, period, groups, cols, start, key},
+                         noise, codes, scales, out);
     else
-        choose<float>(bits, {static_cast<const float*>(x), mean, inverse, root, period, groups, cols, start, key,
-                             keep16}, noise, codes, scales, out);
+        choose<float>(bits, {static_cast<const float*>(x), mean, inverse, root, period, groups, cols, start, key},
+                      noise, codes, scales, out);
 }
 
 // x [images, pixels, channels] fp32 or bf16, whose groups are `cols` pixels of a channel: what is decoded, likewise.
 extern "C" void planes_roundtrip(const void* x, int bf16, int noise, int bits, int64_t images, int64_t pixels,
-                                 int channels, int cols, uint32_t key, int stored16, void* out) {
-    using Run = void (*)(bool, const void*, int64_t, int64_t, int, int, uint32_t, bool, void*);
+                                 int channels, int cols, uint32_t key, void* out) {
+    using Run = void (*)(bool, const void*, int64_t, int64_t, int, int, uint32_t, void*);
     constexpr Run of32[] = {planes_of<float, 1>, planes_of<float, 2>, planes_of<float, 3>, planes_of<float, 4>,
                             planes_of<float, 5>, planes_of<float, 6>, planes_of<float, 8>};
     constexpr Run of16[] = {planes_of<uint16_t, 1>, planes_of<uint16_t, 2>, planes_of<uint16_t, 3>,
                             planes_of<uint16_t, 4>, planes_of<uint16_t, 5>, planes_of<uint16_t, 6>,
                             planes_of<uint16_t, 8>};
     const int which = bits == 8 ? 6 : bits - 1;
-    (bf16 ? of16 : of32)[which](noise != 0, x, images, pixels, channels, cols, key, stored16 != 0, out);
+    (bf16 ? of16 : of32)[which](noise != 0, x, images, pixels, channels, cols, key, out);
 }
 
 // Where x [rows, 128] is not 0; returns whether a value is neither 0 nor `value`.

@@ -117,9 +117,9 @@ def _library() -> ctypes.CDLL | None:
         logger.warning("Codecs run without their native kernels (%s) %s", error, text[-500:])
         return None
     p, i, n, u, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
-    library.group_codes.argtypes = [p, i, i, i, p, p, p, n, n, i, u, u, i, p, p, p]
+    library.group_codes.argtypes = [p, i, i, i, p, p, p, n, n, i, u, u, p, p, p]
     library.group_codes.restype = None
-    library.planes_roundtrip.argtypes = [p, i, i, i, n, n, i, i, u, i, p]
+    library.planes_roundtrip.argtypes = [p, i, i, i, n, n, i, i, u, p]
     library.planes_roundtrip.restype = None
     library.slope_encode.argtypes = [p, i, i, i, n, i, f, f, u, u, p]
     library.slope_encode.restype = i
@@ -208,7 +208,7 @@ def planes_roundtrip(x: Tensor, cols: int, key: int | None, *, bits: int) -> Ten
     out, (images, channels, *_) = fresh(x.numel(), x.dtype, x.device).view(lying.shape).permute(0, 3, 1, 2), x.shape
     library.planes_roundtrip(
         x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, images, x.shape[2] * x.shape[3], channels,
-        cols, (key or 0) & 0xFFFFFFFF, True, out.data_ptr(),
+        cols, (key or 0) & 0xFFFFFFFF, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -221,7 +221,7 @@ def _group_codes(
     tables = tuple(None if t is None else t.contiguous() for t in tables)
     library.group_codes(
         x.data_ptr(), x.dtype == torch.bfloat16, key is not None, bits, *map(_address, tables), k, n * k, c,
-        start & 0xFFFFFFFF, (key or 0) & 0xFFFFFFFF, True, *map(_address, results),
+        start & 0xFFFFFFFF, (key or 0) & 0xFFFFFFFF, *map(_address, results),
     )  # fmt: skip
 
 
