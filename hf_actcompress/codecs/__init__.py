@@ -16,6 +16,7 @@ from .parse import parse_codec
 from .registry import CODECS, codec_names, register_codec
 from .rotated import Rotated
 from .rounding import RoundingState
+from .sign import Sign
 from .sort import Sort
 from .topk import TopK
 from .trellis import Trellis
