@@ -1,5 +1,6 @@
-"""Pruned models on disk: which shapes and attributes differ from what the configuration would build, beside the
-safetensors, so that a pruned model loads by itself.  Nothing here prunes.
+"""Pruned models on disk: weights as safetensors, and a manifest of shapes, since these are not the configuration's.
+
+Nothing here prunes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .files import build_model, is_shape, read_json, read_safetensors, some
 MANIFEST = "pruned_shapes.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
-# What layers remember of their shapes, and attention of its heads.
+# Attributes that hold shapes: of layers, and the number of heads of attention.
 ATTRIBUTES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",
     "num_channels", "embedding_dim", "num_attention_heads", "num_heads", "n_heads", "all_head_size", "attn_dim",
@@ -25,7 +26,7 @@ ATTRIBUTES = (
 
 
 def shape_manifest(model: nn.Module) -> dict[str, Any]:
-    """Shapes of all parameters and buffers, and the attributes that go with them, by name."""
+    """Shapes of all parameters and buffers and the attributes that belong to them, by name."""
     modules = {}
     for path, module in model.named_modules():
         found = {name: getattr(module, name, None) for name in ATTRIBUTES}
@@ -57,7 +58,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if hasattr(config, "save_pretrained"):
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
-    # Not save_pretrained of the model: it renames tensors to what older versions called them.
+    # Not the model's save_pretrained: it renames tensors to their names in older versions.
     save_model(model, str(folder / WEIGHTS))
     write_shapes(model, folder)
     return folder
@@ -124,7 +125,7 @@ def check_manifest(manifest: Any, path: Path) -> dict[str, Any]:
 
 
 def apply_shapes(model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Gives an unpruned `model` the shapes of a pruned one; what changes its shape is left uninitialised.
+    """Gives an unpruned `model` the shapes of a pruned one; tensors that change shape are uninitialised.
 
     Raises ValueError, and changes nothing, where the model has other modules than the manifest.
     """

@@ -1,7 +1,7 @@
 """Static int8 on CPUs, after training (PTQ) or in training (QAT), through torchao's PT2E and its x86 quantizer.
 
-The model is exported, so what comes back is a graph with the inputs of the calibration batch, no longer the class that
-went in.  Weights alone: `weight_only.py`.
+The model is exported: the result is a graph with the inputs of the calibration batch, no longer the model's class.
+Quantization of weights alone: `weight_only.py`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FORMAT = 2
 
 
 class ExportedClassifier(nn.Module):
-    """A graph with the face of a transformers model: keyword inputs, perhaps labels, to loss and logits.
+    """A graph that is called like a transformers model: inputs and optional labels as keywords, loss and logits out.
 
-    `lower(inputs)` prepares fast int8 kernels for batches of exactly these shapes (some seconds, no compiler);
-    batches of other shapes run the reference graph, which gives the same values slowly.  In a Trainer set
-    remove_unused_columns=False: the inputs' names are not in the signature.
+    `lower(inputs)` prepares fast int8 kernels for batches of exactly these shapes (some seconds, no compiler); batches
+    of other shapes run the reference graph, which is slow and gives the same values.  In a Trainer set
+    remove_unused_columns=False, since the inputs' names are not in the signature.
     """
 
     accepts_loss_kwargs = False  # the Trainer would take **inputs for a way to pass num_items_in_batch
@@ -42,7 +42,7 @@ class ExportedClassifier(nn.Module):
         super().__init__()
         self.graph, self.names, self.quantized = graph, names, quantized
         self.config = config  # of the transformers model that went in, or None
-        self._fast: dict[tuple[Any, ...], Any] = {}  # not modules: their weights are copies in another layout
+        self._fast: dict[tuple[Any, ...], Any] = {}  # no submodules: their weights are copies in another layout
 
     def forward(self, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any) -> Any:
         missing = [name for name in self.names if name not in inputs]
@@ -58,6 +58,7 @@ class ExportedClassifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def lower(self, inputs: Mapping[str, Tensor]) -> ExportedClassifier:
+        """Prepare int8 kernels for batches of these shapes; ValueError before `convert`."""
         if not self.quantized:
             raise ValueError("This model is still in training; convert(model) makes it int8 first.")
         from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
@@ -73,12 +74,14 @@ class ExportedClassifier(nn.Module):
 def quantize_static(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, reduce_range: bool | None = None
 ) -> ExportedClassifier:
-    """An int8 version of `model`; ranges of activations come from `batches` (mappings of inputs, labels ignored).
+    """An int8 version of `model`, which is not changed.
 
-    Weights: symmetric per channel; activations: per tensor.  The first batch, of two rows or more, shows the inputs
-    by name and shape; the number of rows, and of tokens in a text, stays free.  `model` is not changed.
+    Weights are quantized symmetrically per channel, activations per tensor.
+
+    batches: mappings of inputs (labels are ignored), from which the ranges of activations are taken.  The first, of
+        two rows or more, determines the inputs' names and shapes; the number of rows, and of tokens, stays free.
     reduce_range: activations in 7 bits.  On x86 CPUs without VNNI int8 kernels add two products in 16 bits, which
-        overflow with 8: by default it is on where this CPU is one of them.  Say True for a model that is to run there.
+        overflows with 8 bits.  Default: on where this CPU is one of them; pass True for a model that will run there.
     Raises ValueError for no batches, a first batch of one row, and a model that cannot be exported.
     """
     pt2e = _pt2e()
@@ -105,10 +108,11 @@ def quantize_static(
 def prepare_qat(
     model: nn.Module, example: Mapping[str, Any], *, reduce_range: bool | None = None
 ) -> ExportedClassifier:
-    """`model` with int8 rounding simulated, to be trained by any loop or Trainer and then given to `convert`.
+    """`model` with simulated int8 rounding, to be trained by any loop or Trainer and then passed to `convert`.
 
-    Start from trained weights and train briefly with a small learning rate.  `example`, reduce_range: as in
-    `quantize_static`.
+    Start from trained weights and train briefly with a small learning rate.
+
+    example: a batch of two rows or more; reduce_range: as in `quantize_static`.
     """
     pt2e = _pt2e()
     names, values = _inputs(example)
@@ -124,7 +128,7 @@ def prepare_qat(
 
 
 def convert(model: ExportedClassifier) -> ExportedClassifier:
-    """The int8 model of what `prepare_qat` has made and training has changed."""
+    """The int8 model from the trained result of `prepare_qat`."""
     if not isinstance(model, ExportedClassifier) or model.quantized:
         raise ValueError("convert takes the model that prepare_qat has returned, once.")
     pt2e = _pt2e()
@@ -214,12 +218,12 @@ def _quantizer(pt2e: dict[str, Any], qat: bool, reduce_range: bool | None) -> An
 
 def _adds_in_32_bits() -> bool:
     """Whether int8 kernels of this CPU add their products in 32 bits (VNNI, or no x86 at all)."""
-    asks = getattr(torch.cpu, "_is_vnni_supported", None)  # torch has no public question for this
-    return platform.machine().lower() not in ("x86_64", "amd64") or asks is None or asks()
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)  # torch has no public function for this
+    return platform.machine().lower() not in ("x86_64", "amd64") or supported is None or supported()
 
 
 class _Logits(nn.Module):
-    """Positional inputs to logits, which is what a graph can be.  A plain network gets its inputs by position."""
+    """Positional inputs to logits, as a graph needs them.  Models that do not know the names get them by position."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -247,7 +251,7 @@ def _export(model: nn.Module, names: list[str], values: tuple[Tensor, ...]) -> n
 
 
 def _dynamic(values: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """Rows are free, and so are tokens: the second dimension of whole numbers."""
+    """The number of rows is free, and that of tokens: the second dimension of integer inputs."""
     auto = torch.export.Dim.AUTO
     return tuple({0: auto} if v.is_floating_point() or v.dim() < 2 else {0: auto, 1: auto} for v in values)
 
@@ -256,13 +260,13 @@ def _inputs(batch: Mapping[str, Any]) -> tuple[list[str], tuple[Tensor, ...]]:
     names = [name for name, value in batch.items() if isinstance(value, Tensor) and name not in ("labels", "label")]
     values = tuple(batch[name] for name in names)
     if not names or min(len(value) for value in values) < 2:
-        raise ValueError(f"The batch has {({n: list(batch[n].shape) for n in names}) or 'no tensors'}: two rows or "
-                         "more are needed, or the number of rows would be fixed to one.")  # fmt: skip
+        raise ValueError(f"The batch has {({n: list(batch[n].shape) for n in names}) or 'no tensors'}: give two rows "
+                         "or more, or export would fix the number of rows to one.")  # fmt: skip
     return names, values
 
 
 def _finish(graph: nn.Module, names: list[str], config: Any) -> ExportedClassifier:
-    """Drops what the graph no longer reads (the fp32 weights, for one, stay as attributes after conversion)."""
+    """Drops attributes that the graph does not read: after conversion the fp32 weights are among them."""
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     stale = [name for name in (*dict(graph.named_parameters()), *dict(graph.named_buffers())) if name not in used]
     for name in stale:

@@ -1,6 +1,6 @@
-"""Weights of few bits with activations left alone: int8 and int4 through torchao, and layers binarized in training.
+"""Weights of few bits, activations unchanged: int8 and int4 through torchao, and layers binarized in training.
 
-One file format serves the three: packed codes with a scale per row or group, as small as its bits say.
+All three are saved in one format: packed codes with a scale for each row or group.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def quantize_weights(model: nn.Module, bits: int = 8, group: int | None = None, layers: str = "*") -> list[str]:
-    """Makes the weights of linear layers whose path matches `layers` int8 or int4, in place; returns their paths.
+    """Quantizes the weights of linear layers whose path matches `layers` to int8 or int4, in place.
 
-    Symmetric, with one scale per row, or per `group` inputs (default 32 for int4).  In memory int4 takes a byte each;
-    `save_few_bits` packs two in a byte.  Raises ValueError for other bits, a group that does not divide a layer's
-    inputs, and a pattern that matches no linear layer.
+    Symmetric, with one scale for each row, or for each `group` inputs (default 32 for int4).  In memory an int4 weight
+    takes a byte; `save_few_bits` packs two into one.  Returns the layers' paths.
+    Raises ValueError for other bits, a group that does not divide a layer's inputs, and a pattern without a match.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits!r}: weight-only quantization has 8 and 4; binarize has 1.")
@@ -86,10 +86,10 @@ class _Signs(torch.autograd.Function):
 
 
 def binarize(model: nn.Module, layers: str | Callable[[str, nn.Module], bool] = "*") -> list[str]:
-    """Trains the weights of matching linear and convolutional layers as signs with a scale per row; returns paths.
+    """Makes matching linear and convolutional layers use the signs of their weights, with a scale for each row.
 
-    The real weights stay the parameters (torch's parametrization); `finish_binarize` leaves the binary ones.  First
-    and last layer are best left real: binarize(model, "layer*").
+    The real weights remain the trained parameters (by torch's parametrization) until `finish_binarize` replaces them.
+    Leave the first and the last layer out: binarize(model, "layer*").  Returns the layers' paths.
     """
     match = layers if callable(layers) else lambda path, module: fnmatch.fnmatchcase(path, layers)
     chosen = [path for path, module in model.named_modules() if isinstance(module, LAYERS) and match(path, module)]
@@ -101,7 +101,7 @@ def binarize(model: nn.Module, layers: str | Callable[[str, nn.Module], bool] = 
 
 
 def finish_binarize(model: nn.Module) -> list[str]:
-    """Replaces what `binarize` trained by plain binary weights; returns their paths."""
+    """Replaces the weights that `binarize` trained by their binary values; returns the layers' paths."""
     done = []
     for path, module in list(model.named_modules()):
         if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], Binarize):
@@ -115,7 +115,7 @@ def finish_binarize(model: nn.Module) -> list[str]:
 
 
 def save_few_bits(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Writes packed codes, scales and all other tensors (safetensors), and a JSON; returns `folder`.
+    """Writes packed codes, scales and all other tensors (safetensors) and a description (JSON); returns `folder`.
 
     Raises ValueError where no layer has weights of few bits.
     """
