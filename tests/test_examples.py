@@ -1,4 +1,4 @@
-"""The recipes run as users run them: as scripts, from JSON, on two processes; and leave complete results."""
+"""The example scripts as users run them: from a shell, from JSON, on two processes; their results are complete."""
 
 import importlib.util
 import json
@@ -180,7 +180,7 @@ def test_cifar_with_another_model_and_local_data(tmp_path, options):
     assert codecs["blocks.3.0"] == "float8"
 
 
-def test_a_recipe_resumes(tmp_path, options):
+def test_a_script_resumes(tmp_path, options):
     values = {**TEXT, "dataset": shared("tiny", "cola"), "codec": "kmeans:bits=2"} | {
         "save_strategy": "steps", "save_steps": 1,
     }  # fmt: skip
@@ -213,7 +213,7 @@ def parse():
 
 
 @pytest.mark.parametrize("form", ["options", "json text", "json file", "yaml file"])
-def test_every_form_of_arguments_has_the_recipes_defaults(parse, tmp_path, form):
+def test_every_form_of_arguments_has_the_scripts_defaults(parse, tmp_path, form):
     values = {"codec": "sort:bits=8", "max_steps": 3}
     argv = [json.dumps(values)]
     if form == "options":

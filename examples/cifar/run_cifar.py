@@ -15,7 +15,8 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from hf_actcompress.workloads import build_compute_metrics, collate_images, prepare_images
-from hf_actcompress.workloads.arguments import ImageDataArguments, ImageModelArguments
+from hf_actcompress.workloads.arguments import ImageDataArguments as DataArguments
+from hf_actcompress.workloads.arguments import ImageModelArguments as ModelArguments
 from hf_actcompress.workloads.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
@@ -30,7 +31,7 @@ DEFAULTS = {
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, training_args, compression = parse_arguments(
-        [ImageModelArguments, ImageDataArguments, TrainingArguments], argv, DEFAULTS
+        [ModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
     )
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):

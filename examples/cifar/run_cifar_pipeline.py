@@ -18,7 +18,8 @@ from transformers import set_seed
 
 from hf_actcompress.pipeline.launch import guarded, join
 from hf_actcompress.workloads import build_compute_metrics, collate_images, prepare_images
-from hf_actcompress.workloads.arguments import ImageDataArguments, ImageModelArguments
+from hf_actcompress.workloads.arguments import ImageDataArguments as DataArguments
+from hf_actcompress.workloads.arguments import ImageModelArguments as ModelArguments
 from hf_actcompress.workloads.pipelined import (
     load_on_first_rank,
     parse_pipeline_arguments,
@@ -29,7 +30,7 @@ DEFAULTS = {"output_dir": "outputs/cifar_pipeline", "batch_size": 64, "eval_batc
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    model_args, data_args, args = parse_pipeline_arguments([ImageModelArguments, ImageDataArguments], argv, DEFAULTS)
+    model_args, data_args, args = parse_pipeline_arguments([ModelArguments, DataArguments], argv, DEFAULTS)
     join(args.timeout)
     set_seed(args.seed)
     data, task = load_on_first_rank(data_args)

@@ -17,7 +17,8 @@ from typing import Any
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from hf_actcompress.workloads import build_compute_metrics, tokenize_splits
-from hf_actcompress.workloads.arguments import TextDataArguments, TextModelArguments
+from hf_actcompress.workloads.arguments import TextDataArguments
+from hf_actcompress.workloads.arguments import TextModelArguments as ModelArguments
 from hf_actcompress.workloads.run import leave_process_group, parse_arguments, train_and_report
 
 DEFAULTS = {
@@ -38,7 +39,7 @@ class DataArguments(TextDataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, training_args, compression = parse_arguments(
-        [TextModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
+        [ModelArguments, DataArguments, TrainingArguments], argv, DEFAULTS
     )
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):

@@ -20,7 +20,8 @@ from transformers import DataCollatorWithPadding, set_seed
 
 from hf_actcompress.pipeline.launch import guarded, join
 from hf_actcompress.workloads import build_compute_metrics, tokenize_splits
-from hf_actcompress.workloads.arguments import TextDataArguments, TextModelArguments
+from hf_actcompress.workloads.arguments import TextDataArguments
+from hf_actcompress.workloads.arguments import TextModelArguments as ModelArguments
 from hf_actcompress.workloads.pipelined import (
     load_on_first_rank,
     parse_pipeline_arguments,
@@ -42,7 +43,7 @@ class DataArguments(TextDataArguments):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    model_args, data_args, args = parse_pipeline_arguments([TextModelArguments, DataArguments], argv, DEFAULTS)
+    model_args, data_args, args = parse_pipeline_arguments([ModelArguments, DataArguments], argv, DEFAULTS)
     join(args.timeout)
     set_seed(args.seed)
     data, task = load_on_first_rank(data_args)

@@ -1,8 +1,8 @@
-"""What two or more example recipes need: data, models, metrics and results.
+"""What example scripts, benchmarks and commands share: data, models, metrics and results.
 
-It knows transformers and data sets but no codec and no site; a recipe joins the two. Everything here also works on a
-machine without a network (`embedded`, "minilm", "tiny-bert", "efficientnet-lite0"). Optional libraries are imported
-where they are used: importing this package loads none of them.
+It works without a network, too (`embedded`, "minilm", "tiny-bert", "efficientnet-lite0").  Optional libraries are
+imported where they are used: importing this package loads none of them.  Only run.py, pipelined.py and by_name.py know
+compression.
 """
 
 from hf_actcompress.workloads.data import TaskData, load_images, load_text, tokenize_splits

@@ -1,6 +1,6 @@
-"""Finds a recipe's data set: an embedded one, a local folder or a hub id, and says what its columns mean.
+"""Data sets by name: an embedded one, a local folder or a hub id, with the meaning of their columns.
 
-It loads and names; pictures become tensors in `images.py`, sentences become tokens in the recipe.
+Images become tensors in `images.py`, sentences become tokens in `tokenize_splits`.
 """
 
 from __future__ import annotations

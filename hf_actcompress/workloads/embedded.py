@@ -1,4 +1,4 @@
-"""Two data sets that exist without a network and without files, so that a recipe runs anywhere.
+"""Two data sets that need neither network nor files, so that scripts and tests run anywhere.
 
 `digits` are scikit-learn's handwritten digits as small RGB pictures. `docstrings` is a text task made at run time
 from the English of libraries that are installed already. Both return a `datasets.DatasetDict` in memory and leave
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 SEED = 0
 DIGITS_TEST = 360
-# The first four come with what the recipes need anyway, so that everyone gets the same task; the rest stand in.
+# The first four are dependencies of the example scripts, so that everyone gets the same task; the others replace
+# those that are missing.
 LIBRARIES = ("numpy", "torch", "pandas", "sklearn", "matplotlib", "transformers")
 MAX_CLASSES = 4
 TRAIN_PER_CLASS, VALIDATION_PER_CLASS = 800, 150

@@ -1,6 +1,6 @@
 """Whether the Hugging Face hub can be reached, asked once and answered at once.
 
-Without a network the hub's clients repeat every request for about 23 seconds before they give up. Recipes ask here
+Without a network the hub's clients repeat every request for about 23 seconds before they give up. Scripts ask here
 first, so that a run on a machine without a network fails, or falls back to what is cached, immediately.
 """
 

@@ -1,4 +1,4 @@
-"""Finds a recipe's model: packaged weights, timm, a local folder or a hub id, always as a transformers model.
+"""Models by name: packaged weights, timm, torchvision, a local folder or a hub id, always as a transformers model.
 
 timm models come inside transformers' own `TimmWrapperForImageClassification`, so that the Trainer, `save_pretrained`
 and `AutoModelForImageClassification.from_pretrained` know them. Nothing here compresses anything.

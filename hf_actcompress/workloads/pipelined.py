@@ -1,7 +1,4 @@
-"""What every pipeline recipe does around its data and model: arguments, training, the merged model, results.
-
-The only file of the recipes that joins them to the pipeline.
-"""
+"""What pipeline scripts do around their data and model: arguments, training, the merged model, results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What every recipe does around its data and model: arguments, training, evaluation, results.
-
-This is the only file of the recipes that joins them to compression.
-"""
+"""What example scripts do around their data and model: arguments, training with compression, evaluation, results."""
 
 from __future__ import annotations
 

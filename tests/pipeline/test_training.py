@@ -143,7 +143,7 @@ def test_errors_name_stage_micro_batch_and_cause(report, case, messages):
             assert found and re.search(expected, found, re.IGNORECASE), (rank, found, report[case][rank])
 
 
-def test_recipes_leave_a_model_that_loads_unsplit(folder):
+def test_scripts_leave_a_model_that_loads_unsplit(folder):
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     for kind, auto in {"glue": AutoModelForSequenceClassification, "cifar": AutoModelForImageClassification}.items():

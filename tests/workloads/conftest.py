@@ -1,4 +1,4 @@
-"""Fixtures of the recipe tests: the shared data sets (skipped where absent) and a hub that is never asked."""
+"""Fixtures: the shared data sets (skipped where absent) and a hub that is never asked."""
 
 from pathlib import Path
 

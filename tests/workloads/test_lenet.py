@@ -1,4 +1,4 @@
-"""LeNet5, digits in memory, fronts, and the MNIST recipes on a few of them."""
+"""LeNet5, digits in memory, Pareto fronts, and the MNIST scripts on a few digits."""
 
 import importlib.util
 import json
@@ -73,11 +73,11 @@ def test_table_and_picture(tmp_path):
         plot({}, path)
 
 
-# Recipes
+# Scripts
 
 
 @pytest.fixture(scope="module")
-def recipe():
+def script():
     if not TINY.is_dir():
         pytest.skip("the shared data is not on this machine")
     sys.path.insert(0, str(MNIST))
@@ -94,21 +94,21 @@ def load(path: Path):
 
 
 @pytest.mark.parametrize("extra", [[], ["--temperature", "3"]])
-def test_run_lc(recipe, tmp_path, capsys, extra):
+def test_run_lc(script, tmp_path, capsys, extra):
     argv = ["--dataset", TINY, "--output_dir", tmp_path, "--epochs", 3, "--reference_epochs", 3, "--every", 1, *extra]
-    record = recipe("run_lc").main([str(a) for a in [*argv, "--scheme", "prune-codebook"]])
+    record = script("run_lc").main([str(a) for a in [*argv, "--scheme", "prune-codebook"]])
     assert record["layers"]["conv1.weight"]["nonzero"] + record["layers"]["conv2.weight"]["nonzero"] == 2505
     assert abs(8 * record["file_bytes"] / record["bits"] - 1) < 0.02
     assert 26 < record["ratio"] < 28 and len(record["errors"]) >= 3
     assert "Compressed model" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["scheme"] == record["scheme"]
     with pytest.raises(ValueError, match="Unknown compression"):
-        recipe("run_lc").main(["--scheme", "nonsense", "--dataset", "/no/such/folder"])
+        script("run_lc").main(["--scheme", "nonsense", "--dataset", "/no/such/folder"])
 
 
-def test_search_goes_on_where_it_stopped(recipe, tmp_path):
+def test_a_search_continues(script, tmp_path):
     pytest.importorskip("optuna")
-    search = recipe("search")
+    search = script("search")
     argv = ["--dataset", TINY, "--output_dir", tmp_path, "--epochs", 1, "--reference_epochs", 1]
     first = search.main([str(a) for a in [*argv, "--trials", 2]])
     both = search.main([str(a) for a in [*argv, "--trials", 3]])

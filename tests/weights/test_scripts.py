@@ -1,4 +1,4 @@
-"""The recipes for smaller models run on embedded data, and go on where they stopped."""
+"""The scripts for smaller models run on embedded data, and continue where they stopped."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ import pytest
 from helpers.processes import ROOT
 
 
-def recipe(path):
+def script(path):
     spec = importlib.util.spec_from_file_location(path.rpartition("/")[2].removesuffix(".py"), ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -27,7 +27,7 @@ SHORT = ["--max_steps", "2", "--max_train_samples", "32", "--max_eval_samples", 
 
 
 def test_distillation_with_a_teacher_and_alone(tmp_path, capsys):
-    run = recipe("examples/glue/run_distill.py").main
+    run = script("examples/glue/run_distill.py").main
     options = [*SHORT, "--teacher", "tiny-bert", "--layers", "2", "--max_length", "16", "--hidden", "1",
                "--output_dir", str(tmp_path), "--logging_steps", "1"]  # fmt: skip
     record = run(options)
@@ -41,7 +41,7 @@ def test_distillation_with_a_teacher_and_alone(tmp_path, capsys):
 
 
 def test_pruning_step_by_step(tmp_path, capsys):
-    run = recipe("examples/cifar/run_prune.py").main
+    run = script("examples/cifar/run_prune.py").main
     options = [*SHORT, "--model", "torchvision:squeezenet1_1", "--retrain_epochs", "1", "--bf16", "False",
                "--output_dir", str(tmp_path), "--steps"]  # fmt: skip
     run([*options, "dense"])
