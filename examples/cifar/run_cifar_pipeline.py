@@ -7,7 +7,7 @@ With no arguments: a packaged EfficientNet-Lite0 learns scikit-learn's handwritt
         --model mobilenetv2_100 --topology client-server --codec block:bits=4 --grad_codec block:bits=8
 
 On two hosts, the same on each with `torchrun --nnodes 2 --nproc_per_node 1 --node_rank R --master_addr HOST`.  Only
-rank 0 needs the data; with client-server, pictures and labels never leave it.
+rank 0 needs the data; with client-server, images and labels never leave it.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def structured(job: Job) -> None:
 
 def int8(job: Job) -> None:
     model = load_pruned(job.folder("dense"))
-    # Ranges are those of pictures as the model will see them: not cropped, not mirrored.
+    # Ranges are those of images as the model will see them: not cropped, not mirrored.
     calibration = torch.utils.data.Subset(job.calibration, range(job.model_args.calibration_samples))
     batches = [collate_images([calibration[i] for i in range(start, min(start + 32, len(calibration)))])
                for start in range(0, len(calibration), 32)]  # fmt: skip

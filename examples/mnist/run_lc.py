@@ -5,7 +5,7 @@
     python examples/mnist/run_lc.py --list          # the mixes of the reference report, by name
     python examples/mnist/run_lc.py --scheme prune-codebook
 
-The dense reference is trained at the first run and kept in --output_dir.  Training moves the pictures by up to two
+The dense reference is trained at the first run and kept in --output_dir.  Training moves the images by up to two
 pixels at random; the test set is as it is.
 """
 
@@ -62,7 +62,7 @@ def reference(
 
 
 class Distill:
-    """A loss for the Trainer: the labels, and a teacher's softened answers to the same pictures."""
+    """A loss for the Trainer: the labels, and a teacher's softened answers to the same images."""
 
     def __init__(self, teacher: nn.Module, temperature: float = 4.0, weight: float = 0.7) -> None:
         self.teacher, self.temperature, self.weight = teacher.eval(), temperature, weight

@@ -138,12 +138,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (folder / "front.md").write_text(front + "\n")
     plot({f"{options.sampler}, {len(points)} trials": sorted(points)}, folder / "front.png", dense=error, joined=False)
     print(front)
-    print(f"Table, picture, all trials: {folder}/front.md, front.png, trials-{options.sampler}.json")
+    print(f"Table, figure, all trials: {folder}/front.md, front.png, trials-{options.sampler}.json")
     return records
 
 
 def point(record: dict[str, Any]) -> Point:
-    """A finished trial for tables and pictures."""
+    """A finished trial for tables and figures."""
     words = "; ".join(f"`{pattern}` {spec}" for pattern, spec in record["scheme"].items())
     words += f"; temperature {record['temperature']}" if record["temperature"] else ""
     return record["ratio"], record["error"], f"{record['sampler']} {record['number']}: {words}"

@@ -57,7 +57,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: gets the same inputs without labels, in eval mode and without gradients; it must take the student's
-            tokens or pictures and give as many logits.
+            tokens or images and give as many logits.
         temperature: above 0; higher ones show more of what the teacher thinks of the wrong classes.
         alpha: share of the soft loss, 0 to 1.
         hidden: weight of the loss on hidden states; needs models that return them.  A projection is learnt where

@@ -49,8 +49,8 @@ class TaskData:
         label_column: the column with the answer.
         label_names: the classes; empty for a regression.
         text_columns: one or two string columns (text tasks).
-        image_column: the picture column (image tasks).
-        flip: whether a mirrored picture keeps its label.
+        image_column: the image column (image tasks).
+        flip: whether a mirrored image keeps its label.
         source: where the data came from and how it was split, in words.
     """
 
@@ -121,7 +121,7 @@ def load_images(
     """Loads an image classification task.
 
     Args:
-        name_or_path: "embedded" (the `digits` pictures), a local folder (parquet, or one folder of pictures a class),
+        name_or_path: "embedded" (the `digits` images), a local folder (parquet, or one folder of images a class),
             or a hub id such as "uoft-cs/cifar10".
         task: the hub configuration, or a sub-folder of a local folder.
         max_train, max_eval: keep only so many rows, chosen by a shuffle with `seed`.
@@ -136,14 +136,14 @@ def load_images(
     splits, source = _two_splits(splits, source, seed)
     train = splits["train"]
     label = _find_label_column(train, label_column)
-    pictures = [column for column, kind in train.features.items() if isinstance(kind, datasets.Image)]
+    images = [column for column, kind in train.features.items() if isinstance(kind, datasets.Image)]
     if image_column is not None:
         _check_known(train, [image_column], "image_column")
-    elif len(pictures) == 1:
-        image_column = pictures[0]
+    elif len(images) == 1:
+        image_column = images[0]
     else:
         raise ValueError(
-            f"{name!r} has {len(pictures)} picture columns among {train.column_names}; one is needed: "
+            f"{name!r} has {len(images)} image columns among {train.column_names}; one is needed: "
             "name it with image_column=, or use load_text for a text task."
         )
     splits, names = _encode_labels(splits, label)
@@ -212,7 +212,7 @@ def _load_folder(folder: Path) -> Any:
         raise ValueError(
             f"The folder {folder.resolve()} could not be read as a data set "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). It holds {_children(folder)}; allowed are "
-            "parquet, csv or json files named by split, or one folder of pictures a class."
+            "parquet, csv or json files named by split, or one folder of images a class."
         ) from error
 
 
@@ -310,7 +310,7 @@ def _find_text_columns(dataset: Any, task: str, label: str, wanted: Sequence[str
         return tuple(strings)
     raise ValueError(
         f"{task!r} has {len(strings)} text columns ({strings}) among {dataset.column_names}; one or two are needed: "
-        "name them with text_columns=, or use load_images for pictures."
+        "name them with text_columns=, or use load_images for images."
     )
 
 

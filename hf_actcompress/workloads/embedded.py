@@ -1,6 +1,6 @@
 """Two data sets that need neither network nor files, so that scripts and tests run anywhere.
 
-`digits` are scikit-learn's handwritten digits as small RGB pictures. `docstrings` is a text task made at run time
+`digits` are scikit-learn's handwritten digits as small RGB images. `docstrings` is a text task made at run time
 from the English of libraries that are installed already. Both return a `datasets.DatasetDict` in memory and leave
 nothing on disk. This module knows no model and no Trainer.
 """
@@ -42,16 +42,16 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def digits(image_size: int = 32) -> datasets.DatasetDict:
-    """Scikit-learn's 1797 handwritten digits (8x8, 16 grey levels), enlarged to RGB pictures.
+    """Scikit-learn's 1797 handwritten digits (8x8, 16 grey levels), enlarged to RGB images.
 
     Columns `img` (Image, `image_size` squared) and `label` (ClassLabel, "0" to "9"). The split is fixed and
-    stratified: 1437 train, 360 test. A mirrored digit is no digit: do not flip these pictures.
+    stratified: 1437 train, 360 test. A mirrored digit is no digit: do not flip these images.
 
     Raises:
         ValueError: if `image_size` is below 8.
     """
     if image_size < 8:
-        raise ValueError(f"digits() got image_size={image_size}; the pictures have 8x8 pixels: use 8 or more.")
+        raise ValueError(f"digits() got image_size={image_size}; the images have 8x8 pixels: use 8 or more.")
     import datasets
     import numpy as np
     from PIL import Image
@@ -66,11 +66,11 @@ def digits(image_size: int = 32) -> datasets.DatasetDict:
     )
 
     def build(rows: np.ndarray) -> datasets.Dataset:
-        pictures = [
+        images = [
             Image.fromarray(grey[i]).resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
             for i in rows
         ]
-        return datasets.Dataset.from_dict({"img": pictures, "label": raw.target[rows].tolist()}, features=features)
+        return datasets.Dataset.from_dict({"img": images, "label": raw.target[rows].tolist()}, features=features)
 
     return datasets.DatasetDict({"train": build(train), "test": build(test)})
 

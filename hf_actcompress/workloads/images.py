@@ -1,6 +1,6 @@
-"""Pictures become normalised tensors: lazily with a transform, or from a decoded copy held in memory.
+"""Images become normalised tensors: lazily with a transform, or from a decoded copy held in memory.
 
-Both ways run the same two steps, `_fit` (a PIL picture becomes a uint8 square) and `_finish` (augmentation and
+Both ways run the same two steps, `_fit` (a PIL image becomes a uint8 square) and `_finish` (augmentation and
 normalisation of that square), so that they give the same tensors. Datasets made here yield `pixel_values` and
 `labels`; the Trainer needs `remove_unused_columns=False` with them.
 """
@@ -25,7 +25,7 @@ MAX_CACHE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model expects of its pictures: `size` pixels squared, RGB in [0, 1] minus `mean` over `std`."""
+    """What a model expects of its images: `size` pixels squared, RGB in [0, 1] minus `mean` over `std`."""
 
     size: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -43,7 +43,7 @@ def image_transforms(
     flip: bool = False,
     padding: int | None = None,
 ) -> Callable[[Any], torch.Tensor]:
-    """A torchvision transform from a PIL picture to a normalised float tensor [3, size, size].
+    """A torchvision transform from a PIL image to a normalised float tensor [3, size, size].
 
     The shorter side is scaled to `size` and the centre is kept. With `train`, the square is padded with black by
     `padding` pixels (default an eighth of `size`) and cropped at random; `flip` adds a random mirror image.
@@ -60,7 +60,7 @@ def _fit(size: int, interpolation: str) -> Any:
     from torchvision.transforms import v2
 
     if size < 1:
-        raise ValueError(f"size={size}: a picture needs 1 pixel or more.")
+        raise ValueError(f"size={size}: an image needs 1 pixel or more.")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation={interpolation!r} is unknown; use one of {list(INTERPOLATIONS)}.")
     resize = v2.Resize(size, interpolation=v2.InterpolationMode(interpolation), antialias=True)
@@ -90,7 +90,7 @@ class _TransformRows:
         self.transform, self.image_column, self.label_column = transform, image_column, label_column
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        pixels = [self.transform(picture) for picture in rows[self.image_column]]
+        pixels = [self.transform(image) for image in rows[self.image_column]]
         return {"pixel_values": pixels, "labels": rows[self.label_column]}
 
 
@@ -110,7 +110,7 @@ def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class CachedImages(torch.utils.data.Dataset):
-    """Decoded pictures as one uint8 tensor; `finish` augments and normalises one at each access.
+    """Decoded images as one uint8 tensor; `finish` augments and normalises one at each access.
 
     Args:
         pixels: uint8 [N, 3, H, W].
@@ -121,7 +121,7 @@ class CachedImages(torch.utils.data.Dataset):
 
     def __init__(self, pixels: torch.Tensor, labels: Sequence[int], finish: Callable[..., torch.Tensor]) -> None:
         if len(pixels) != len(labels):
-            raise ValueError(f"{len(pixels)} pictures and {len(labels)} labels: the numbers must be equal.")
+            raise ValueError(f"{len(pixels)} images and {len(labels)} labels: the numbers must be equal.")
         self.pixels, self.labels, self.finish = pixels, list(labels), finish
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ def prepare_images(
         padding: of the random crop; None is an eighth of the size.
     """
     if data.image_column is None:
-        raise ValueError(f"{data.task!r} is a text task and has no pictures; load it with load_images.")
+        raise ValueError(f"{data.task!r} is a text task and has no images; load it with load_images.")
     size = preprocessing.size
     cached_size = _cached_size(data, size, max_bytes) if cache is None else (size if cache else None)
     prepared = []
@@ -170,7 +170,7 @@ def prepare_images(
 
 
 def _cached_size(data: TaskData, size: int, max_bytes: int) -> int | None:
-    """The size at which both splits fit in memory: the model's, the pictures' own, or None."""
+    """The size at which both splits fit in memory: the model's, the images' own, or None."""
     rows = len(data.train) + len(data.eval)
     if 3 * rows * size**2 <= max_bytes:
         return size
@@ -178,13 +178,13 @@ def _cached_size(data: TaskData, size: int, max_bytes: int) -> int | None:
     if width == height < size and 3 * rows * width**2 <= max_bytes:
         return width
     logger.info(
-        "%s: %d pictures of %d pixels exceed %d bytes; decoding at each access.", data.task, rows, size, max_bytes
+        "%s: %d images of %d pixels exceed %d bytes; decoding at each access.", data.task, rows, size, max_bytes
     )
     return None
 
 
 def _decode(split: Any, data: TaskData, cached_size: int, size: int, interpolation: str) -> torch.Tensor | None:
-    """All pictures of a split as uint8 [N, 3, cached_size, cached_size]; None where one is not of its own size."""
+    """All images of a split as uint8 [N, 3, cached_size, cached_size]; None where one is not of its own size."""
     from tqdm.auto import tqdm
 
     fit = _fit(cached_size, interpolation)
@@ -192,17 +192,17 @@ def _decode(split: Any, data: TaskData, cached_size: int, size: int, interpolati
     # disable=None: no bar where the output is not a terminal.
     rows = tqdm(split.select_columns(data.image_column), desc=f"decoding {data.task}", disable=None, leave=False)
     for index, row in enumerate(rows):
-        picture = row[data.image_column]
-        if cached_size != size and picture.size != (cached_size, cached_size):
-            logger.info("%s: pictures differ in size; decoding at each access.", data.task)
+        image = row[data.image_column]
+        if cached_size != size and image.size != (cached_size, cached_size):
+            logger.info("%s: images differ in size; decoding at each access.", data.task)
             return None
-        pixels[index] = fit(picture)
+        pixels[index] = fit(image)
     return pixels
 
 
 def _enlarge(size: int, interpolation: str, finish: Any) -> Any:
     from torchvision.transforms import v2
 
-    # Lanczos exists for PIL pictures only.
+    # Lanczos exists for PIL images only.
     name = "bicubic" if interpolation == "lanczos" else interpolation
     return v2.Compose([v2.Resize(size, interpolation=v2.InterpolationMode(name), antialias=True), finish])

@@ -41,15 +41,15 @@ class LeNet5(nn.Module):
 
 
 class Digits(torch.utils.data.Dataset):
-    """Pictures uint8 [N, 28, 28] and labels [N], handed out by the batch.
+    """Images uint8 [N, 28, 28] and labels [N], handed out by the batch.
 
-    shift: each picture is moved by up to that many pixels along both axes, at random (torch's generator, which the
+    shift: each image is moved by up to that many pixels along both axes, at random (torch's generator, which the
     Trainer seeds and restores).
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor, shift: int = 0) -> None:
         if len(pixels) != len(labels):
-            raise ValueError(f"{len(pixels)} pictures and {len(labels)} labels: the numbers must be equal.")
+            raise ValueError(f"{len(pixels)} images and {len(labels)} labels: the numbers must be equal.")
         self.labels, self.shift = labels.long(), shift
         self.pixels = F.pad(pixels, (shift,) * 4)
 
@@ -78,7 +78,7 @@ def as_batch(batch: Any) -> Any:
 def load_digits(
     name_or_path: str, *, shift: int = 0, max_train: int | None = None, max_eval: int | None = None
 ) -> tuple[Digits, Digits]:
-    """(train, evaluation) of MNIST or another set of 28 x 28 grey pictures with 10 classes: a folder or a hub id."""
+    """(train, evaluation) of MNIST or another set of 28 x 28 grey images with 10 classes: a folder or a hub id."""
     from hf_actcompress.workloads.data import load_images
 
     data = load_images(name_or_path, max_train=max_train, max_eval=max_eval)
@@ -89,9 +89,9 @@ def load_digits(
 def _decode(split: Any, data: Any) -> tuple[Tensor, Tensor]:
     import numpy as np
 
-    pixels = np.stack([np.asarray(picture.convert("L")) for picture in split[data.image_column]])
+    pixels = np.stack([np.asarray(image.convert("L")) for image in split[data.image_column]])
     if pixels.shape[1:] != (28, 28):
-        raise ValueError(f"The pictures of {data.task!r} are {pixels.shape[1:]}, and LeNet5 takes 28 x 28.")
+        raise ValueError(f"The images of {data.task!r} are {pixels.shape[1:]}, and LeNet5 takes 28 x 28.")
     return torch.from_numpy(pixels), torch.tensor(split[data.label_column])
 
 

@@ -30,7 +30,7 @@ def build_compute_metrics(task: str, num_labels: int) -> Callable[[Any], dict[st
     | cola | matthews_correlation, accuracy |
     | mrpc, qqp | accuracy, f1 |
     | stsb, or `num_labels` 1 | pearson, spearmanr |
-    | all others, pictures too | accuracy, and top5_accuracy where there are more than 5 classes |
+    | all others, images too | accuracy, and top5_accuracy where there are more than 5 classes |
 
     Rows with a NaN or an infinity among their logits are counted in the log: their argmax means nothing.
 

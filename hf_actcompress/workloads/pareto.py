@@ -1,4 +1,4 @@
-"""Error against compression: which runs no other beats, as a table and as a picture.
+"""Error against compression: which runs no other beats, as a table and as a figure.
 
 It knows numbers and names only; matplotlib is imported inside.
 """

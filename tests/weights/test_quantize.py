@@ -49,7 +49,7 @@ def test_it_is_int8_and_close(quantized):
 
 
 def test_ranges_come_from_the_batches():
-    """Calibrated on small pictures, large ones are clipped."""
+    """Calibrated on small images, large ones are clipped."""
     net = Net(width=32).eval()
     small, large = [{"pixel_values": s * images(8)["pixel_values"]} for s in (0.05, 5.0)]
     model = quantize_static(net, [small])

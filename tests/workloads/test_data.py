@@ -66,7 +66,7 @@ def test_embedded_text(monkeypatch, docstring_task):
         load_text("embedded", "cola")
 
 
-def test_folder_of_pictures(tmp_path):
+def test_folder_of_images(tmp_path):
     for kind in ("cat", "dog"):
         (tmp_path / "pets" / kind).mkdir(parents=True)
         for i in range(10):
@@ -120,7 +120,7 @@ def test_columns_can_be_named(parquet_folder):
     ]:
         with pytest.raises(ValueError, match=message):
             load_text(folder, **arguments)
-    with pytest.raises(ValueError, match="0 picture columns.*load_text"):
+    with pytest.raises(ValueError, match="0 image columns.*load_text"):
         load_images(folder, label_column="answer")
 
 

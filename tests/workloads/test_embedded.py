@@ -39,8 +39,8 @@ def test_digits_are_the_same_every_time_and_keep_their_labels():
     first, second = digits(8)["test"], digits(8)["test"]
     assert first["label"] == second["label"]
     originals = {
-        np.rint(picture * 255 / 16).astype(np.uint8).tobytes(): label
-        for picture, label in zip(*load_digits(return_X_y=True), strict=True)
+        np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
+        for image, label in zip(*load_digits(return_X_y=True), strict=True)
     }
     for row, again in zip(first, second, strict=True):
         grey = np.asarray(row["img"])[..., 0]

@@ -15,12 +15,12 @@ pytest.importorskip("torchvision")
 WANTS = Preprocessing(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic")
 
 
-def picture(seed=0, size=(16, 16)):
+def make_image(seed=0, size=(16, 16)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def task(flip=False, sizes=((16, 16),) * 12):
-    rows = {"img": [picture(i, size) for i, size in enumerate(sizes)], "label": [i % 3 for i in range(len(sizes))]}
+    rows = {"img": [make_image(i, size) for i, size in enumerate(sizes)], "label": [i % 3 for i in range(len(sizes))]}
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
     split = datasets.Dataset.from_dict(rows, features=features)
     return TaskData(split, split, "things", "label", ("0", "1", "2"), image_column="img", flip=flip)
@@ -38,11 +38,11 @@ def close(a, b):
 def test_evaluation_is_only_normalised():
     transform = image_transforms(16, WANTS.mean, WANTS.std, flip=True)
     for _ in range(5):
-        torch.testing.assert_close(transform(picture()), by_hand(picture()))
+        torch.testing.assert_close(transform(make_image()), by_hand(make_image()))
 
 
 def test_training_crops_and_flips_only_where_asked():
-    image, plain = picture(), by_hand(picture())
+    image, plain = make_image(), by_hand(make_image())
     crop = image_transforms(16, WANTS.mean, WANTS.std, train=True)
     assert any(not close(crop(image), plain) for _ in range(10))
     still = image_transforms(16, WANTS.mean, WANTS.std, train=True, padding=0)
@@ -54,8 +54,8 @@ def test_training_crops_and_flips_only_where_asked():
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 @pytest.mark.parametrize("size", [(8, 8), (30, 20)])
-def test_any_picture_becomes_a_square_of_three_channels(mode, size):
-    assert image_transforms(16, WANTS.mean, WANTS.std)(picture(0, size).convert(mode)).shape == (3, 16, 16)
+def test_any_image_becomes_a_square_of_three_channels(mode, size):
+    assert image_transforms(16, WANTS.mean, WANTS.std)(make_image(0, size).convert(mode)).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_digits_are_never_mirrored(cache):
     assert any(not torch.equal(flipped[i]["pixel_values"], evaluation[i]["pixel_values"]) for i in range(12))
 
 
-def test_small_pictures_are_cached_at_their_own_size_where_the_large_ones_do_not_fit():
+def test_small_images_are_cached_at_their_own_size_where_the_large_ones_do_not_fit():
     wants = Preprocessing(48, WANTS.mean, WANTS.std)
     room = 3 * 24 * 16 * 16
     _, native = prepare_images(task(), wants, max_bytes=room)
@@ -121,9 +121,9 @@ def test_collate_stacks():
     assert batch["labels"].dtype == torch.int64
 
 
-def test_text_has_no_pictures():
+def test_text_has_no_images():
     data = TaskData([], [], "rte", "label", ("a", "b"), text_columns=("sentence",))
     with pytest.raises(ValueError, match="'rte' is a text task.*load_images"):
         prepare_images(data, WANTS)
-    with pytest.raises(ValueError, match="2 pictures and 1 labels"):
+    with pytest.raises(ValueError, match="2 images and 1 labels"):
         images.CachedImages(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), [0], lambda x: x)

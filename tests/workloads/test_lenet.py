@@ -16,7 +16,7 @@ MNIST = ROOT / "examples" / "mnist"
 TINY = ROOT.parent / "shared" / "data" / "tiny" / "mnist"
 
 
-def pictures(count=5):
+def images(count=5):
     return torch.arange(count * 784, dtype=torch.int64).remainder(251).to(torch.uint8).view(count, 28, 28)
 
 
@@ -28,14 +28,14 @@ def test_the_network_has_431080_parameters():
 
 
 def test_digits_by_the_batch_and_by_the_piece():
-    digits = Digits(pictures(), torch.arange(5))
+    digits = Digits(images(), torch.arange(5))
     batch = as_batch(digits.__getitems__([3, 1]))
     assert batch["labels"].tolist() == [3, 1]
-    torch.testing.assert_close(batch["pixel_values"][1, 0], (pictures()[1].float() / 255 - MEAN) / STD)
+    torch.testing.assert_close(batch["pixel_values"][1, 0], (images()[1].float() / 255 - MEAN) / STD)
     assert torch.equal(digits[3]["pixel_values"], batch["pixel_values"][0])
 
 
-def test_shifts_move_pictures_by_up_to_so_many_pixels():
+def test_shifts_move_images_by_up_to_so_many_pixels():
     torch.manual_seed(0)
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     image[0, 14, 14] = 255
@@ -45,9 +45,9 @@ def test_shifts_move_pictures_by_up_to_so_many_pixels():
     assert where == {(14 + a, 14 + b) for a in range(-2, 3) for b in range(-2, 3)}
 
 
-def test_labels_and_pictures_must_be_as_many():
-    with pytest.raises(ValueError, match="5 pictures and 4 labels"):
-        Digits(pictures(), torch.arange(4))
+def test_labels_and_images_must_be_as_many():
+    with pytest.raises(ValueError, match="5 images and 4 labels"):
+        Digits(images(), torch.arange(4))
 
 
 # Fronts
@@ -62,7 +62,7 @@ def test_pareto():
         assert beaten == (name not in "cbd")
 
 
-def test_table_and_picture(tmp_path):
+def test_table_and_image(tmp_path):
     assert table(POINTS).splitlines()[2:] == [
         "| c | 0.40 | 5.0 | yes |", "| a | 0.50 | 10.0 |  |", "| b | 0.50 | 20.0 | yes |", "| e | 1.00 | 25.0 |  |",
         "| d | 0.90 | 30.0 | yes |",
