@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hf_actcompress.observe.gradients import ExactPass
 from hf_actcompress.saved import budget, sensitivity
 from hf_actcompress.saved import tensors as site
 from hf_actcompress.saved.budget import CHOICES, Budget, allot
+from hf_actcompress.saved.hooks import is_hook
 from hf_actcompress.saved.sensitivity import REFERENCE, Slot, Trial
 
 
@@ -186,12 +188,17 @@ def test_what_was_not_measured_takes_its_nearest_relative(monkeypatch):
         assert all(row["error"] is not None and math.isfinite(row["error"]) for row in handle.budget.table())
 
 
-def test_copies_of_a_model_do_not_hold_the_handle():
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_keep_the_bits_and_do_not_hold_the_handle(duplicate):
     model = nn.Sequential(nn.Linear(32, 32))
-    with compress_model(model, auto(0.2)):
+    with compress_model(model, auto(0.2)) as handle:
         model(torch.randn(64, 32)).sum().backward()
-        twin = copy.deepcopy(model)
+        twin = duplicate(model)
         twin(torch.randn(64, 32)).sum().backward()
+        (saved,) = {id(h.saved): h.saved for h in twin._forward_hooks.values() if is_hook(h)}.values()
+        assert saved is not handle.saved and saved.bits == handle.budget.bits
+        assert list(saved.bits) == ["0#0"] == list(handle.budget.slots)
+        assert saved.bits["elsewhere"] == int(32 * 0.2)
 
 
 def test_values_that_cannot_be_coded_are_counted_once_and_kept():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_actcompress import ActCompressConfig, compress_model, remove_compression
+from hf_actcompress.models.replay import undisturbed
 
 pytestmark = pytest.mark.usefixtures("small_tensors")
 
@@ -131,3 +132,27 @@ def test_copies_are_compressed_and_cleaned(duplicate):
     assert not hooks_on(model) and hooks_on(twin)
     assert "" in remove_compression(twin) and not hooks_on(twin)
     assert not any(m._forward_hooks_always_called for m in twin.modules())
+
+
+def test_isolated_works_on_copies_and_tells_other_listeners():
+    """A measurement with the run's own noise, after which the run goes on as if it had not been."""
+
+    def run(measure):
+        torch.manual_seed(0)
+        model, x, seen = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Dropout(0.5)), torch.randn(64, 32), []
+        with compress_model(model, only("block:bits=2")) as handle:
+            for _ in range(2):
+                if measure:
+                    with handle.isolated(seen.append), undisturbed(model):
+                        torch.autograd.grad(model(x).square().sum(), model.parameters())
+                model(x).square().sum().backward()
+            return gradients(model), handle.stats(), seen
+
+    (plain, counted, _), (measured, counts, events) = run(False), run(True)
+    assert torch.equal(plain, measured) and counted == counts
+    assert [(e.name, str(e.codec or ""), e.calls) for e in events[:4]] == [
+        ("", "", 1), ("0#0", "block:bits=2,round=stochastic,equalize=none", 0),
+        ("1#0", "block:bits=2,round=stochastic,equalize=none", 0), ("2#0", "", 0),
+    ]  # fmt: skip
+    assert all(e.site == "saved" and e.raw_bytes >= 8 * e.payload_bytes / 2 > 0 for e in events[1:4])
+    assert torch.equal(events[3].decode(), events[3].x)
