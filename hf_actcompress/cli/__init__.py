@@ -46,8 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-actcompress {args.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `hf-actcompress ... | head`: Python would complain once more when it closes stdout
+    except BrokenPipeError:  # `hf-actcompress ... | head`; Python would complain once more when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as rich does, which catches it where it prints
+    except OSError as error:  # a folder that may not be written, a full disk
+        if error.filename is None:
+            raise
+        print(f"hf-actcompress {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

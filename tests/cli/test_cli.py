@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 import transformers
+from helpers.records import RECORDS
 
 import hf_actcompress
 from hf_actcompress import parse_codec
 from hf_actcompress.cli import main
 from hf_actcompress.cli.bench import BENCH_CODECS
 from hf_actcompress.codecs import codec_names
+from hf_actcompress.workloads.results import write_results
 
 SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
@@ -198,6 +200,31 @@ def test_help_version_and_argument_errors(run, capsys):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (ValueError("batch_size=3 is odd; block:bits=3,image_size=4 is a spec"), 2,
+     "--batch-size 3 is odd; block:bits=3,image_size=4 is a spec"),
+    (PermissionError(13, "Permission denied", "/x"), 2, "/x: Permission denied"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+])  # fmt: skip
+def test_exit_codes(monkeypatch, capsys, error, code, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("hf_actcompress.cli.inspect.parse_codecs", fail)
+    assert main(["inspect", "x"]) == code
+    assert capsys.readouterr().err == f"hf-actcompress inspect: {message}\n"
+
+
+@pytest.mark.parametrize("columns", [None, "80"])
+def test_as_a_module_into_a_pipe_that_closes(tmp_path, monkeypatch, columns):
+    monkeypatch.delenv("COLUMNS", raising=False) if columns is None else monkeypatch.setenv("COLUMNS", columns)
+    write_results(tmp_path, {"runs": RECORDS})
+    command = [sys.executable, "-m", "hf_actcompress", "report", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.wait(), process.stderr.read()) == (1, b"")
 
 
 def test_imports_stay_light():
