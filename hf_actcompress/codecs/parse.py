@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .base import Codec
@@ -38,7 +39,7 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
     text = spec.strip()
     if text.startswith("ef+"):
         return Feedback(parse_codec(text[3:]))
-    if text.startswith("delta"):
+    if re.match(r"delta\s*([:+]|$)", text):
         return _delta(text)
     if "|" in text:
         first, rest = text.split("|", 1)

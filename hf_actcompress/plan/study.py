@@ -119,7 +119,7 @@ def _drawn(codecs: Sequence[Codec]) -> set[str]:
     least: dict[str, Codec] = {}
     for codec in codecs:
         family = str(codec).partition("bits=")[0]
-        if family not in least or getattr(codec, "bits", 0) < getattr(least[family], "bits", 0):
+        if family not in least or (codec.traits.bits or 0) < (least[family].traits.bits or 0):
             least[family] = codec
     return {str(codec) for codec in least.values()}
 
