@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops.cpu import native
-from ..ops.kernels import group_decode, group_encode, group_roundtrip
 from ..ops.packing import MAX_BITS, ceil8
+from ..ops.quantize import group_decode, group_encode, group_roundtrip
 from ..ops.reductions import LARGEST, representable
 from ..ops.rounding import noise_source
 from ..ops.rows import Part, apply, counters, join, parts

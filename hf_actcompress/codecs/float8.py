@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.kernels import float8_decode, float8_encode, float8_roundtrip
+from ..ops.quantize import float8_decode, float8_encode, float8_roundtrip
 from ..ops.reductions import extremes
 from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 from .base import Codec, CodecState, Payload, check_choice

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.kernels import nearest_encode, nearest_roundtrip
-from ..ops.lookup import decode_table
+from ..ops.quantize import decode_table, nearest_encode, nearest_roundtrip
 from ..ops.reductions import ranked, strided_sample
 from ..ops.rows import codes_nbytes, encode_parts, join, roundtrip_parts
 from .base import Codec, CodecState, Payload, check_int

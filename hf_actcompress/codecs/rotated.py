@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops.memory import fresh
 from ..ops.packing import packed_nbytes
 from ..ops.reductions import LARGEST, representable
-from ..ops.rotated_kernels import butterflies_restored, equalized, levels_decode, levels_encode, restored
+from ..ops.rotation import butterflies_restored, equalized, levels_decode, levels_encode, restored
 from ..ops.rows import Part, apply, blocks, parts
 from ..ops.scales import ceil16
 from .base import Codec, CodecState, Payload, check_int
@@ -26,7 +26,7 @@ from .registry import register_codec
 from .transforms import prototypes
 from .transforms.allocation import Regions, allocate
 from .transforms.equalize import applies, feature_dim, feature_scales, period, tables
-from .transforms.hadamard import in_runs, rotate, rotate_back, signs, turn_runs
+from .transforms.hadamard import in_runs, rotate, rotate_back, rotate_runs, signs
 from .transforms.levels import bucket_edges, gauss_distortion, level_table
 from .transforms.patches import from_frequencies, patch_size, to_frequencies
 
@@ -36,7 +36,7 @@ TILE = 1 << 21  # elements; calls of matrix products and kernels should not be w
 @register_codec("rotated")
 @dataclass(frozen=True)
 class Rotated(Codec):
-    """Groups turned by a randomised Walsh-Hadamard transform, then coded by Lloyd-Max levels of a Gaussian.
+    """Groups rotated by a randomised Walsh-Hadamard transform, then coded by Lloyd-Max levels of a Gaussian.
 
     bits: 1 to 8 on average.  Groups of large deviation get up to two bits more and small ones fewer, with nothing more
         to send (transforms/allocation.py).
@@ -46,7 +46,7 @@ class Rotated(Codec):
 
     What comes before: of [rows, F] or [B, L, F] with 256 rows or more each feature's mean is taken out, and each is
     divided by the square root of its deviation (transforms/equalize.py).  Images [B, C, H, W] whose height and width
-    have a common divisor from 2 to 8 are cut into patches of that size, which a cosine transform turns
+    have a common divisor from 2 to 8 are cut into patches of that size, which are cosine transformed
     (transforms/patches.py).  Levels are stretched so that a decoded value is on average the original.
     Payload: bits / 8 bytes per element, rounded up to whole groups, + 4 bytes per group; 4 bytes per feature, or 4 for
     an image's mean; 2 bytes per feature of each prototype and up to 4 bits per row.
@@ -197,7 +197,7 @@ class Rotated(Codec):
                     y[rows] = self._level_values(packed, own[rows][..., 1:], bits)
                 features = [None if t is None else t[k] for t in (means, roots)]
                 if in_runs(cols):
-                    y = turn_runs(y, False).view(target.shape)
+                    y = rotate_runs(y, False).view(target.shape)
                     y, = apply(butterflies_restored, y, [center], features, [signs(cols, y.device)], dtype=dtype)
                 else:
                     y, = apply(restored, rotate_back(y).view(target.shape), [center], features, dtype=dtype)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.kernels import sort_decode, sort_encode, sort_roundtrip
-from ..ops.lookup import decode_table
 from ..ops.packing import MAX_BITS
+from ..ops.quantize import decode_table, sort_decode, sort_encode, sort_roundtrip
 from ..ops.reductions import extremes, ranked, strided_sample
 from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
 from ..ops.scales import flushed, usable

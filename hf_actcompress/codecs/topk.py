@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.bit_kernels import keep_above, place
-from ..ops.layout import as_it_lies, restored
+from ..ops.bitmaps import keep_above, place
+from ..ops.layout import in_memory_order, restored
 from ..ops.rows import decode_parts, encode_parts, join
 from ..ops.selection import find_cut, ranks, runs_of_set_bits, set_bits
 from .base import Codec, CodecState, LeafShapes, Payload
@@ -74,7 +74,7 @@ class TopK(Codec):
             out[where.long()] = values
             return out.view(payload.shape)
         shared = [values.view(-1, 1)]
-        return decode_parts(place, where, payload.shape, 1, shared, beside=[ranks(where)])
+        return decode_parts(place, where, payload.shape, 1, shared, per_byte=[ranks(where)])
 
     def _check_positions(self, where: Tensor, n: int, k: int, bitmap: bool) -> None:
         """On a CPU; on a GPU it would wait for the device, which checks its own indices."""
@@ -89,7 +89,7 @@ class TopK(Codec):
             raise ValueError(f"{self}: the positions of a payload do not fit {k} of {n} values: it is damaged.")
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        flat, cut = as_it_lies(x).reshape(-1), find_cut(x, self.kept(x.numel()))
+        flat, cut = in_memory_order(x).reshape(-1), find_cut(x, self.kept(x.numel()))
         assert cut is not None
         out = join(encode_parts(keep_above, flat, [cut.hi]))[: x.numel()]
         out[cut.more] = flat[cut.more]

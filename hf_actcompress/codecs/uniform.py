@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..ops.compiled import Kernel
-from ..ops.kernels import line_decode, line_encode, line_roundtrip
-from ..ops.layout import as_it_lies, restored
+from ..ops.layout import in_memory_order, restored
 from ..ops.packing import MAX_BITS
+from ..ops.quantize import line_decode, line_encode, line_roundtrip
 from ..ops.reductions import extremes
 from ..ops.rounding import noise_source
 from ..ops.rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
@@ -70,7 +70,7 @@ class Uniform(Codec):
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         # Noise counts the elements in the order of the shape.
         x = x.contiguous() if self.round == "stochastic" else x
-        return restored(join(self._apply(line_roundtrip, as_it_lies(x), self._scale(x), state))[: x.numel()], x)
+        return restored(join(self._apply(line_roundtrip, in_memory_order(x), self._scale(x), state))[: x.numel()], x)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return codes_nbytes(math.prod(shape), self.bits) + 8

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.layout import as_it_lies
+from ..ops.layout import in_memory_order
 
 FEW = 1 << 14  # values that a meter samples of a tensor, evenly spaced
 SAMPLE = 1 << 17  # values that records sample of a tensor; the extremes are those of the whole tensor
@@ -30,7 +30,7 @@ def pick(x: Tensor, size: int = FEW) -> Tensor:
     """
     if x.numel() <= size:
         return x.detach().float().reshape(-1)
-    flat = as_it_lies(x.detach()).reshape(-1)
+    flat = in_memory_order(x.detach()).reshape(-1)
     return flat[:: (flat.numel() // size) | 1].float()
 
 

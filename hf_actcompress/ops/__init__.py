@@ -1,1 +1,12 @@
-"""What costs time: arithmetic on plain tensors and numbers.  Operators know no codec."""
+"""Operators: what costs time, as functions of plain tensors and numbers.  Nothing here knows a codec.
+
+| file | what it computes |
+| --- | --- |
+| quantize.py | values to packed codes and back: groups, one scale, quantiles, tables, 8-bit floats |
+| rotation.py | Walsh-Hadamard transforms of groups, and codes by the levels of a Gaussian |
+| trellis.py | trellis-coded quantization (Viterbi) |
+| bitmaps.py, selection.py | flags and masks in one bit; the k largest magnitudes and where they are |
+| packing.py, scales.py, rounding.py | codes of 3 bits in 3 bits; scales in bf16; noise from a counter |
+| rows.py, layout.py, reductions.py | a tensor as rows of groups; its order in memory; extremes and samples |
+| compiled.py, cpu/, memory.py | who computes it: torch.compile, C++; memory that is used again |
+"""

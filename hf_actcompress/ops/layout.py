@@ -15,7 +15,7 @@ def memory_order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=lambda d: -x.stride(d))
 
 
-def as_it_lies(x: Tensor) -> Tensor:
+def in_memory_order(x: Tensor) -> Tensor:
     """A view of the same values in the order in which they lie; contiguous for a dense tensor."""
     return x if x.is_contiguous() else x.permute(memory_order(x))
 
@@ -25,11 +25,11 @@ def dense(x: Tensor) -> Tensor:
 
     Only dense tensors have a memory order that a result with the same strides shares.
     """
-    return x if as_it_lies(x).is_contiguous() else x.contiguous()
+    return x if in_memory_order(x).is_contiguous() else x.contiguous()
 
 
 def restored(flat: Tensor, x: Tensor) -> Tensor:
-    """What was made of `as_it_lies(x)`, x dense, as a tensor of x's shape and strides."""
+    """What was made of `in_memory_order(x)`, x dense, as a tensor of x's shape and strides."""
     return flat.as_strided(x.shape, x.stride(), flat.storage_offset())
 
 
@@ -45,7 +45,7 @@ def elements(x: Tensor, index: Tensor) -> Tensor:
 
 
 def positions(x: Tensor, index: Tensor) -> Tensor:
-    """Flat positions in `as_it_lies(x)` -> those in the order of the shape (int64)."""
+    """Flat positions in `in_memory_order(x)` -> those in the order of the shape (int64)."""
     if x.is_contiguous():
         return index
     order, result = memory_order(x), torch.zeros_like(index)

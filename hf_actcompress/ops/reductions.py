@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import as_it_lies, elements
+from .layout import elements, in_memory_order
 
 # Beyond this magnitude sums of squares (norms, rotations) could overflow fp32: such tensors are treated like NaN and
 # Inf and passed on as they are.
@@ -24,7 +24,7 @@ def representable(x: Tensor) -> bool:
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum in fp32, NaN if there is one."""
     # In the order of the shape a tensor with channels last would be copied first, which takes ten times as long.
-    lo, hi = torch.aminmax(as_it_lies(x))
+    lo, hi = torch.aminmax(in_memory_order(x))
     return lo.float(), hi.float()
 
 

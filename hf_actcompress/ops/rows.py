@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .compiled import Kernel
-from .layout import as_it_lies, restored
+from .layout import in_memory_order, restored
 from .packing import ceil8
 
 # An eager chain of elementwise operations on a tile of this many elements stays in the cache of a CPU core.  GPUs
@@ -83,41 +83,41 @@ def codes_nbytes(n: int, bits: int) -> int:
 
 
 def encode_parts(
-    kernel: Kernel, x: Tensor, shared: Sequence[Tensor], by_hand: Callable[[Tensor], Tensor | None] | None = None,
+    kernel: Kernel, x: Tensor, shared: Sequence[Tensor], native_form: Callable[[Tensor], Tensor | None] | None = None,
     **static: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The kernel's first result for every part of `x` in rows of COLS, flat.
 
-    by_hand: does the same where it can, else gives None.
+    native_form: does the same where it can, else gives None.
     """
     flat, pieces = x.reshape(-1), []
     for part in parts(x.numel(), COLS):
         run = part.take(flat)
-        found = None if by_hand is None else by_hand(run)
+        found = None if native_form is None else native_form(run)
         pieces.append((apply(kernel, run, shared=shared, **static)[0] if found is None else found).view(-1))
     return pieces
 
 
 def roundtrip_parts(kernel: Kernel, x: Tensor, shared: Sequence[Tensor], **static: Any) -> Tensor:
     """What the kernel makes of each value by itself, as `x`, in whatever order that lies in memory."""
-    return restored(join(encode_parts(kernel, as_it_lies(x), shared, **static))[: x.numel()], x)
+    return restored(join(encode_parts(kernel, in_memory_order(x), shared, **static))[: x.numel()], x)
 
 
 def decode_parts(
     kernel: Kernel, codes: Tensor, shape: tuple[int, ...], width: int, shared: Sequence[Tensor],
-    beside: Sequence[Tensor] = (), by_hand: Callable[[Tensor], Tensor | None] | None = None, **static: Any,
+    per_byte: Sequence[Tensor] = (), native_form: Callable[[Tensor], Tensor | None] | None = None, **static: Any,
 ) -> Tensor:  # fmt: skip
     """Codes in rows of COLS -> what the kernel makes of them, as a tensor of that shape.
 
-    width: bits per code.  beside: tensors with one entry for each byte of the codes.  by_hand: does the same where it
-    can, else gives None.
+    width: bits per code.  per_byte: tensors with one entry for each byte of the codes.
+    native_form: does the same where it can, else gives None.
     """
     pieces, at, total = [], 0, math.prod(shape)
     for part in parts(total, COLS):
         n, k, c = part.shape
         nbytes = c * width // 8
-        own, *rows = (t[at : at + n * k * nbytes].view(n, k, nbytes) for t in (codes, *beside))
-        found = None if by_hand is None else by_hand(own)
+        own, *rows = (t[at : at + n * k * nbytes].view(n, k, nbytes) for t in (codes, *per_byte))
+        found = None if native_form is None else native_form(own)
         if found is None:
             found, = apply(kernel, own, rows, shared=shared, cols=c, **static)
         pieces.append(found.view(-1))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bit_kernels import band_bits
-from .layout import as_it_lies, positions
+from .bitmaps import band_bits
+from .layout import in_memory_order, positions
 from .reductions import LARGEST, strided_sample
 from .rows import COLS, apply, join, parts
 
@@ -46,7 +46,7 @@ def find_cut(x: Tensor, k: int) -> Cut | None:
 
     The cut counts elements as they lie in memory; which of them is the first is told by the order of the shape.
     """
-    n, flat = x.numel(), as_it_lies(x).reshape(-1)
+    n, flat = x.numel(), in_memory_order(x).reshape(-1)
     for lo, hi in _bands(flat, k):
         found = [apply(band_bits, part.take(flat), shared=[lo, hi], limit=LARGEST) for part in parts(n, COLS)]
         inside, above, strange = (join([piece.view(-1) for piece in pieces]) for pieces in zip(*found, strict=True))

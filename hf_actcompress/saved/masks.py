@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops.bit_kernels import flags, two_flags, unflag
+from ..ops.bitmaps import flags, two_flags, unflag
 from ..ops.cpu import native
 from ..ops.rows import COLS, apply, decode_parts, encode_parts, join, parts
 
@@ -19,8 +19,8 @@ def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor
     Without `high` NaN counts as above, as in the gradient of a ReLU.
     """
     x = x.view(torch.uint8) if x.dtype == torch.bool else x
-    by_hand = partial(native.flags, low=low, high=high)
-    return join(encode_parts(flags, x, [], by_hand=by_hand, low=low, high=high))
+    native_form = partial(native.flags, low=low, high=high)
+    return join(encode_parts(flags, x, [], native_form=native_form, low=low, high=high))
 
 
 def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
@@ -51,5 +51,6 @@ def unpack_flags(bits: Tensor, shape: tuple[int, ...], low: float, high: float, 
     """`high` where a bit is set and `low` elsewhere, in `dtype` (bool: True and False)."""
     kind = torch.uint8 if dtype == torch.bool else dtype
     shared = [torch.tensor([low, high], dtype=kind, device=bits.device)]
-    found = decode_parts(unflag, bits, shape, 1, shared, by_hand=partial(native.table_decode, table=shared[0], bits=1))
+    native_form = partial(native.table_decode, table=shared[0], bits=1)
+    found = decode_parts(unflag, bits, shape, 1, shared, native_form=native_form)
     return found.view(torch.bool) if dtype == torch.bool else found

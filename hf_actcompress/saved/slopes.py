@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..codecs.rounding import RoundingState, next_key
-from ..ops.bit_kernels import slope_encode
+from ..ops.bitmaps import slope_encode
 from ..ops.cpu import native
-from ..ops.lookup import decode_table
+from ..ops.quantize import decode_table
 from ..ops.rounding import noise_source
 from ..ops.rows import COLS, apply, counters, join, parts
 

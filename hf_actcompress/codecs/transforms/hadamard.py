@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...ops.rotated_kernels import RUN, butterflies
+from ...ops.rotation import RUN, butterflies
 from ...ops.rows import apply
 
 LARGEST = 1024
@@ -66,23 +66,23 @@ def in_runs(n: int) -> bool:
     return RUN < n <= BUTTERFLIES
 
 
-def turn_runs(rows: Tensor, signed: bool) -> Tensor:
+def rotate_runs(rows: Tensor, signed: bool) -> Tensor:
     """The first half of such a rotation, with the signs, or of its inverse, without: fp32 [..., n]."""
     n = rows.shape[-1]
-    turned = (rows * signs(n, rows.device) if signed else rows).reshape(-1, RUN)
-    return torch.mm(turned, _small_matrix(n, rows.device)).view(rows.shape)
+    signed_rows = (rows * signs(n, rows.device) if signed else rows).reshape(-1, RUN)
+    return torch.mm(signed_rows, _small_matrix(n, rows.device)).view(rows.shape)
 
 
 def rotate(rows: Tensor) -> Tensor:
     """fp32 [R, n] -> fp32 [R, n].
 
     Sylvester's matrix is a Kronecker product.  Up to BUTTERFLIES a product over runs of 16 is followed by additions
-    between runs, up to LARGEST one product does it; a longer row is cut into LARGEST-long runs, which are turned first
-    by themselves and then against each other.
+    between runs, up to LARGEST one product does it; a longer row is cut into LARGEST-long runs, which are
+    rotated first by themselves and then against each other.
     """
     n = rows.shape[1]
     if in_runs(n):
-        return apply(butterflies, turn_runs(rows, True)[:, None], shared=[None])[0][:, 0]
+        return apply(butterflies, rotate_runs(rows, True)[:, None], shared=[None])[0][:, 0]
     if n <= LARGEST:
         return rows @ rotation_matrix(n, rows.device)
     inner = rows.reshape(-1, LARGEST) @ rotation_matrix(LARGEST, rows.device)
@@ -94,7 +94,7 @@ def rotate_back(rows: Tensor) -> Tensor:
     """The inverse of `rotate`."""
     n = rows.shape[1]
     if in_runs(n):
-        return apply(butterflies, turn_runs(rows, False)[:, None], shared=[signs(n, rows.device)])[0][:, 0]
+        return apply(butterflies, rotate_runs(rows, False)[:, None], shared=[signs(n, rows.device)])[0][:, 0]
     if n <= LARGEST:
         return rows @ inverse_matrix(n, rows.device)
     across = rotate_back(rows.view(-1, n // LARGEST, LARGEST).transpose(1, 2).reshape(-1, n // LARGEST))

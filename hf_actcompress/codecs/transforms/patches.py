@@ -1,7 +1,7 @@
-"""Images as frequencies: small patches turned by a cosine transform, coefficients of one frequency side by side.
+"""Images as frequencies: small patches, cosine transformed, coefficients of one frequency side by side.
 
 Neighbouring pixels of an activation are alike, so most of a patch's energy lies in few coefficients.  Grouped by
-channel and frequency, groups differ in energy by orders of magnitude, which is what `allocate=energy` lives on.
+channel and frequency, groups differ in energy by orders of magnitude, which is what allocation by energy needs.
 Source: transform coding as in JPEG (Wallace, 1991), on patches of 2 to 8.
 """
 

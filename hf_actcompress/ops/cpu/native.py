@@ -1,8 +1,8 @@
-"""The few kernels written by hand, where a compiled one reads memory twice or calls a slow library.
+"""The few operators that are written in C++, where a compiled one reads memory twice or calls a slow library.
 
-The `native*.cpp` beside this file are compiled once for a machine's processor, when they are first needed, and kept
-in the user's own cache folder.  They stand
-beside the kernels of kernels.py, give the same bits, and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
+The `native*.cpp` in this folder are compiled once for a machine's processor, when they are first needed, and kept in
+the user's own cache folder.  They give the bits of the functions of quantize.py and bitmaps.py that they stand in for,
+and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
 Without a compiler, or for a tensor that they do not take, the functions here return None.
 """
 
@@ -169,7 +169,7 @@ def _check(what: str, have: int, needed: int, codes: Tensor) -> None:
 def group_encode(
     x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, key: int | None, *, bits: int,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """`kernels.group_encode` for x [N, K, C] whose groups count from `start` on: codes, scales; or None.
+    """`quantize.group_encode` for x [N, K, C] whose groups count from `start` on: codes, scales; or None.
 
     Scales are in bf16 already.
     """
@@ -186,7 +186,7 @@ def group_roundtrip(
     x: Tensor, start: int, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None, key: int | None, *,
     bits: int,
 ) -> Tensor | None:  # fmt: skip
-    """`kernels.group_roundtrip`, likewise: what is decoded, as `x`; or None."""
+    """`quantize.group_roundtrip`, likewise: what is decoded, as `x`; or None."""
     library = _ready(x, bits)
     if library is None:
         return None
@@ -228,7 +228,7 @@ def _group_codes(
 def slope_encode(
     x: Tensor, start: int, key: int, *, function: str, bits: int, least: float, width: float
 ) -> tuple[Tensor, bool] | None:
-    """`bit_kernels.slope_encode` for x [N, 1, C]: codes, and whether all of `x` is finite; or None."""
+    """`bitmaps.slope_encode` for x [N, 1, C]: codes, and whether all of `x` is finite; or None."""
     library = _ready(x, bits)
     if library is None:
         return None
@@ -241,7 +241,7 @@ def slope_encode(
 
 
 def two_flags(x: Tensor, value: float) -> tuple[Tensor, bool] | None:
-    """`bit_kernels.two_flags` for x [N, 1, 128]: the bitmap, and whether every value is 0 or `value`; or None."""
+    """`bitmaps.two_flags` for x [N, 1, 128]: the bitmap, and whether every value is 0 or `value`; or None."""
     library = _ready(x, 1) if x.shape[2] == 128 else None
     if library is None:
         return None
@@ -251,7 +251,7 @@ def two_flags(x: Tensor, value: float) -> tuple[Tensor, bool] | None:
 
 
 def flags(x: Tensor, low: float, high: float | None) -> Tensor | None:
-    """`bit_kernels.flags` for x [N, 1, 128]: the bitmap; or None."""
+    """`bitmaps.flags` for x [N, 1, 128]: the bitmap; or None."""
     library = _ready(x, 1) if x.shape[2] == 128 else None
     if library is None:
         return None
@@ -273,7 +273,7 @@ def reach(scales: Tensor, factor: float) -> float | None:
 def group_decode(
     codes: Tensor, scales: Tensor, mean: Tensor | None, root: Tensor | None, *, bits: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """`kernels.group_decode` for codes [N, K, C * bits / 8]: values [N, K, C]; or None."""
+    """`quantize.group_decode` for codes [N, K, C * bits / 8]: values [N, K, C]; or None."""
     (n, k, _), cols = codes.shape, codes.shape[2] * 8 // bits
     if dtype not in (torch.float32, torch.bfloat16) or scales.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -292,7 +292,7 @@ def group_decode(
 
 
 def table_decode(codes: Tensor, table: Tensor, *, bits: int) -> Tensor | None:
-    """`kernels.table_decode` for codes [N, K, C * bits / 8] and a table in fp32, bf16 or bytes; or None."""
+    """`quantize.table_decode` for codes [N, K, C * bits / 8] and a table in fp32, bf16 or bytes; or None."""
     (n, k, _), cols = codes.shape, codes.shape[2] * 8 // bits
     if table.dtype not in (torch.float32, torch.bfloat16, torch.uint8):
         return None

@@ -1,6 +1,6 @@
 // What is read of payloads.  Codes to values, written where the caller wants them: what a compiler makes of the Python
 // functions allocates its result itself, and a large one on small pages takes longer to touch than to compute
-// (memory.py).  Same bits as kernels._group_decode, kernels._table_decode and bit_kernels._unflag.
+// (memory.py).  Same bits as kernels._group_decode, kernels._table_decode and bitmaps._unflag.
 
 #include "native.h"
 

@@ -1,4 +1,4 @@
-// Inputs of GELU and SiLU to codes of the slope there, as bit_kernels._slope_encode: the slopes agree to about 1e-7, which
+// Inputs of GELU and SiLU to codes of the slope there, as bitmaps._slope_encode: the slopes agree to about 1e-7, which
 // in rare cases is another code.
 
 #include "native.h"

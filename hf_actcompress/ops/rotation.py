@@ -1,4 +1,7 @@
-"""Kernels of groups that are turned, or coded by levels of their own; as those of kernels.py."""
+"""Rotated groups: Walsh-Hadamard transforms, and codes by the levels of a Gaussian.
+
+Shapes as in quantize.py: a grid x [N, K, C] of groups of C elements; what belongs to a group is [N, K, 1].
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .compiled import Kernel
-from .kernels import chosen, joined, looked_up, units
 from .packing import code_dtype, pack, unpack_parts
+from .quantize import chosen, joined, looked_up, units
 from .scales import safe_inverse
 
-RUN = 16  # columns that a small matrix turns; the lanes of a vector register
+RUN = 16  # columns that one small matrix transforms; the lanes of a vector register
 
 
 def _equalized(x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor]:

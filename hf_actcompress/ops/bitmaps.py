@@ -1,4 +1,7 @@
-"""Kernels of bitmaps, masks and slopes; as those of kernels.py."""
+"""Flags, masks and bitmaps in one bit a value, and slopes of activation functions in a few.
+
+Shapes as in quantize.py: a grid x [N, K, C] of groups of C elements; bitmaps are uint8 [N, K, C / 8].
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .compiled import Kernel
-from .kernels import joined, rounded
 from .packing import code_dtype, pack
+from .quantize import joined, rounded
 
 
 def _bitmap(condition: Tensor) -> Tensor:

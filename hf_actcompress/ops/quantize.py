@@ -1,4 +1,6 @@
-"""The arithmetic of the codecs as pure functions of tensors, for `compiled.Kernel`.
+"""Values to packed codes and back: by groups, by one scale, by quantiles, by a table, as 8-bit floats.
+
+Pure functions of tensors, for `compiled.Kernel`.
 
 Shapes: a tensor is a grid x [N, K, C] of groups of C elements.  What belongs to a group is [N, K, ...]; tables that
 repeat over N (the features of a period of the tensor) are [K, C].  Only elementwise operations, minima and maxima:
@@ -7,12 +9,16 @@ they give the same bits compiled and eager.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .compiled import Kernel
+from .cpu import native
 from .packing import code_dtype, pack, unpack_parts
 from .rounding import noise
+from .rows import decode_parts
 from .scales import ceil16, floor16, flushed, usable
 
 SELECTED = 4  # bits up to which a table is looked up by choices
@@ -194,3 +200,9 @@ table_decode = Kernel(_table_decode)
 float8_encode, float8_decode, float8_roundtrip = (
     Kernel(_float8_encode), Kernel(_float8_decode), Kernel(_float8_roundtrip),
 )  # fmt: skip
+
+
+def decode_table(codes: Tensor, shape: tuple[int, ...], table: Tensor, bits: int) -> Tensor:
+    """table[codes] as a tensor of that shape; codes in rows of COLS, table [2**bits] in the dtype of the result."""
+    native_form = partial(native.table_decode, table=table, bits=bits)
+    return decode_parts(table_decode, codes, shape, bits, [table], native_form=native_form, bits=bits)
