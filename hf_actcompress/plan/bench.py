@@ -13,7 +13,6 @@ from torch import Tensor
 from ..codecs import Codec
 from ..observe.measures import distance
 
-DISTRIBUTIONS = ("gaussian", "heavy", "relu")
 TIMED = ("encode", "decode", "roundtrip")
 
 
@@ -25,16 +24,18 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype, distribution: str, device
         x /= (torch.randn((3, *shape), generator=generator).square().mean(0)).sqrt_()
     elif distribution == "relu":
         x.relu_()
+    elif distribution != "gaussian":
+        raise ValueError(f"distribution={distribution!r} is not one of gaussian, heavy, relu.")
     return x.to(dtype).to(device)
 
 
 def measure(codec: Codec, x: Tensor, repeats: int, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Ratio, error, and times of `codec` on `x`; `tick` is called after each repeat.
 
-    Each repeat runs x.clone(), encode, decode and roundtrip in turn, so that other load on the machine meets all of
-    them alike.  A time has its median in milliseconds, and median, 10th and 90th percentile of the multiple of the
-    clone of the same repeat.  Codecs with a state are timed warm; ratio and error are those of a first call, because
-    error feedback on one tensor again and again would measure something else.
+    Each repeat runs x.clone(), encode, decode and roundtrip in turn, so that other load on the machine slows all of
+    them alike.  A time is the median in milliseconds, and the median, 10th and 90th percentile of the multiple of the
+    clone in the same repeat.  Codecs with a state are timed after it was filled; ratio and error are those of a first
+    call, because error feedback would change the same tensor at every repeat.
     Raises ValueError where the codec cannot take a tensor of that shape.
     """
     states = [codec.init_state("bench"), codec.init_state("bench")]

@@ -1,10 +1,11 @@
-"""What `hf-actcompress analyze` finds: a model on some batches of data, with each codec at each layer, untrained.
+"""What `hf-actcompress analyze` finds: the errors of each codec at each layer of a model, on a few batches.
 
-Plain values come out; nothing is printed or drawn here.
+Nothing is trained, printed or drawn here; the result is plain values.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,15 +23,16 @@ from ..observe.sensitivity import DIRECTIONS, batches_mean, sensitivity
 BINS = 60  # of a histogram
 
 
-# -- the study --------------------------------------------------------------------------------------------------------
 def study(
     model: nn.Module, batches: Sequence[dict[str, Tensor]], codecs: Sequence[str], *, blocks: list[str] | None = None,
     seed: int = 0, advance: Callable[[], None] = lambda: None, begin: Callable[[int], None] = lambda total: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`layers`, `map` (a row for each direction, layer and codec), `growth` and `histograms`.
+    """The errors of codecs at each cut of a model, as a dict of plain values.
 
-    `begin` is told how many times `advance` will be called.  Codecs that cannot take a layer's output are in
-    `left_out`.
+    `layers` (index, name, shape), `codecs` and `left_out` (those that cannot take a layer's output, with the reason),
+    `map` (a row for each direction, layer and codec; observe/sensitivity.py), `growth` (rows of `growth`) and
+    `histograms` (of `histogram`, at the first, middle and last cut).  `begin` is told how often `advance` will be
+    called.  Raises ValueError if no codec fits all layers.
     """
     example = {key: value for key, value in batches[0].items() if key != "labels"}
     layers = find_layers(model, example, blocks)
@@ -64,43 +66,35 @@ def study(
 def growth(
     handle: Handle, model: nn.Module, batch: dict[str, Tensor], codecs: Sequence[Codec], advance: Callable[[], None]
 ) -> Iterator[dict[str, Any]]:
-    """How the relative error of a forward pass goes on through the layers: a codec at the first cut alone, and at
-    every cut.  The error at a cut is that of what the next layer gets."""
+    """How the relative error of a forward pass grows through the layers, with each codec at the first cut alone and at
+    every cut.  The error at a cut is that of the next layer's input."""
     outputs: dict[str, Tensor] = {}
-    cuts = list(handle.cuts.items())
-    removers = [
-        # After the boundary's own hook, so that what a layer hands on is seen as the next one gets it.
-        model.get_submodule(layer.module).register_forward_hook(
-            lambda module, args, output, name=name: outputs.__setitem__(name, first_tensor(output).detach())
-        )
-        for name, layer in cuts
-    ]  # fmt: skip
 
     def run() -> dict[str, Tensor]:
         with undisturbed(model), torch.no_grad():
             model(**batch)
         return {name: value.float() for name, value in outputs.items()}
 
-    before = {name: boundary.forward for name, boundary in handle.boundaries.items()}
-    try:
-        with handle.disabled():
-            exact = run()
+    with contextlib.ExitStack() as stack:
+        for name, layer in handle.cuts.items():
+
+            def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                outputs[name] = first_tensor(output).detach()
+
+            # A hook that is added now runs after the boundary's own, so it sees what the next layer gets.
+            stack.callback(model.get_submodule(layer.module).register_forward_hook(keep).remove)
+        channels = [stack.enter_context(boundary.candidates())["forward"] for boundary in handle.boundaries.values()]
+        exact = run()
         for codec in codecs:
             for where in ("first", "every"):
-                for number, boundary in enumerate(handle.boundaries.values()):
-                    boundary.enabled = where == "every" or number == 0
-                    boundary.set_codecs(codec, boundary.backward.codec)
+                for number, channel in enumerate(channels):
+                    channel.codec = codec if where == "every" or number == 0 else None
                 found = run()
-                for name, layer in cuts:
-                    apart = torch.linalg.vector_norm(found[name] - exact[name]) / torch.linalg.vector_norm(exact[name])
+                for name, layer in handle.cuts.items():
+                    error = torch.linalg.vector_norm(found[name] - exact[name]) / torch.linalg.vector_norm(exact[name])
                     yield {"codec": str(codec), "where": where, "layer": layer.index, "name": name,
-                           "rel_error": float(apart) if torch.isfinite(apart) else None}  # fmt: skip
+                           "rel_error": float(error) if torch.isfinite(error) else None}  # fmt: skip
                 advance()
-    finally:
-        for remover in removers:
-            remover.remove()
-        for name, boundary in handle.boundaries.items():
-            boundary.forward, boundary.enabled = before[name], True
 
 
 def histogram(x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -115,7 +109,7 @@ def histogram(x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def _drawn(codecs: Sequence[Codec]) -> set[str]:
-    """The coarsest codec of each family: of the finer ones there is nothing to see."""
+    """The codec with the fewest bits of each family: histograms of finer ones show nothing."""
     least: dict[str, Codec] = {}
     for codec in codecs:
         family = str(codec).partition("bits=")[0]
