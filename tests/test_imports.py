@@ -47,25 +47,7 @@ OPTIONAL = {
     "tensorboard", "pandas",
 }  # fmt: skip
 # What is still against the order.  This list only gets shorter.
-KNOWN = {
-    "circle: attach.py -> observe/auto.py",
-    "circle: attach.py -> observe/probe.py",
-    "circle: observe/auto.py -> attach.py",
-    "circle: observe/auto.py -> observe/sensitivity.py",
-    "circle: observe/probe.py -> attach.py",
-    "circle: observe/probe.py -> observe/sensitivity.py",
-    "circle: observe/sensitivity.py -> attach.py",
-    "circle: pipeline/checkpoints.py -> pipeline/training.py",
-    "circle: pipeline/training.py -> pipeline/checkpoints.py",
-    "observe/auto.py imports attach.py",
-    "observe/probe.py imports attach.py",
-    "observe/probe.py imports boundary/boundary.py",
-    "observe/probe.py imports saved/forms.py",
-    "observe/probe.py imports saved/tensors.py",
-    "observe/sensitivity.py imports attach.py",
-    "observe/sensitivity.py imports boundary/boundary.py",
-    "weights/manifest.py imports workloads/vision.py",
-}
+KNOWN: set[str] = set()
 
 
 def imports(path, root=ROOT):

@@ -55,7 +55,7 @@ def read_config(where: str | Path, **options: Any) -> Any:
         raise ValueError(f"{where} has no config.json to build the model from: pass the model, such as "
                          "load_pruned(folder, model).")  # fmt: skip
     if importlib.util.find_spec("torchvision"):
-        from ..models import vision  # noqa: F401  registers torchvision's models with transformers
+        from . import vision  # noqa: F401  registers torchvision's models with transformers
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     arguments = getattr(config, "model_args", None) or {}
     reads = [name for name in arguments if name == "checkpoint_path" or name.startswith("pretrained")]

@@ -253,7 +253,7 @@ def _torchvision_model(
         import torchvision  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--model {TORCHVISION}{name} needs torchvision: {EXAMPLES_INSTALL}.") from error
-    from hf_actcompress.models import vision
+    from hf_actcompress.weights import vision
 
     model = vision.TorchvisionForImageClassification(vision.TorchvisionConfig(architecture=name, **labels))
     if pretrained:
