@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class ActCompressCallback(TrainerCallback):
         self._warned = False
         self._analysed: dict[str, Any] | None = None  # the last row that the probe has written
         self._trainer: Any = None
+        self._stop_saving: Callable[[], None] | None = None
 
     @contextlib.contextmanager
     def attached(self, model: Any) -> Iterator[Handle]:
@@ -100,7 +101,7 @@ class ActCompressCallback(TrainerCallback):
             self._load(resumed_from(args, state))
         logger.info("compressing %s", self._describe())
         if self._trainer is not None:
-            self._trainer._save_checkpoint = _SaveStates(self._trainer, self._save)
+            self._stop_saving = save_with_checkpoints(self._trainer, self._save)
             if self.config.evaluate == "both":
                 self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
 
@@ -198,10 +199,11 @@ class ActCompressCallback(TrainerCallback):
             self.config = dataclasses.replace(self.config, resolved=self.handle.auto.chosen)
 
     def _detach(self) -> None:
-        if self._trainer is not None:
-            for name, kind in (("evaluate", _EvaluateTwice), ("_save_checkpoint", _SaveStates)):
-                if isinstance(vars(self._trainer).get(name), kind):
-                    getattr(self._trainer, name).restore(self._trainer, name)
+        if self._stop_saving is not None:
+            self._stop_saving()
+            self._stop_saving = None
+        if self._trainer is not None and isinstance(vars(self._trainer).get("evaluate"), _EvaluateTwice):
+            self._trainer.evaluate.restore(self._trainer, "evaluate")
         if self.handle is None:
             return
         self._remember_choice()
@@ -258,22 +260,42 @@ class _Replaced:
 
 
 class _SaveStates(_Replaced):
-    """`Trainer._save_checkpoint`, with the codecs' state in the folder before the rest.
+    """`Trainer._save_checkpoint`, with the callbacks' states in the folder before the rest.
 
     The Trainer deletes older checkpoints before it tells callbacks of the new one (`on_save`): a run that is killed in
     between would be left with a checkpoint without states.  Only this method knows the folder, too, which a
     hyperparameter search puts into the trial's own.
     """
 
-    def __init__(self, trainer: Any, save: Any) -> None:
+    def __init__(self, trainer: Any) -> None:
         super().__init__(trainer._save_checkpoint)
-        self.trainer, self.save = trainer, save
+        self.trainer, self.saves = trainer, []
 
     def __call__(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
         folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
-        self.save(folder, self.trainer.is_world_process_zero())
+        for save in self.saves:
+            save(folder, self.trainer.is_world_process_zero())
         self.trainer.accelerator.wait_for_everyone()  # the first process deletes older checkpoints for all
         return self.method(model, trial, *args, **kwargs)
+
+
+def save_with_checkpoints(trainer: Any, save: Callable[[Path, bool], None]) -> Callable[[], None]:
+    """Have `save(folder, whether this is the first process)` called whenever a Trainer writes a checkpoint.
+
+    Returns a function that ends this, which may be called more than once.
+    """
+    saver = vars(trainer).get("_save_checkpoint")
+    if not isinstance(saver, _SaveStates):
+        trainer._save_checkpoint = saver = _SaveStates(trainer)
+    saver.saves.append(save)
+
+    def stop() -> None:
+        if save in saver.saves:
+            saver.saves.remove(save)
+        if not saver.saves and vars(trainer).get("_save_checkpoint") is saver:
+            saver.restore(trainer, "_save_checkpoint")
+
+    return stop
 
 
 class _EvaluateTwice(_Replaced):

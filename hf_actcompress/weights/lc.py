@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..callback import go_first, resumed_from
+from ..callback import go_first, resumed_from, save_with_checkpoints
 from .learning import LearningCompression
 from .scheme import Scheme, parse_scheme
 
@@ -67,6 +68,8 @@ class LCCallback(TrainerCallback):
         self.lc: LearningCompression | None = None
         self._steps = 0  # optimizer steps between C steps
         self._hook: Any = None
+        self._trainer: Any = None
+        self._stop_saving: Callable[[], None] | None = None
 
     def save(self, folder: str | Path, **about: Any) -> Path:
         """Write the compressed model (see `save_compressed`)."""
@@ -79,7 +82,9 @@ class LCCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._detach()  # a run that raised never reached on_train_end
-        go_first(self)
+        self._trainer = go_first(self)
+        if self._trainer is not None:
+            self._stop_saving = save_with_checkpoints(self._trainer, self._save)
         if getattr(args, "deepspeed", None):
             raise ValueError("LCCallback needs whole parameters and gradients; DeepSpeed keeps them apart. Use DDP.")
         if args.fp16 and not args.max_grad_norm:
@@ -151,9 +156,13 @@ class LCCallback(TrainerCallback):
             state.log_history[-1].update(extra)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.lc is None or not state.is_world_process_zero or not folder.is_dir():
+        if self._trainer is None:  # otherwise the state is in the checkpoint already
+            self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.is_world_process_zero)
+
+    def _save(self, folder: Path, first_process: bool) -> None:
+        if self.lc is None or not first_process:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         tensors, texts = self.lc.state_dict()
         unfinished = folder / f"{STATE_NAME}.tmp"
         save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata=texts)
@@ -184,6 +193,9 @@ class LCCallback(TrainerCallback):
 
     def _detach(self) -> None:
         self._back()
+        if self._stop_saving is not None:
+            self._stop_saving()
+            self._stop_saving = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

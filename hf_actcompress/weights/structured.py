@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..callback import go_first, save_with_checkpoints
 from .files import INSTALL
 from .manifest import write_shapes
 
@@ -154,11 +155,17 @@ class PruningCallback(TrainerCallback):
             raise ValueError(f"every={every!r}, start={start!r}: every is 1 or more, start 0 or more.")
         self.pruner, self.every, self.start = pruner, every, start
         self.history: list[dict[str, Any]] = []
+        self._trainer: Any = None
+        self._stop_saving: Callable[[], None] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
             raise ValueError(f"Gradual pruning runs in one process, not in {args.world_size}; prune before training "
                              "with prune(model, ...), or train the pruned model on several.")  # fmt: skip
+        self._end_saving()  # a run that raised never reached on_train_end
+        self._trainer = go_first(self)
+        if self._trainer is not None:
+            self._stop_saving = save_with_checkpoints(self._trainer, self._save)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         since = state.global_step - self.start
@@ -170,9 +177,20 @@ class PruningCallback(TrainerCallback):
             logger.info("step %d, part %d of %d: %s", state.global_step, self.pruner.done, self.pruner.steps, outcome)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            write_shapes(self.pruner.model, folder)
+        if self._trainer is None:  # otherwise the manifest is in the checkpoint already
+            self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.is_world_process_zero)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end_saving()
+
+    def _end_saving(self) -> None:
+        if self._stop_saving is not None:
+            self._stop_saving()
+            self._stop_saving = None
+
+    def _save(self, folder: Path, first_process: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_shapes(self.pruner.model, folder)
 
 
 def replace_in_optimizer(optimizer: Any, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:

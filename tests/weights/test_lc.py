@@ -5,10 +5,12 @@ import logging
 
 import pytest
 import torch
+from helpers import build
 from helpers.processes import ROOT, torchrun
 from helpers.trainers import STEPS, accuracy, make_trainer, rows, same, weights
 from transformers import TrainerCallback
 
+from hf_actcompress import ActCompressCallback
 from hf_actcompress.weights import LCCallback, LearningCompression, load_compressed
 from hf_actcompress.weights.lc import STATE_NAME
 
@@ -121,6 +123,36 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, every):
     assert losses(again) == losses(whole)
     assert same(weights(again), weights(whole))
     assert lc.lc.c_steps == (2 if every == "epoch" else 3)
+
+
+def test_the_state_is_in_the_checkpoint_before_an_older_one_may_go(tmp_path, monkeypatch):
+    """The Trainer deletes older checkpoints within _save_checkpoint, before on_save."""
+    kept = []
+
+    def rotate(*args, **kwargs):
+        newest = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        kept.append((newest.name, (newest / STATE_NAME).is_file(), bool(list(newest.glob("actcompress_state*")))))
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+    trainer = make_trainer(tmp_path, ActCompressCallback("ef+block:bits=4"), callback(), save_strategy="steps",
+                           save_steps=2, max_steps=4)  # fmt: skip
+    trainer.train()
+    assert kept == [("checkpoint-2", True, True), ("checkpoint-4", True, True)]
+    assert "_save_checkpoint" not in vars(trainer)
+
+
+def test_a_hyperparameter_search_keeps_states_in_the_trials_folder(tmp_path):
+    pytest.importorskip("optuna")
+    trainer = make_trainer(
+        tmp_path, callback(), model_init=lambda trial=None: build("bert"), max_steps=2, save_strategy="steps",
+        save_steps=2,
+    )  # fmt: skip
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}, n_trials=2,
+        direction="minimize", backend="optuna", compute_objective=lambda metrics: metrics.get("eval_loss", 0.0),
+    )  # fmt: skip
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(STATE_NAME))
+    assert found == [f"run-{n}/checkpoint-2/{STATE_NAME}" for n in (0, 1)]
 
 
 def test_resuming_without_its_state_warns_and_with_another_scheme_is_refused(tmp_path, caplog):
