@@ -25,7 +25,7 @@ ALL, FEW = 64, 4
 
 def errors(model: nn.Module, batch: dict[str, Tensor], rows: int, settled: float) -> dict[str, tuple[float, float]]:
     """(values of a channel, error) by batch norm."""
-    config = ActCompressConfig(first=0, last=0, saved="auto:budget=0.1")
+    config = ActCompressConfig(saved="auto:budget=0.1")
     with mock.patch.multiple(sensitivity, ROWS=rows // 2, SETTLED=settled, COST=1e9), \
             compress_model(model, config) as handle:  # fmt: skip
         model(**batch)

@@ -10,8 +10,8 @@ held: bytes that stay between forward and backward as the operating system sees 
 after the forward pass); the peak of a whole step with AdamW, as tensors that live (torch's profiler) and as resident
 memory (VmHWM, with libraries); each in its own process, in which malloc returns what is freed.
 time: one step of every method in turn, each in its own process (which waits meanwhile), so that other load meets all
-alike and malloc's heap is as that method alone leaves it.  Malloc keeps what is freed, as it does where `saved` is
-attached, for every method; beside them the plain step with glibc's default.  Multiples are of the plain step of the
+alike and malloc's heap is as that method alone leaves it.  Malloc keeps what is freed (`keep_freed_memory=True`), for
+every method; beside them the plain step with glibc's default.  Multiples are of the plain step of the
 same round, that with the same malloc and that with the default.
 batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each size in its own
 process.
@@ -41,7 +41,6 @@ from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
 from hf_actcompress.ops.compiled import VARIABLE as COMPILE
-from hf_actcompress.ops.cpu.malloc import VARIABLE
 from hf_actcompress.workloads import load_image_model, load_text_model
 
 Batch = dict[str, torch.Tensor]
@@ -91,7 +90,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[torch.nn.Module, Callable[[int], Batc
 
 
 def saved(spec: str) -> Callable[[torch.nn.Module], AbstractContextManager]:
-    return lambda model: compress_model(model, ActCompressConfig(first=0, last=0, saved=spec))
+    return lambda model: compress_model(model, ActCompressConfig(saved=spec))
 
 
 @contextmanager
@@ -352,9 +351,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault(COMPILE, "1")
     if args.one:
-        if args.malloc != "kept":
-            os.environ[VARIABLE] = "0"  # every method alike
-        elif not keep_freed_memory():
+        if args.malloc == "kept" and not keep_freed_memory():
             raise SystemExit("keep_freed_memory() does nothing here: malloc is not glibc's, or is set already.")
         if args.one == "step":
             steps(args)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from harness import FIGURES, RESULTS, read, write
+from harness import FIGURES, RESULTS, arguments, read, write
 from scipy.stats import rankdata
 
 from hf_actcompress.report.records import METRICS, load_records
@@ -245,6 +245,7 @@ def _beginnings() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    arguments(__doc__).parse_args()
     found = {}
     for name, folder, runs_of in (("short", "predictor", short_runs), ("long", "accuracy", long_runs)):
         if (RESULTS / folder).is_dir():

@@ -11,6 +11,7 @@ other seeds do.  Resumable; several calls may share the work.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ import harness
 RESULTS = harness.RESULTS / "saved"
 SPECS = ("none", "block:bits=4", "auto:budget=0.07")  # the share of about 2 bits
 TASKS = ("sst2", "cifar10")
-OPTIONS = ("--first", "0", "--last", "0", "--evaluate", "on")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,6 @@ class Run:
     task: str
     saved: str
     seed: int
-    codec: str = "block:bits=4"  # of no boundary
-    grad_codec: None = None
 
     @property
     def path(self) -> Path:
@@ -41,8 +39,11 @@ class Run:
 
 
 def execute(run: Run, data: Path, extra: list[str]) -> dict[str, Any]:
+    script, folder, options = accuracy.TASKS[run.task]
+    options = re.sub(r"--(first|last|placement) \w+ ?", "", options)  # of layer boundaries
     saved = ["--codec", "none"] if run.saved == "none" else ["--saved", run.saved]
-    record = accuracy.execute(run, data, [*OPTIONS, *saved, *extra])
+    argv = [*options.split(), "--dataset", str(data / folder), "--logging_steps", "20", "--evaluate", "on", *saved]
+    record = accuracy.train(script, [*argv, *extra], run.seed)
     return {**record, "saved": run.saved, "command": "python benchmarks/saved_accuracy.py"}
 
 

@@ -65,7 +65,7 @@ def measure(model: nn.Module, batch: dict[str, Tensor], draws: int) -> dict[str,
     exact, rows = gradients(model, batch, layers), {}
     for spec in SPECS:
         errors: dict[str, list[float]] = {layer: [] for layer in exact} | {"all": []}
-        with compress_model(model, ActCompressConfig(first=0, last=0, saved=spec)) as handle:
+        with compress_model(model, ActCompressConfig(saved=spec)) as handle:
             for _ in range(draws):
                 found = gradients(model, batch, layers)
                 for layer, g in exact.items():

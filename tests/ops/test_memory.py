@@ -9,7 +9,8 @@ SPECS = [
     "uniform:bits=8,round=stochastic", "block:bits=4", "rotated:bits=4", "sort:bits=8", "kmeans:bits=4",
     "topk:ratio=0.1", "float8", "lowrank:rank=4", "rotated:bits=2",
 ]  # fmt: skip
-CASES = [(spec, dtype) for spec in SPECS for dtype in ("float32", "bfloat16")]
+# bfloat16 is the harder one: what is computed in fp32 takes twice the input's bytes.
+CASES = [*((spec, "bfloat16") for spec in SPECS), ("block:bits=4", "float32"), ("sort:bits=8", "float32")]
 # Imports once and forks a process for each case, whose peak begins at what the parent has.
 SCRIPT = """
 import json, os, resource, sys, torch
