@@ -30,10 +30,10 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 class Candidate:
     """One model of a card.
 
-    name: as the table shows it.
-    model: its forward takes the batches as keywords and gives logits.
-    folder: where its file lies; None where there is none.
-    bits: what a compressed file counts; None counts the tensors as they are, sparse ones by positions and values.
+    name: in the table.
+    model: its forward takes a batch as keyword arguments and returns logits.
+    folder: of its files, if any.
+    bits: counted bits of a compressed file; None: bits of the tensors, of sparse ones those of positions and values.
     """
 
     name: str
@@ -48,14 +48,15 @@ def measure(
     compute_metrics: Callable[[Any, Any], dict[str, float]] | None = None, *, batch_sizes: Sequence[int] = BATCHES,
     repeats: int = 20, watts: float = 15.0, tick: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per candidate.
+    """One row of measurements for each candidate.
 
     example: a batch of one row or more; rows are repeated to the batch sizes that are timed.
-    evaluation: batches with labels; read once for each candidate, so give a list or a loader.
-    compute_metrics: (logits [N, C], labels [N]) -> metrics; default: error of the first and of the first five guesses.
-    repeats: timed forwards a batch size.  The candidates take turns in every round, so that other load on the
-        machine meets all of them alike.
-    watts: what one busy core is taken to draw, where no power counter can be read.
+    evaluation: batches with labels; read once for each candidate, so pass a list or a loader.
+    compute_metrics: (logits [N, C], labels [N]) -> metrics, besides the top-1 and top-5 error.
+    repeats: timed forward passes for each batch size.  The candidates alternate, so that other load on the machine
+        affects all of them alike.
+    watts: power of one busy core, for an estimate where no power counter can be read.
+    tick: called with what is measured next.
 
     Raises ValueError without candidates or with an empty evaluation.
     """
@@ -104,7 +105,7 @@ def rows(example: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 
 def size(candidate: Candidate) -> dict[str, Any]:
-    """Parameters are what the forward reads: of an int8 graph its quantized weights and biases."""
+    """Parameters, non-zeros, counted bits and bytes of files.  Those of an int8 graph are its weights and biases."""
     tensors = _distinct(candidate.model)
     weights = [t for t in tensors.values() if t.is_floating_point() or t.dtype in (torch.int8, torch.uint8)]
     nonzero = sum(int(torch.count_nonzero(getattr(t, "qdata", t))) for t in weights)
@@ -120,12 +121,12 @@ def size(candidate: Candidate) -> dict[str, Any]:
 
 
 def tensor_bits(x: Tensor) -> int:
-    """As it is, or, where that is less, the values that are not zero and gap-coded positions of the best width."""
+    """Bits of a tensor, or, where that is less, of its non-zero values and their gap-coded positions."""
     if hasattr(x, "qdata"):  # torchao's weights of few bits
         return x.numel() * (4 if x.target_dtype == torch.int4 else 8) + 8 * x.scale.nbytes
     dense = 8 * x.numel() * x.element_size()
     kept = int(torch.count_nonzero(x))
-    if kept > 0.97 * x.numel():  # then no positions are worth storing
+    if kept > 0.97 * x.numel():  # positions would take more
         return dense
     width, fields = gap_width(x.detach().flatten().nonzero().flatten().cpu().numpy())
     return min(dense, 8 * kept * x.element_size() + width * fields)
@@ -141,7 +142,7 @@ def flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
 
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, and the weights that a graph keeps as buffers; shared ones once, counters and statistics not."""
+    """Parameters, and the weights that a graph keeps as buffers; shared ones once, without counters and statistics."""
     found, seen = {}, set()
     exported = hasattr(model, "graph")
     named = [*model.named_parameters(), *(model.named_buffers() if exported else ())]
@@ -153,7 +154,7 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-# Worth
+# Quality
 
 
 @torch.no_grad()
@@ -187,7 +188,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def peak_memory(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
-    """Bytes of the weights and the most that one forward holds beyond them; None where it cannot be seen."""
+    """Bytes of the weights plus the peak of one forward pass beyond them; None where it cannot be measured."""
     weights = sum(t.qdata.nbytes + t.scale.nbytes if hasattr(t, "qdata") else t.nbytes
                   for t in _distinct(model).values())  # fmt: skip
     device = next(iter(inputs.values())).device
@@ -207,7 +208,7 @@ def peak_memory(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
 
 
 def _reset_peak() -> bool:
-    """Gives free memory back to the system and forgets the process's peak.  Linux only."""
+    """Returns free memory to the system and resets the process's peak.  Linux only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -251,7 +252,7 @@ def latency(models: Sequence[nn.Module], inputs: Mapping[str, Tensor], repeats: 
 
 
 def energy(model: nn.Module, inputs: Mapping[str, Tensor], number: int, watts: float) -> tuple[float, str]:
-    """(joules per row, how they were found): the processor's counter where it can be read, else CPU time x watts."""
+    """(joules per row, how they were found): by the processor's counter where it can be read, else CPU time x watts."""
     calls = 3
     with torch.no_grad(), _rapl() as read:
         began, cpu = read() if read else 0.0, time.process_time()
@@ -264,7 +265,7 @@ def energy(model: nn.Module, inputs: Mapping[str, Tensor], number: int, watts: f
 
 @contextlib.contextmanager
 def _rapl() -> Iterator[Callable[[], float] | None]:
-    """A function that gives joules; wraps of the counter (about every hour) are not looked for."""
+    """A function that returns joules; overflows of the counter (about every hour) are ignored."""
     counters = [path for path in RAPL.glob("intel-rapl:*/energy_uj") if path.parent.name.count(":") == 1]
     if not counters or not all(os.access(path, os.R_OK) for path in counters):
         yield None
@@ -280,5 +281,5 @@ def _notes(row: Mapping[str, Any], batch_sizes: Sequence[int]) -> list[str]:
     zeros = 1 - row["nonzeros"] / max(1, row["parameters"])
     gains = [row["speed_up"][str(b)] for b in batch_sizes]
     if zeros > 0.02 and all(gain is not None and gain < 1.05 for gain in gains):
-        return [f"{100 * zeros:.0f} % of the weights are zero, and bring no speed: dense kernels multiply them too."]
+        return [f"{100 * zeros:.0f} % of the weights are zero, which brings no speed: dense kernels multiply zeros."]
     return []

@@ -1,4 +1,4 @@
-"""Structured pruning in depth: whole layers are taken out of a stack of like blocks.  Knows no codec."""
+"""Structured pruning in depth: whole blocks are removed from a stack.  Knows no codec."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ..models.layers import first_tensor
 
 def drop_layers(model: nn.Module, drop: int | Sequence[int], path: str | None = None,
                 batches: Iterable[Mapping[str, Any]] | None = None) -> list[int]:  # fmt: skip
-    """Removes blocks of the stack at `path` (default: the longest list of like blocks); returns the indices dropped.
+    """Removes blocks of the stack at `path`, in place; returns their indices.
 
-    `drop` lists indices, or is a number: then the blocks go that change their input least on `batches` (1 - cosine of
-    input and output; Men et al. 2024), or without batches the ones that leave the rest spread most evenly.
+    drop: indices, or how many.  Then those blocks are removed that change their input least on `batches` (1 - cosine
+        of input and output; Men et al. 2024), or, without batches, so that the others are spread evenly.
+    path: of a ModuleList or Sequential; default: the longest one of blocks of one class.
+
     Raises ValueError where there is no such stack, an index is out of range, or no block would be left.
     """
     path = _stack(model) if path is None else path
@@ -41,17 +43,22 @@ def drop_layers(model: nn.Module, drop: int | Sequence[int], path: str | None = 
         dropped = [i for i in range(total) if i not in kept]
     before = getattr(stack, "kept_layers", list(range(total)))
     stack.kept_layers = [before[i] for i in range(total) if i not in dropped]
-    for i in reversed(dropped):
-        del stack[i]
-    for i, block in enumerate(stack):
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = i
+    remove_blocks(stack, dropped)
     config = getattr(model, "config", None)
     for name in ("num_hidden_layers", "n_layers"):
         if getattr(config, name, None) == total:
             setattr(config, name, total - number)
     return dropped
+
+
+def remove_blocks(stack: nn.ModuleList | nn.Sequential, dropped: Iterable[int]) -> None:
+    """Deletes blocks, and numbers the others anew where they know their number (for caches)."""
+    for i in sorted(dropped, reverse=True):
+        del stack[i]
+    for i, block in enumerate(stack):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = i
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def layer_influence(model: nn.Module, path: str, batches: Iterable[Mapping[str, 
             x = first_tensor(args if args else tuple(kwargs.values()))
             y = first_tensor(output)
             if x is None or y is None or x.shape != y.shape:
-                sums[index] = float("inf")  # it changes the shape, so nothing can stand in for it
+                sums[index] = float("inf")  # it changes the shape, so it cannot be removed
                 return
             sums[index] += float(1 - nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).mean())
 

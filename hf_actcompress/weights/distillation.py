@@ -1,7 +1,7 @@
 """Distillation: a small model learns from the outputs of a large one, inside transformers' Trainer.
 
-The losses are plain functions; `DistillationTrainer` joins them to the task's own loss.  It knows nothing of pruning
-or of codecs, whose callbacks work with it as with any Trainer.
+The losses are plain functions; `DistillationTrainer` adds them to the task's loss.  It knows neither pruning nor codecs,
+whose callbacks work with it as with any Trainer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROJECTIONS = "distillation.safetensors"
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over rows (Hinton et al. 2015).
 
-    Logits [..., C], alike in shape.  T^2 keeps the size of the gradient when T changes.
+    Logits [..., C] of equal shapes.  The factor T^2 makes the size of the gradient independent of T.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"The student's logits are {list(student_logits.shape)}, the teacher's "
@@ -57,11 +57,11 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: gets the same inputs without labels, in eval mode and without gradients; it must take the student's
-            tokens or images and give as many logits.
-        temperature: above 0; higher ones show more of what the teacher thinks of the wrong classes.
+            tokens or images and return as many logits.
+        temperature: above 0; the higher, the more the teacher's scores of wrong classes count.
         alpha: share of the soft loss, 0 to 1.
         hidden: weight of the loss on hidden states; needs models that return them.  A projection is learnt where
-            widths differ; it is kept in checkpoints, and is no part of the student.
+            widths differ; it is saved in checkpoints and is no part of the student.
         layers: the teacher's layer (1 is the first block's output) for each of the student's; default `layer_map`.
     """
 
@@ -98,7 +98,7 @@ class DistillationTrainer(Trainer):
         else:
             task = outputs["loss"]
         with torch.no_grad():
-            # One mode is not enough: whoever saves or evaluates the teacher elsewhere may have switched it.
+            # At every step: other code that evaluates or trains the teacher may have changed its mode.
             self.teacher.eval()
             told = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"}, **extra)
         if outputs["logits"].shape[-1] == 1:

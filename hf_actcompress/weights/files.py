@@ -65,6 +65,14 @@ def read_config(where: str | Path, **options: Any) -> Any:
     return config
 
 
+def save_config(model: nn.Module, folder: Path) -> None:
+    """The configuration of a transformers model, with its class; nothing for other models."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+
+
 def build_model(folder: Path) -> nn.Module:
     """The model of a folder's config.json, with random weights."""
     import transformers

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import build_model, is_shape, read_json, read_safetensors, some
+from .depth import remove_blocks
+from .files import build_model, is_shape, read_json, read_safetensors, save_config, some
 
 MANIFEST = "pruned_shapes.json"
 WEIGHTS = "model.safetensors"
@@ -54,10 +55,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
+    save_config(model, folder)
     # Not the model's save_pretrained: it renames tensors to their names in older versions.
     save_model(model, str(folder / WEIGHTS))
     write_shapes(model, folder)
@@ -150,15 +148,9 @@ def apply_shapes(model: nn.Module, manifest: dict[str, Any]) -> None:
         if odd:
             raise ValueError(f"The manifest does not fit {type(model).__name__}: other dimensions at {some(odd)}.")
     for path, dropped in stacks.items():
-        stack = model.get_submodule(path)
-        for i in reversed(dropped):
-            del stack[i]
+        remove_blocks(model.get_submodule(path), dropped)
     for path, kept in manifest["kept_layers"].items():
         model.get_submodule(path).kept_layers = list(kept)
-        for i, block in enumerate(model.get_submodule(path)):
-            for module in block.modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = i
     for path, attributes in manifest["modules"].items():
         module = model.get_submodule(path)
         for name, value in attributes.items():

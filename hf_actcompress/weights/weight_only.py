@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..ops.packing import ceil8, pack, unpack
-from .files import INSTALL, build_model, read_json, read_safetensors, some
+from .files import INSTALL, build_model, read_json, read_safetensors, save_config, some
 from .manifest import apply_shapes, check_manifest, shape_manifest
 
 ABOUT, WEIGHTS = "few_bits.json", "few_bits.safetensors"
@@ -146,10 +146,7 @@ def save_few_bits(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if not packed:
         raise ValueError("No weights of few bits: call quantize_weights, or binarize and finish_binarize, first.")
     save_file(tensors, str(folder / WEIGHTS))
-    config = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
+    save_config(model, folder)
     about = {"format": FORMAT, "packed": packed, "shared": shared, "shapes": shape_manifest(model)}
     (folder / ABOUT).write_text(json.dumps(about))
     return folder

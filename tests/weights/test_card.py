@@ -123,7 +123,7 @@ def test_zeros_without_speed_are_named_and_the_files_say_all(tmp_path):
     cards = measure(made, inputs(batches[0]), batches, batch_sizes=(1, 2), repeats=2)
     assert cards[0]["notes"] == [] and cards[0]["compression"] == 1 and cards[1]["compression"] > 1.4
     row = {**cards[1], "speed_up": {"1": 1.01, "2": 0.99}}
-    assert "bring no speed" in card._notes(row, (1, 2))[0]
+    assert "brings no speed" in card._notes(row, (1, 2))[0]
     assert card._notes({**row, "speed_up": {"1": 1.5, "2": 1.0}}, (1, 2)) == []
     assert cards[0]["energy"].startswith(("measured", "estimated: CPU time x 15 W"))
     paths = save_cards(cards, tmp_path, {"data": "made up"})
