@@ -252,7 +252,7 @@ def latency(models: Sequence[nn.Module], inputs: Mapping[str, Tensor], repeats: 
 
 
 def energy(model: nn.Module, inputs: Mapping[str, Tensor], number: int, watts: float) -> tuple[float, str]:
-    """(joules per row, how they were found): by the processor's counter where it can be read, else CPU time x watts."""
+    """(joules per row, how): by the processor's counter where it can be read, else CPU time x watts."""
     calls = 3
     with torch.no_grad(), _rapl() as read:
         began, cpu = read() if read else 0.0, time.process_time()

@@ -1,7 +1,7 @@
 """Distillation: a small model learns from the outputs of a large one, inside transformers' Trainer.
 
-The losses are plain functions; `DistillationTrainer` adds them to the task's loss.  It knows neither pruning nor codecs,
-whose callbacks work with it as with any Trainer.
+The losses are plain functions; `DistillationTrainer` adds them to the task's loss.  It knows neither pruning nor
+codecs, whose callbacks work with it as with any Trainer.
 """
 
 from __future__ import annotations
