@@ -95,7 +95,7 @@ def _advise(args: argparse.Namespace) -> None:
         _print(cluster, predictions, chosen)
         if args.timeline:
             _draw(cluster, shown)
-        print(words)
+        make_console().print(words)
     if args.png:
         path = chart([(p.label, p.timeline) for p in shown], cluster.devices, args.png)
         print(f"written: {path}", file=sys.stderr)

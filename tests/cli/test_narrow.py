@@ -144,3 +144,18 @@ def test_json_has_what_is_left_out(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     assert main(["bench", "identity", "--shape", "4x4", "--repeats", "1", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["codecs"][0]) >= {"cosine", "encode", "decode", "roundtrip"}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_advise(at, tmp_path, width):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("""
+microbatches: 2
+stages: [{count: 2, forward: 40ms, activation: [4, 8]}]
+links: {bandwidth: 1kbit}
+codecs: {none: identity, "a codec with a long name, 8 bits": "uniform:bits=8"}
+""")
+    lines = at(width, "advise", path, "--timeline")
+    text = " ".join(" ".join(lines).split())
+    assert any(line.startswith("a codec with") and "take this" in line for line in lines)
+    assert "step" in text and "Take a codec with a long name, 8 bits: " in text and "device 0 > device 1" in text
