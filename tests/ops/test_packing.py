@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_actcompress.ops.packing import code_dtype, pack, pack_runs, packed_nbytes, planes, unpack
+from hf_actcompress.ops.packing import code_dtype, pack, packed_nbytes, planes, unpack
 
 BITS = range(1, 17)
 
@@ -85,11 +85,3 @@ def test_one_code_touches_only_its_own_bits():
             assert not (mark & seen).any()
             seen |= mark
         assert (seen == 255).all()
-
-
-@pytest.mark.parametrize("bits", range(1, 17))
-@pytest.mark.parametrize("count", [1, 2, 8])
-def test_runs_are_packed_as_if_they_were_joined(bits: int, count: int) -> None:
-    generator = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 2**bits, (3, 16 * count), generator=generator).to(code_dtype(bits))
-    assert torch.equal(pack_runs(list(codes.split(16, -1)), bits), pack(codes, bits))
