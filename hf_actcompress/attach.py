@@ -165,7 +165,7 @@ class Handle:
                 missed.append("saved")
             else:
                 self.saved.state.load_state_dict(entry["state"])
-                if self.budget is not None:
+                if self.budget is not None and "budget" in entry:  # not in checkpoints of version 0.1
                     self.budget.load_state_dict(entry["budget"])
         return missed
 

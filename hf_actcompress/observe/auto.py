@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..codecs import Codec, parse_codec
+from ..models.hooks import outside_of_graphs
 from .allocation import Option, best_combination
 from .sensitivity import DIRECTIONS, sensitivity
 from .target import Target
@@ -47,6 +48,7 @@ class AutoCodec(Tuner):
 
     def __init__(self, handle: Any, target: Target, names: Sequence[str], backward: bool) -> None:
         super().__init__(handle)
+        outside_of_graphs(AutoCodec)
         self.target, self.names = target, list(names)
         self.directions = DIRECTIONS if backward else DIRECTIONS[:1]
         self.chosen: dict[str, dict[str, str]] = {}  # name -> direction -> spec

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.hooks import outside_of_graphs
 from ..models.replay import on_the_side
 
 
@@ -25,7 +24,6 @@ class Tuner:
     early: tuple[int, ...] = ()  # further passes at which to measure
 
     def __init__(self, handle: Any) -> None:
-        outside_of_graphs(type(self))
         self.handle, self.passes = handle, 0
 
     def __getstate__(self) -> dict[str, Any]:
