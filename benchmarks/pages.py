@@ -18,7 +18,7 @@ import memory_pages
 import predictor_pages
 import speed_pages
 import weights_pages
-from harness import FIGURES, RESULTS, ROOT, read, table
+from harness import FIGURES, RESULTS, ROOT, arguments, read, table
 
 from hf_actcompress.cli.report import TABLES as TABLE_MARKERS
 from hf_actcompress.cli.report import draw
@@ -131,6 +131,7 @@ def parts() -> Iterator[tuple[str, str, str]]:
 
 
 def main() -> None:
+    arguments(__doc__).parse_args()
     page = ROOT / "docs" / "results.md"
     records = load_records(RESULTS / "accuracy")
     tables = [load_comparison(path) for path in find_indices(RESULTS / "tables")]

@@ -7,11 +7,11 @@ import copy
 import dataclasses
 import math
 import pickle
-from contextlib import contextmanager
 from itertools import product
 
 import pytest
 import torch
+from helpers import naming
 from helpers.specs import SPECS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -89,15 +89,6 @@ def make(shape, fill, exponent, seed):
     elif fill == "offset":
         x = 100 + x
     return (x * 2.0**exponent).clamp(-LARGEST, LARGEST)
-
-
-@contextmanager
-def naming(*case):
-    """Says which codec and input an error is about."""
-    try:
-        yield
-    except Exception as error:
-        raise AssertionError(f"{', '.join(map(str, case))}: {type(error).__name__} {error}") from error
 
 
 def small_input(seed=0):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -127,6 +129,15 @@ def differing(one: list, other: list) -> list[str]:
     """Names of the entries of two traces that are not the same bit for bit."""
     assert [name for name, _ in one] == [name for name, _ in other]
     return [name for (name, a), (_, b) in zip(one, other, strict=True) if not torch.equal(a, b)]
+
+
+@contextmanager
+def naming(*case: object):
+    """Says which of the cases that a test goes through an error is about."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{', '.join(map(str, case))}: {type(error).__name__} {error}") from error
 
 
 def boundaries_on(model: nn.Module) -> list[str]:
