@@ -69,8 +69,9 @@ def test_files_are_small_and_give_the_same(quantized, tmp_path):
     assert (tmp_path / WEIGHTS).stat().st_size < 0.4 * sum(p.nbytes for p in wide.parameters())
 
 
-def test_lowered_kernels_compute_the_same(quantized):
+def test_lowered_kernels_compute_the_same(quantized, tmp_path):
     _, batches, model = quantized
+    model = load_quantized(save_quantized(model, tmp_path))
     batch = inputs(batches[2])
     expected = model(**batch).logits
     model.lower(batch)
@@ -90,7 +91,7 @@ def test_activations_take_seven_bits_where_sums_would_overflow(monkeypatch, vnni
     assert tops == {top}
 
 
-def test_texts_of_any_length():
+def test_texts_of_any_length(tmp_path):
     torch.manual_seed(0)
     model, batch = bert(layers=1), inputs(texts(4, 9))
     quantized = quantize_static(model, [batch])
@@ -98,6 +99,8 @@ def test_texts_of_any_length():
     other = inputs(texts(3, 6))
     assert relative(quantized(**other).logits, model(**other).logits) < 0.1
     assert quantized(**other, labels=torch.tensor([0, 1, 2])).loss.dim() == 0
+    loaded = load_quantized(save_quantized(quantized, tmp_path))
+    assert loaded.config.model_type == "bert" and torch.equal(loaded(**other).logits, quantized(**other).logits)
 
 
 def test_training_with_rounding_lowers_the_loss_and_converts(tmp_path):
