@@ -6,7 +6,7 @@ The import of a codec's class is its line in the registry: each module registers
 from .base import Codec, CodecState, Payload, Traits, raw_nbytes
 from .block import Block
 from .chain import Chain
-from .delta import Delta, sample_ids
+from .delta import Delta
 from .feedback import Feedback
 from .float8 import Float8
 from .identity import Identity
@@ -16,6 +16,7 @@ from .parse import parse_codec
 from .registry import CODECS, codec_names, register_codec
 from .rotated import Rotated
 from .rounding import RoundingState
+from .sample_cache import sample_ids
 from .sign import Sign
 from .sort import Sort
 from .topk import TopK

@@ -29,10 +29,10 @@ LeafShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class Payload:
-    """What a codec leaves of a tensor.
+    """The compressed form of a tensor.
 
-    `tensors` hold everything that would travel or be stored (codes, scales, positions, codebooks); `parts` hold
-    the payloads of a chain's second codec.  `raw` marks a tensor that was passed on uncompressed because it held
+    `tensors` hold everything that is sent or stored (codes, scales, positions, codebooks); `parts` hold the payloads
+    of a chain's second codec.  `raw` marks a tensor that was passed on uncompressed because it held
     NaN, Inf or values beyond 2**48.
     """
 

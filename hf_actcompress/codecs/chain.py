@@ -56,7 +56,7 @@ class Chain(Codec):
                 f"{self.second.name} to compress. Chains start with topk, lowrank or identity."
             )
         if self.second.traits.per_sample:
-            raise ValueError(f"{self.first}|{self.second}: delta goes around all: write delta+{self.first}|...")
+            raise ValueError(f"{self.first}|{self.second}: delta goes around the chain: write delta+{self.first}|...")
 
     def __str__(self) -> str:
         return f"{self.first}|{self.second}"

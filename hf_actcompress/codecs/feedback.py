@@ -15,7 +15,7 @@ from .base import Codec, CodecState, Payload, Traits
 
 
 class FeedbackState(CodecState):
-    """The inner codec's state and the error that waits (in the tensor's dtype and shape)."""
+    """The inner codec's state, and the error of the last call (of the tensor's shape and dtype; None at first)."""
 
     def __init__(self, inner: CodecState | None) -> None:
         self.inner = inner
@@ -45,7 +45,7 @@ class FeedbackState(CodecState):
 
 @dataclass(frozen=True)
 class Feedback(Codec):
-    """`ef+codec`: encodes x + error, and keeps what that encoding lost as the next error.
+    """`ef+codec`: encodes x + error; the error of that encoding is added to the next x.
 
     The error is used only by a tensor of the same shape: with batches of changing length (padding to the longest)
     it is dropped whenever the shape changes.  Costs one tensor of memory per site and direction.
@@ -60,7 +60,7 @@ class Feedback(Codec):
         if isinstance(self.inner, Feedback):
             raise ValueError(f"ef+{self.inner}: error feedback is applied once; write {self.inner}.")
         if self.inner.traits.per_sample:
-            raise ValueError(f"ef+{self.inner}: the next change contains what the last one lost; write {self.inner}.")
+            raise ValueError(f"ef+{self.inner}: delta makes up for errors by itself; write {self.inner}.")
 
     def __str__(self) -> str:
         return f"ef+{self.inner}"

@@ -221,7 +221,7 @@ def test_specs():
     for spec, words in {
         "delta": "stands before the codec", "delta:cache=0+block": "cache=0", "delta:evict=new+block": "evict='new'",
         "delta:bits=4+block": "delta has no option 'bits'", "delta+ef+block": "no feedback is needed",
-        "ef+delta+block": "write delta", "topk|delta+block": "delta goes around all",
+        "ef+delta+block": "write delta", "topk|delta+block": "delta goes around the chain",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
             parse_codec(spec)

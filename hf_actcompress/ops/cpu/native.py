@@ -1,6 +1,6 @@
 """The few operators that are written in C++, where a compiled one reads memory twice or calls a slow library.
 
-The `native*.cpp` in this folder are compiled once for a machine's processor, when they are first needed, and kept in
+The `native*.cpp` in this folder are compiled once for a machine's processor, when enough work is there for them, and kept in
 the user's own cache folder.  They give the bits of the functions of quantize.py and bitmaps.py that they stand in for,
 and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
 Without a compiler, or for a tensor that they do not take, the functions here return None.
@@ -32,9 +32,12 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_dec
 HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
+PATIENCE = 1 << 28  # elements that could have been served before a first compilation, which takes five to ten seconds
 LARGEST = 1024  # columns of a group
 BITS = (1, 2, 3, 4, 5, 6, 8)
 FUNCTIONS = ("gelu", "gelu_tanh", "silu")
+
+_served = 0
 
 
 def _processor() -> str:
@@ -88,7 +91,7 @@ def _is_private(file: Path) -> bool:
 
 def _build(compiler: str, target: Path) -> None:
     def run(*arguments: str | Path) -> None:
-        subprocess.run([compiler, *FLAGS, *arguments], check=True, capture_output=True, timeout=120)
+        subprocess.run([compiler, *FLAGS, *arguments], check=True, capture_output=True, timeout=600)
 
     with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as pool:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
@@ -145,13 +148,17 @@ def _ready(x: Tensor, bits: int) -> ctypes.CDLL | None:
 def _chosen(n: int, cols: int, bits: int, device: torch.device) -> ctypes.CDLL | None:
     """The library for `n` values in rows of `cols`."""
     fits = bits in BITS and cols % 16 == 0 and cols <= LARGEST and (n >= SMALLEST or policy() == "1")
-    return _allowed(device) if fits else None
+    return _allowed(n, device) if fits else None
 
 
-def _allowed(device: torch.device) -> ctypes.CDLL | None:
-    """The library, if the policy allows it on this device."""
+def _allowed(n: int, device: torch.device) -> ctypes.CDLL | None:
+    """The library, if the policy allows it on this device; until enough of it was needed, only if it is there."""
+    global _served
     chosen = policy()
     if chosen == "0" or device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if chosen == "auto" and _served < PATIENCE and ((target := _target()) is None or not os.path.lexists(target)):
+        _served += n
         return None
     return _library()
 
@@ -265,7 +272,7 @@ def reach(scales: Tensor, factor: float) -> float | None:
     """The largest |minimum| + step * factor of scales [G, 2] in fp32 or bf16, NaN if one is; or None."""
     if scales.dtype not in (torch.float32, torch.bfloat16) or not scales.is_contiguous() or not scales.numel():
         return None
-    library = _allowed(scales.device)  # however few: it stands for a handful of calls
+    library = _allowed(len(scales), scales.device)  # however few: it stands for a handful of calls
     return None if library is None else library.reach(scales.data_ptr(), scales.dtype == torch.bfloat16,
                                                       len(scales), factor)  # fmt: skip
 
