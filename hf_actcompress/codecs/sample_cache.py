@@ -89,7 +89,8 @@ class SampleCache(CodecState):
         """Decide how each row of the next batch is sent, and make room for those that are new.
 
         ids: the samples of a batch of `shape`; None, and numbers below 0, are not to be remembered.
-        Two caches that see the same batches in the same order decide alike.  Raises ValueError if there are not as many numbers as rows.
+        Two caches that see the same batches in the same order decide alike.
+        Raises ValueError if there are not as many numbers as rows.
         """
         rows = shape[0] if shape else 1
         if ids is None:
