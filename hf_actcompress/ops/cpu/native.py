@@ -1,8 +1,8 @@
 """The few operators that are written in C++, where a compiled one reads memory twice or calls a slow library.
 
 The `native*.cpp` in this folder are compiled once for a machine's processor, when enough work is there for them, and
-kept in the user's own cache folder.  They give the bits of the functions of quantize.py and bitmaps.py that they stand in for,
-and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
+kept in the user's own cache folder.  They give the bits of the functions of quantize.py and
+bitmaps.py that they stand in for, and are switched by the same variable, HF_ACTCOMPRESS_COMPILE.
 Without a compiler, or for a tensor that they do not take, the functions here return None.
 """
 
