@@ -1,4 +1,4 @@
-"""What a pipeline run is told: a dataclass that transformers' HfArgumentParser reads."""
+"""Options of a pipeline run: a dataclass for transformers' HfArgumentParser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCHEDULES = ("early", "1f1b", "zbv")
 
 @dataclass
 class PipelineArguments:
-    """Checked when it is made; raises ValueError with what is allowed."""
+    """Raises ValueError for values that are not allowed, and says which are."""
 
     output_dir: str = field(default="outputs/pipeline", metadata={"help": "Checkpoints, the merged model, results."})
     topology: str = field(
@@ -23,7 +23,7 @@ class PipelineArguments:
     schedule: str | None = field(
         default=None,
         metadata={
-            "help": "'early' (1F1B with --ahead more micro-batches under way; default for linear), '1f1b', or 'zbv' "
+            "help": "'early' (1F1B that runs --ahead micro-batches further; default for linear), '1f1b', or 'zbv' "
             "(zero bubble, V-shaped; the one for client-server)."
         },
     )
@@ -33,7 +33,7 @@ class PipelineArguments:
     cuts: list[int] | None = field(
         default=None, metadata={"help": "Layers after which to cut, e.g. 0 4; default: about as many layers each."}
     )
-    micro_batches: int = field(default=4, metadata={"help": "Parts of a batch that travel one after the other."})
+    micro_batches: int = field(default=4, metadata={"help": "Parts of a batch that are sent one after the other."})
     codec: str = field(
         default="block:bits=4", metadata={"help": "Codec of the activations, e.g. delta+block:bits=2; or 'none'."}
     )
@@ -54,7 +54,7 @@ class PipelineArguments:
     device: str = field(default="cpu", metadata={"help": "Where this rank computes, e.g. cuda:0."})
     logging_steps: int = field(default=20, metadata={"help": "Steps between entries of the log."})
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0: none."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint that all ranks have."})
+    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint that all ranks have."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Whole numbers of few bits as bytes, and ascending positions as gaps.
+"""Integers of few bits as bytes, and ascending positions as gaps.
 
-What is counted here is what lies in a file: the counted bits of a compression and its stored bytes cannot disagree.
+Counted bits and stored bytes both come from here, so that they agree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ RUN = 1 << 20  # codes that are expanded at once; a multiple of 8, so that runs 
 
 
 def width_of(k: int) -> int:
-    """Bits that tell k things apart: ceil(log2 k)."""
+    """Bits of a code with k values: ceil(log2 k)."""
     return max(k - 1, 0).bit_length()
 
 

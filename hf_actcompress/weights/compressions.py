@@ -21,7 +21,7 @@ from .pruning import Prune
 
 @dataclass(frozen=True)
 class Codebook(Compression):
-    """Each value becomes one of k shared values, chosen for the least squared error (see partition.py).
+    """Each value becomes one of k shared values of least squared error (see partition.py).
 
     Bits: ceil(log2 k) a value + 32 k.
     joint: one codebook for all tensors, not one for each.
@@ -150,7 +150,7 @@ class Encode(Compression):
 
 @dataclass(frozen=True)
 class Additive(Compression):
-    """A sum of compressions, found by alternating minimisation: each in turn takes what the others leave."""
+    """A sum of compressions by alternating minimisation: each in turn compresses what the others leave over."""
 
     parts: tuple[Compression, ...]
     joint: ClassVar[bool] = True  # the parts decide by themselves
@@ -163,8 +163,8 @@ class Additive(Compression):
         tensors = [t.cpu() for t in tensors]
         if isinstance(start, Sum):
             return self._alternate(tensors, mu, [part.values() for part in start.parts], reverse=False)[1]
-        # Who comes first decides which local minimum is found: with outliers a codebook fits the bulk only after
-        # pruning has taken them.
+        # The order decides which local minimum is found: a codebook fits the bulk of the values only after pruning
+        # has taken the outliers.
         nothing = [[torch.zeros_like(t) for t in tensors] for _ in self.parts]
         both = [self._alternate(tensors, mu, nothing, reverse) for reverse in (False, True)]
         return min(both, key=lambda result: result[0])[1]

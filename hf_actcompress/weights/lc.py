@@ -1,9 +1,9 @@
 """LCCallback: Learning-Compression in a transformers Trainer by one line.
 
-The penalty enters in `on_pre_optimizer_step`, the only event between the finished gradient and the optimizer.  There
-its gradient, mu (w - Delta) - lambda, is exact and added once per update: after the micro-batches of an accumulation
-have been summed, after DDP has averaged (the penalty is the same on every process), after fp16 gradients have been
-unscaled, and after clipping, which therefore limits the gradient of the data only.
+The penalty's gradient, mu (w - Delta) - lambda, is added in `on_pre_optimizer_step`, the only event between the
+finished gradient and the optimizer: once per update, after gradients have been accumulated, averaged by DDP (the
+penalty is the same on every process), unscaled (fp16) and clipped.  Clipping therefore limits the gradient of the data
+only.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LCCallback(TrainerCallback):
     mu, growth: weight of the penalty at first, and its factor at each C step.  With SGD keep learning rate times mu
         below 1.
     every: "epoch", or a number of optimizer steps: when a C step is done; and one at the end.
-    tune: the share of the optimizer steps at the end in which the model holds compressed weights and their floats
-        (codebooks, values that stay, right factors) are trained, who shares which and what is zero being settled.
+    tune: the share of the optimizer steps, at the end, in which the model holds compressed weights and only their
+        floats (codebooks, kept values, right factors) are trained; which values share an entry or are zero is fixed.
 
     Training starts from direct compression.  In evaluation mode (evaluation, prediction, `metric_for_best_model`) the
     model uses the compressed weights.  Checkpoints hold the trained ones, with mu, lambda and the compressed forms

@@ -1,4 +1,4 @@
-"""Pruning: by count, by share, by a penalty, within the l1 ball; and a codebook for what stays."""
+"""Pruning: by count, by share, by a penalty, within the l1 ball; optionally with a codebook for the kept values."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .partition import assign, codebook
 
 @dataclass(frozen=True)
 class Prune(Compression):
-    """Few values stay, the rest becomes zero.  Exactly one of:
+    """Keeps few values; all others become zero.  Exactly one of:
 
     keep: how many (`keep=104`, of all tensors together) or which share (`keep=1%`); the largest magnitudes.
-    l0: a penalty of l0 for each value that stays: those above sqrt(2 l0 / mu).
+    l0: a penalty of l0 for each kept value: those above sqrt(2 l0 / mu).
     l1: a penalty of l1 times the magnitude: all shrink by l1 / mu.
     l1_norm: the magnitudes may sum up to that: the nearest point of the l1 ball.
 
-    k: what stays takes one of k shared values (with keep or l0).
+    k: kept values become one of k shared values (with keep or l0).
     joint=false: each tensor by itself.
-    Bits: 32 a value that stays (with k: ceil(log2 k), and 32 k), and the gaps between positions in fields of the
+    Bits: 32 a kept value (with k: ceil(log2 k), and 32 k), and the gaps between positions in fields of the
     best width.
     """
 
@@ -83,7 +83,7 @@ class Prune(Compression):
         return Sparse(shapes, where, torch.from_numpy(values.astype(np.float32)))
 
     def _select(self, gain: Any, mu: float | None) -> Any:
-        """Ascending positions of what is worth keeping, by how much the squared error falls."""
+        """Ascending positions of the values to keep, by how much each lowers the squared error."""
         if self.l0 is not None:
             return np.flatnonzero(gain > 2 * self.l0 / mu)  # type: ignore[operator]
         keep = self.kept(gain.size)
@@ -93,7 +93,7 @@ class Prune(Compression):
         return np.sort(where[gain[where] > 0])
 
     def _shared(self, x: Any, shapes: Any, mu: float | None) -> Sparse:
-        """In turn: the best codebook for what stays, and what to keep with that codebook."""
+        """Alternates: the best codebook for the kept values, and the values to keep with that codebook."""
         assert self.k is not None
         best, least, where = None, math.inf, self._select(x**2, mu)
         for _ in range(SWEEPS):
