@@ -29,8 +29,9 @@ class Block(Codec):
     """Affine quantization with a minimum and a step per group, in bf16 and rounded outwards.
 
     bits: 1 to 16.
-    group: elements per group (a multiple of 8; default 128), or dim="channel": one group per channel (dimension 1 of
-        [B, C, H, W], else the last; tensors of fewer than two dimensions fall back to groups of 128).
+    group: elements per group (a multiple of 8; default 128), or splits: the number of equal parts of the whole tensor
+        that are a group each, or dim="channel": one group per channel (dimension 1 of [B, C, H, W], else the last;
+        tensors of fewer than two dimensions fall back to groups of 128).
     round: "nearest", "stochastic" (unbiased), or None: what suits the site, which is stochastic for saved tensors and
         nearest elsewhere.
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
@@ -45,6 +46,7 @@ class Block(Codec):
 
     bits: int = 4
     group: int | None = None
+    splits: int | None = None
     dim: Literal["channel"] | None = None
     round: Literal["nearest", "stochastic"] | None = None
     equalize: Literal["feature", "none"] | None = None
@@ -54,8 +56,12 @@ class Block(Codec):
         check_choice(self.name, "round", self.round, (None, "nearest", "stochastic"))
         check_choice(self.name, "dim", self.dim, (None, "channel"))
         check_choice(self.name, "equalize", self.equalize, (None, "feature", "none"))
-        if self.group is not None and self.dim is not None:
-            raise ValueError(f"block: group={self.group} and dim={self.dim} exclude each other; give one.")
+        if sum(value is not None for value in (self.group, self.splits, self.dim)) > 1:
+            raise ValueError(
+                f"block: group={self.group}, splits={self.splits} and dim={self.dim} exclude each other; give one."
+            )
+        if self.splits is not None:
+            check_int(self.name, "splits", self.splits, 1, 2**20)
         if self.group is not None:
             check_int(self.name, "group", self.group, 8, 2**20)
             if self.group % 8:
@@ -78,6 +84,8 @@ class Block(Codec):
         n = math.prod(shape)
         if self._channels(shape):
             return ceil8(n // shape[feature_dim(shape)])
+        if self.splits is not None:
+            return ceil8(-(-n // self.splits))
         return self.group or GROUP
 
     def _equalizes(self, shape: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ from .registry import check_registered, codec_class, codec_names
 from .spec import build, split_spec
 
 # Options of block in version 0.1 that no measurement favoured, and those that made another algorithm of it.
-GONE = ("clip", "scale", "splits")
+GONE = ("clip", "scale")
 ROTATING = ("rotate", "levels", "fit", "allocate", "patch", "prototypes")
 
 

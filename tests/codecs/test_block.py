@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +23,8 @@ def groups_of(codec, shape):
         return [index.select(axis, c).reshape(-1).tolist() for c in range(shape[axis])]
     n = index.numel()
     size = codec.group or 128
+    if codec.splits:
+        size = next(s for s in itertools.count(8, 8) if s * codec.splits >= n)
     return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
 
 
@@ -48,7 +52,8 @@ def check_twin(codec, x):
 
 
 SPECS = [
-    Block(4), Block(1, group=8), Block(2, group=24), Block(5, dim="channel"), Block(12, group=64),
+    Block(4), Block(1, group=8), Block(2, group=24), Block(3, splits=5), Block(8, splits=1),
+    Block(5, dim="channel"), Block(12, group=64),
 ]  # fmt: skip
 
 
@@ -96,7 +101,7 @@ def test_stochastic_rounding_is_unbiased(kind, bits):
     "codec, shape, nbytes",
     [(Block(4), (256,), 128 + 2 * 4), (Block(4), (130,), 64 + 4 + 4 + 4), (Block(3, group=8), (9,), 2 * (3 + 4)),
      (Rotated(4), (130,), 2 * (64 + 4)), (Rotated(2), (2, 4, 6, 8), 3 * (32 + 4) + 4),
-     (Block(4, dim="channel"), (2, 3, 2, 2), 3 * (4 + 4)),
+     (Block(2, splits=4), (100,), 4 * 4 + 26), (Block(4, dim="channel"), (2, 3, 2, 2), 3 * (4 + 4)),
      (Block(4, dim="channel"), (5, 7), 7 * (4 + 4)), (Block(16), (), 16 + 4)],
 )  # fmt: skip
 def test_payload_by_hand(codec, shape, nbytes):

@@ -107,7 +107,6 @@ ERRORS = {
     "rotated:bits=3,patch=none": ["Write 'rotated:bits=3'"],
     "block:levels=gauss": ["Write 'rotated'"],
     "block:bits=4,clip=0.9": ["the option clip is gone", "Leave it out"],
-    "block:splits=8": ["the option splits is gone"],
     "delta:first=block/scale=32+block": ["the option scale is gone"],
     "sort:bits=1": ["sort: bits=1", "from 2 to 16"],
     "sort:bits=4,splits=4": ["splits=4 leaves 0 of bits=4", "Use splits from 1 to 3"],
