@@ -61,6 +61,8 @@ class Handle:
         self.epoch = 0
 
     def __enter__(self) -> "Handle":
+        if not self._removers:
+            raise ValueError("This compression was removed from its model. Call compress_model again.")
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -121,8 +121,6 @@ class ActCompressConfig:
         self._check_numbers()
         self._settle_sites()
         self._check_codecs()
-        if not self.analysis and self.analysis_every != 100:
-            raise ValueError(f"analysis_every={self.analysis_every!r} needs analysis=True.")
 
     # -- checks -----------------------------------------------------------------------------------------------
     def _check_numbers(self) -> None:

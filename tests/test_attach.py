@@ -171,7 +171,7 @@ def test_ranks_draw_different_noise(monkeypatch):
     ({"first": 5}, r"first=5 is out of range: the model has 5 layers, so choose first from 0 to 4"),
     ({"last": 9}, r"last=9 is out of range: the model has 5 layers, so choose last from 0 to 4"),
     ({"layers": {"encoder.layr.*": COARSE}}, r"'encoder\.layr\.\*' matches no layer.*: bert\.encoder\.layer\.0"),
-    ({"stack": "decoder"}, r"stack='decoder' is unknown"),
+    ({"stack": "decoder"}, r"stack='decoder' is not there"),
 ])  # fmt: skip
 def test_places_that_do_not_exist(options, message):
     model = build("bert")

@@ -132,7 +132,6 @@ def test_an_option_of_boundaries_means_boundaries():
     ({"codec": "block", "first": 0, "last": 0, "saved": "block", "schedule": {1: "sort"}}, r"schedule=.* belongs to"),
     ({"codec": "block", "first": 0, "last": 0}, r"first=0 and last=0 leave no layer boundary"),
     ({"first": 0, "last": 0}, r"first=0 and last=0 leave no layer boundary"),
-    ({"codec": "block", "analysis_every": 5}, r"analysis_every=5 needs analysis=True"),
     ({"codec": "block", "keep_freed_memory": 1}, r"keep_freed_memory=1 is neither True nor False"),
     ({"codec": "block", "stack": "middle"}, r"stack='middle' is not known; choose one of: encoder, decoder"),
     ({"saved": "ef+block"}, r"saved='ef\+block:bits=4': "),

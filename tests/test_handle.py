@@ -200,3 +200,10 @@ def test_flatten_state_round_trips():
     again = unflatten_state(tensors, rest)
     assert repr(again) == repr(state)
     assert again["a/forward"]["state"]["in"]["t"].stride() == (1, 2)
+
+
+def test_a_removed_handle_is_not_entered_again():
+    handle = compress_model(build("bert"))
+    handle.remove()
+    with pytest.raises(ValueError, match="was removed from its model. Call compress_model again"), handle:
+        pass

@@ -37,6 +37,9 @@ def register_codec(name: str) -> Callable[[C], C]:
     Raises ValueError for a name that is taken, and for a class that is not a frozen dataclass derived from Codec.
     """
 
+    if not isinstance(name, str):
+        raise ValueError('register_codec needs the codec\'s name: write @register_codec("name") above the class.')
+
     def add(cls: C) -> C:
         where = f"register_codec({name!r}) of {cls.__qualname__}"
         parameters = cls.__dict__.get("__dataclass_params__")
@@ -100,6 +103,11 @@ def _load(point: EntryPoint) -> None:
 
 def check_registered(codec: Codec) -> None:
     """Raise ValueError for a codec, or one inside it, whose class has no name by which a spec could tell it."""
+    if not dataclasses.is_dataclass(codec):
+        raise ValueError(
+            f"The class {type(codec).__qualname__} is no frozen dataclass. Put @register_codec(\"name\") and "
+            "@dataclass(frozen=True) above it."
+        )
     inner = [v for f in dataclasses.fields(codec) if isinstance(v := getattr(codec, f.name), Codec)]  # type: ignore
     for part in inner:
         check_registered(part)

@@ -106,7 +106,8 @@ def select_boundaries(layers: Sequence[Layer], first: int = 1, last: int = 1, pl
     stacks = list(dict.fromkeys(layer.stack for layer in layers))
     if stack is not None:
         if stack not in stacks:
-            raise ValueError(f"stack={stack!r} is unknown; this model has {stacks}; leave stack=None for all of them")
+            have = "one stack" if stacks == [""] else f"the stacks {', '.join(map(repr, stacks))}"
+            raise ValueError(f"stack={stack!r} is not there: this model has {have}. Leave stack= out for all layers.")
         stacks = [stack]
     chosen = []
     for each in stacks:

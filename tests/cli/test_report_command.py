@@ -14,7 +14,8 @@ from hf_actcompress.workloads.results import write_results
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # a terminal's width: without one tables are Markdown
     for number, item in enumerate(RECORDS):
         write_results(tmp_path / "results" / str(number), item)
     return tmp_path / "results"

@@ -48,14 +48,14 @@ def test_each_stack_has_its_own_boundaries():
     assert names(select_boundaries(layers, 0, 2, stack="decoder")) == ["decoder.block.0", "decoder.block.1"]
     with pytest.raises(ValueError, match=r"last=3.*the decoder has 3 layers"):
         select_boundaries(layers, 0, 3)
-    with pytest.raises(ValueError, match=r"stack='middle'.*\['encoder', 'decoder'\]"):
+    with pytest.raises(ValueError, match=r"stack='middle'.*'encoder', 'decoder'"):
         select_boundaries(layers, stack="middle")
 
 
 @pytest.mark.parametrize(("kwargs", "message"), [
     ({"first": 5}, "first=5 .*the model has 5 layers.*from 0 to 4"), ({"last": -1}, "last=-1 .*5 layers"),
     ({"first": 1.0}, r"first=1\.0"), ({"last": True}, "last=True"), ({"placement": "all"}, "'every' or 'cuts'"),
-    ({"stack": "encoder"}, "stack='encoder' is unknown"),
+    ({"stack": "encoder"}, "stack='encoder' is not there"),
 ])
 def test_select_boundaries_errors(bert_layers, kwargs, message):
     with pytest.raises(ValueError, match=message):
