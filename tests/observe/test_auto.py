@@ -93,7 +93,7 @@ def test_what_does_not_go_with_auto():
         ActCompressConfig("block", grad_codec="auto:ratio=8")
     with pytest.raises(ValueError, match="leave schedule= out"):
         ActCompressConfig("auto:ratio=8", schedule={0: "block"})
-    with pytest.raises(ValueError, match="resolved belongs to codec='auto"):
+    with pytest.raises(ValueError, match="resolved= belongs to codec='auto"):
         ActCompressConfig("block", resolved={"a": {"forward": "block"}})
     with pytest.raises(ValueError, match=r"resolved\['a'\]\['forward'\].*Unknown codec"):
         ActCompressConfig("auto:ratio=8", resolved={"a": {"forward": "blok"}})
