@@ -96,7 +96,7 @@ def test_what_does_not_go_with_auto():
     with pytest.raises(ValueError, match="resolved= belongs to codec='auto"):
         ActCompressConfig("block", resolved={"a": {"forward": "block"}})
     with pytest.raises(ValueError, match=r"resolved\['a'\]\['forward'\].*Unknown codec"):
-        ActCompressConfig("auto:ratio=8", resolved={"a": {"forward": "blok"}})
+        ActCompressConfig("auto:ratio=8", resolved={"a": {"forward": "blok", "backward": "block"}})
     with pytest.raises(ValueError, match="smallest candidates reach a ratio of .* Ask for less"):
         model = build("bert").train()
         with compress_model(model, ActCompressConfig("auto:ratio=900")):
