@@ -99,7 +99,8 @@ class ActCompressConfig:
         "Steps are faster; the process's memory does not shrink between them.",
     )  # fmt: skip
     nonfinite: str = _option(
-        "pass", "Tensors with NaN or Inf: 'pass' lets them through uncompressed and counts them, 'raise' stops.",
+        "pass", "Tensors with NaN, Inf or magnitudes above 2**48: 'pass' lets them through uncompressed and counts "
+        "them, 'raise' stops.",
         choices=("pass", "raise"),
     )  # fmt: skip
     seed: int = _option(0, "Seed of stochastic rounding and of codecs' first states.", option="codec_seed")

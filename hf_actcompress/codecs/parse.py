@@ -59,13 +59,24 @@ def _refuse_old_spelling(name: str, options: dict[str, Any], spec: str) -> None:
         raise ValueError(
             f"'{spec}': the option {gone[0]} is gone, since nothing measured was better with it. Leave it out."
         )
-    if any(key in ROTATING and not (key == "prototypes" and name != "block") for key in options):
-        new = "trellis" if "trellis" in (name, options.get("levels")) else "rotated"
-        kept = {key: options[key] for key in ("bits", "group", "prototypes") if options.get(key, "none") != "none"}
-        options_text = ",".join(f"{key}={value}" for key, value in kept.items())
-        raise ValueError(
-            f"'{spec}': rotation is a codec of its own. Write '{new}{':' * bool(kept)}{options_text}'."
-        )
+    rotating = [key for key in options if key in ROTATING and not (key == "prototypes" and name != "block")]
+    if not rotating:
+        return
+    if all(str(options[key]) in ("none", "None", "uniform", "0") for key in rotating) and name == "block":
+        raise ValueError(f"'{spec}': block never rotates. Leave {' and '.join(rotating)} out.")
+    new = "trellis" if "trellis" in (name, options.get("levels")) else "rotated"
+    kept = {key: options[key] for key in ("bits", "group", "prototypes") if options.get(key, "none") != "none"}
+    if new != name and new == "trellis":
+        kept.setdefault("prototypes", 0)  # what such a block had
+    text = f"{new}{':' * bool(kept)}" + ",".join(f"{key}={value}" for key, value in kept.items())
+    remedy = f"Write '{text}'."
+    try:
+        build(codec_class(new, spec), new, kept, text)
+    except ValueError as error:
+        remedy = f"'{text}' would be it, but {error}"
+    lost = [key for key in ("dim", "splits") if key in options]
+    more = f" {' and '.join(lost)} cannot be combined with it." if lost else ""
+    raise ValueError(f"'{spec}': rotation is a codec of its own. {remedy}{more}")
 
 
 def _delta(spec: str) -> Codec:
