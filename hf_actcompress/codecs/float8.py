@@ -37,9 +37,8 @@ class Float8(Codec):
         top = torch.finfo(_FORMATS[self.format]).max
         lo, hi = extremes(x)
         largest = torch.maximum(-lo, hi)
-        # Below the smallest normal number of fp32 a division would overflow: such tensors become zero.
-        tiny = torch.finfo(torch.float32).tiny
-        return torch.where(largest > top * tiny, largest / top, torch.ones_like(largest))
+        # A division by less than the smallest normal number of fp32 would overflow.
+        return (largest / top).clamp_min(torch.finfo(torch.float32).tiny)
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         scale, n = self._scale(x), x.numel()

@@ -31,6 +31,7 @@ from .transforms.levels import bucket_edges, gauss_distortion, level_table
 from .transforms.patches import from_frequencies, patch_size, to_frequencies
 
 TILE = 1 << 21  # elements; calls of matrix products and kernels should not be what takes the time
+SMALL = 2.0**-56  # norms of groups below this are computed from scaled values
 
 
 @register_codec("rotated")
@@ -237,5 +238,11 @@ def _tiles(
 def _mean_and_deviation(x: Tensor) -> Tensor:
     """fp32 rows [R, C] -> [R, 2]: the mean in bf16, and the deviation from that in bf16, rounded up."""
     center = x.mean(1).bfloat16().float()
-    spread = torch.linalg.vector_norm(x.sub_(center[:, None]), dim=1) / x.shape[1] ** 0.5
+    norm = torch.linalg.vector_norm(x.sub_(center[:, None]), dim=1)
+    small = norm < SMALL
+    if bool(small.any()):  # squares of such values underflow
+        rows = x[small]
+        top = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        norm[small] = torch.linalg.vector_norm(rows / top, dim=1) * top[:, 0]
+    spread = norm / x.shape[1] ** 0.5
     return torch.stack([center, ceil16(spread)], 1)

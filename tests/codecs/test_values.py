@@ -98,3 +98,16 @@ def test_positions_beyond_the_tensor_are_refused():
         tensors = {**payload.tensors, "positions": change(payload.tensors["positions"])}
         with pytest.raises(ValueError, match="positions of a payload do not fit"):
             codec.decode(dataclasses.replace(payload, tensors=tensors))
+
+
+@pytest.mark.parametrize("spec", ["rotated:bits=8", "rotated:bits=2", "trellis:bits=4", "float8:format=e5m2"])
+def test_the_relative_error_does_not_depend_on_the_magnitude(spec):
+    """Squares of small values underflow, and so does a maximum that is divided by the largest code."""
+    codec, x = parse_codec(spec), torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+
+    def error(size):
+        scaled = (x.double() * size).float()
+        return float((codec.roundtrip(scaled).double() - scaled.double()).norm() / scaled.double().norm())
+
+    for size in (1e-18, 1e-24, 1e-30, 1e-35):
+        assert error(size) == pytest.approx(error(1.0), rel=0.1), size
