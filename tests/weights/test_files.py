@@ -8,7 +8,7 @@ from hf_actcompress.weights.files import build_model, read_config
 
 
 @pytest.mark.parametrize("change", [
-    {"model_args": {"checkpoint_path": "/tmp/evil.pth"}}, {"model_args": {"pretrained_cfg_overlay": {"file": "x"}}},
+    {"model_args": {"checkpoint_path": "other.pth"}}, {"model_args": {"pretrained_cfg_overlay": {"file": "x"}}},
     {"architecture": "hf-hub:somebody/something"},
 ])  # fmt: skip
 def test_a_configuration_that_reads_another_file_is_refused(tmp_path, change):
