@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..ops.layout import dense
-from ..ops.reductions import representable
+from ..ops.ranges import count_nonfinite
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The shape and dtype of each payload tensor that a chain's second codec compresses.
@@ -31,9 +31,8 @@ LeafShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Payload:
     """The compressed form of a tensor.
 
-    `tensors` hold everything that is sent or stored (codes, scales, positions, codebooks); `parts` hold the payloads
-    of a chain's second codec.  `raw` marks a tensor that was passed on uncompressed because it held
-    NaN, Inf or values beyond 2**48.
+    `tensors` hold everything that is sent or stored (codes, scales, positions, codebooks; nothing but an empty tensor
+    of an empty one); `parts` hold the payloads of a chain's second codec.
     """
 
     codec: str
@@ -41,7 +40,6 @@ class Payload:
     dtype: torch.dtype
     tensors: dict[str, Tensor]
     parts: dict[str, "Payload"] = field(default_factory=dict)
-    raw: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +120,8 @@ class Codec:
     name: ClassVar[str] = ""
     # Names of the payload tensors that hold floats a second codec of a chain can compress further.
     leaves: ClassVar[tuple[str, ...]] = ()
+    # Whether `_encode` and `_roundtrip` take `nonfinite` and count in the pass that they make anyway.
+    counts_nonfinite: ClassVar[bool] = False
 
     # -- what sites ask ------------------------------------------------------------------------------------------
     @functools.cached_property
@@ -155,43 +155,49 @@ class Codec:
         return dataclasses.replace(self, bits=bits)  # type: ignore[type-var]
 
     # -- what users call ---------------------------------------------------------------------------------------
-    def encode(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Payload:
+    def encode(self, x: Tensor, state: CodecState | None = None, *, nonfinite: Tensor | None = None) -> Payload:
         """Compress `x` (any shape; fp32, bf16, fp16 or fp64; contiguous or not).
 
-        A tensor with NaN, Inf or a magnitude above 2**48 comes back as a raw payload and leaves `state` as it
-        was.  `check=False` skips that scan, for callers who have done it.  Raw payloads and those of `identity` may
-        share the memory of `x`.
+        Where NaN or Inf is in `x`, NaN is decoded: of its group, or of the whole tensor for codecs whose scale belongs
+        to all of it.  The state stays usable.  Nothing waits for the device.
+        nonfinite: int64 [1] on the device of `x`, to which the number of such groups or tensors is added.
         Raises ValueError for a tensor that is not floating point.
         """
         self._accepts(x)
-        payload = None
-        if x.numel():
-            with _full_precision(x):
-                payload = (self._encode_checked if check else self._encode)(_plain(x), state)
-        if payload is None:
-            return Payload(str(self), tuple(x.shape), x.dtype, {"raw": x.detach().contiguous()}, raw=True)
-        return payload
+        if x.numel() == 0:
+            return Payload(str(self), tuple(x.shape), x.dtype, {"empty": x.detach().reshape(-1)})
+        with _full_precision(x):
+            return self._encode(_plain(x), state, **self._counter(x, nonfinite))
 
     def decode(self, payload: Payload, state: CodecState | None = None) -> Tensor:
         """The tensor again: original shape, dtype and device, contiguous.
 
         state: the receiver's own, for codecs whose `traits.per_sample` is set; others need none.
         """
-        if payload.raw:
-            return payload.tensors["raw"].clone()
+        if math.prod(payload.shape) == 0:
+            return next(iter(_tensors(payload))).new_empty(payload.shape, dtype=payload.dtype)
         with torch.no_grad(), _full_precision(next(iter(_tensors(payload)))):
-            return _finite(self._decode_with(payload, state))
+            return self._decode_with(payload, state)
 
-    def roundtrip(self, x: Tensor, state: CodecState | None = None, *, check: bool = True) -> Tensor:
+    def roundtrip(self, x: Tensor, state: CodecState | None = None, *, nonfinite: Tensor | None = None) -> Tensor:
         """The same values as `decode(encode(x, state))`, bit for bit, and the same change of `state`.
 
-        Contiguous, or with the strides of `x` where that saves moving it.
+        A new tensor: contiguous, or with the strides of `x` where that saves moving it.
         """
         self._accepts(x)
-        if x.numel() == 0 or (check and not representable(x)):
+        if x.numel() == 0:
             return x.detach().clone(memory_format=torch.contiguous_format)
         with _full_precision(x):
-            return _finite(self._roundtrip(dense(_plain(x)), state))
+            return self._roundtrip(dense(_plain(x)), state, **self._counter(x, nonfinite))
+
+    def _counter(self, x: Tensor, nonfinite: Tensor | None) -> dict[str, Tensor]:
+        """`nonfinite` for a codec that counts by itself; for others the values are counted here."""
+        if nonfinite is None:
+            return {}
+        if self.counts_nonfinite:
+            return {"nonfinite": nonfinite}
+        count_nonfinite(x.detach(), nonfinite)
+        return {}
 
     def payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes of the payload of a finite tensor of that shape and dtype, known before encoding."""
@@ -208,12 +214,9 @@ class Codec:
         return None
 
     # -- what subclasses implement -----------------------------------------------------------------------------
+    # x has elements and no graph; it may hold NaN and Inf, which must come out as NaN.
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         raise NotImplementedError
-
-    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
-        """None, and `state` as it was, for a tensor that is not representable."""
-        return self._encode(x, state) if representable(x) else None
 
     def _decode(self, payload: Payload) -> Tensor:
         raise NotImplementedError
@@ -281,14 +284,6 @@ def _full_precision(x: Tensor) -> AbstractContextManager:
     """Products inside a codec (rotation, factors) must not be cast to bf16 by a surrounding autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _finite(y: Tensor) -> Tensor:
-    """Scales that are rounded outwards reach beyond the range of fp16: a finite input must not decode to Inf."""
-    if y.dtype != torch.float16:
-        return y
-    top = torch.finfo(y.dtype).max
-    return y.clamp_(-top, top)
 
 
 def _tensors(payload: Payload) -> list[Tensor]:

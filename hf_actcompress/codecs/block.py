@@ -9,16 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..ops.cpu import native
+from ..ops.groups import codes_nbytes, dequantize_groups, group_count, quantize_groups, roundtrip_groups
 from ..ops.packing import MAX_BITS, ceil8
-from ..ops.quantize import group_decode, group_encode, group_roundtrip
-from ..ops.reductions import LARGEST, representable
-from ..ops.rounding import noise_source
-from ..ops.rows import Part, apply, counters, join, parts
+from ..ops.ranges import feature_scales
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .registry import register_codec
 from .rounding import RoundingState, key_of
-from .transforms.equalize import applies, feature_dim, feature_scales, period, tables
+from .transforms.equalize import applies, feature_dim, inner_size
 
 GROUP = 128
 
@@ -94,12 +91,6 @@ class Block(Codec):
         # A group within one feature is coded the same either way.
         return len(shape) != 4 or shape[2] * shape[3] % self._cols(shape) != 0
 
-    def _parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        cols = self._cols(shape)
-        if self._channels(shape):
-            return parts(shape[feature_dim(shape)] * cols, cols)
-        return parts(math.prod(shape), cols, period(shape, cols) if self._equalizes(shape) else 1)
-
     def _flat(self, x: Tensor) -> Tensor:
         if not self._channels(tuple(x.shape)):
             return x.reshape(-1)
@@ -107,109 +98,51 @@ class Block(Codec):
         pad = -rows.shape[1] % 8
         return (torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1) if pad else rows).reshape(-1)
 
-    def _unite(self, pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Inverse of `_flat`, from what was decoded of each part."""
-        n, flat = math.prod(shape), join([piece.view(-1) for piece in pieces])
+    def _unite(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Inverse of `_flat`."""
         if not self._channels(shape):
-            return flat[:n].view(shape)
+            return flat.view(shape)
         dim = feature_dim(shape)
         moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]
-        return flat.view(shape[dim], -1)[:, : n // shape[dim]].reshape(moved).movedim(0, dim).contiguous()
+        return flat.view(shape[dim], -1)[:, : math.prod(shape) // shape[dim]].reshape(moved).movedim(0, dim).contiguous()
 
-    def _tables(self, features: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and root of deviation of the features, for one period of groups or the whole tensor."""
-        if features is None:
-            return None, None
-        n, cols = math.prod(shape), self._cols(shape)
-        return tables(features, shape, min(n, period(shape, cols) * cols))
+    def _count(self, shape: tuple[int, ...]) -> int:
+        """Elements that are coded: of channels with what fills them up to a multiple of 8."""
+        return shape[feature_dim(shape)] * self._cols(shape) if self._channels(shape) else math.prod(shape)
 
     # -- the contract -----------------------------------------------------------------------------------------
-    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+    def _encode(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Payload:
         shape, tensors = tuple(x.shape), {}
         if self._equalizes(shape):
-            x = x.contiguous()  # sums over another memory order would have other last bits
             tensors["features"] = feature_scales(x)
-        mean, root = self._tables(tensors.get("features"), shape)
-        inverse = None if root is None else 1 / root
-        flat, key, results = self._flat(x), key_of(self, state), []
-        for part in self._parts(shape):
-            own = [part.features(mean), part.features(inverse)]
-            result = native.group_encode(part.take(flat), part.start, *own, key, bits=self.bits)
-            if result is None:
-                rows = [None if key is None else counters(part, x.device)]
-                shared = noise_source(key, part.shape[2], x.device)
-                result = apply(group_encode, part.take(flat), rows, own, shared, bits=self.bits)
-            results.append(result)
-        codes = join([c.view(-1) for c, _ in results])
-        scales = join([s.bfloat16().view(-1, 2) for _, s in results])
+        codes, scales = quantize_groups(
+            self._flat(x), tensors.get("features"), inner_size(shape), None, self._cols(shape), self.bits,
+            key_of(self, state), nonfinite,
+        )  # fmt: skip
         return self._payload(x, {"codes": codes, "scales": scales, **tensors})
 
-    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
-        before = None if state is None else state.snapshot()
-        payload = self._encode(x, state)
-        # The scales bound all values, NaN included: only where they are large is a pass over the tensor needed.
-        if self._surely_representable(payload) or representable(x):
-            return payload
-        if state is not None:
-            state.restore(before)
-        return None
-
-    def _surely_representable(self, payload: Payload) -> bool:
-        if payload.dtype == torch.float64:
-            return False
-        factor, scales = 2**self.bits, payload.tensors["scales"]
-        bound = native.reach(scales, factor)
-        if bound is None:
-            bound = (scales[:, 0].float().abs() + scales[:, 1].float() * factor).amax()
-        if "features" in payload.tensors:
-            mean, root = payload.tensors["features"].float().abs().amax(1)
-            bound = bound * root + mean
-        return bool(bound < LARGEST / 4)  # False for NaN
-
     def _decode(self, payload: Payload) -> Tensor:
-        shape, found = payload.shape, self._parts(payload.shape)
-        sizes = {"codes": sum(part.groups * part.shape[2] for part in found) * self.bits // 8,
-                 "scales": 2 * sum(part.groups for part in found)}  # fmt: skip
+        shape, n = payload.shape, self._count(payload.shape)
+        cols = self._cols(shape)
+        sizes = {"codes": codes_nbytes(n, cols, self.bits), "scales": 2 * group_count(n, cols)}
         if self._equalizes(shape):
             sizes["features"] = 2 * shape[feature_dim(shape)]
         codes, scales, *features = self._sized(payload, **sizes)
-        mean, root = self._tables(features[0] if features else None, shape)
-        pieces, at, row = [], 0, 0
-        for part in found:
-            n, k, c = part.shape
-            width = c * self.bits // 8
-            args = (codes[at : at + n * k * width].view(n, k, width), scales[row : row + n * k].view(n, k, 2))
-            own, static = (part.features(mean), part.features(root)), {"bits": self.bits, "dtype": payload.dtype}
-            result = native.group_decode(*args, *own, **static)
-            if result is None:
-                result, = apply(group_decode, args[0], args[1:], own, cols=c, **static)
-            pieces.append(result)
-            at, row = at + n * k * width, row + n * k
-        return self._unite(pieces, shape)
+        features = features[0].view(2, -1) if features else None
+        flat = dequantize_groups(codes, scales, features, inner_size(shape), [n], payload.dtype, cols, self.bits)
+        return self._unite(flat, shape)
 
-    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        shape, key = tuple(x.shape), key_of(self, state)
-        if not self._equalizes(shape) and not self._channels(shape):
-            moved = native.planes_roundtrip(x, self._cols(shape), key, bits=self.bits)
-            if moved is not None:
-                return moved
-        features = None
-        if self._equalizes(shape):
-            x = x.contiguous()
-            features = feature_scales(x)
-        mean, root = self._tables(features, shape)
-        inverse = None if root is None else 1 / root
-        flat, pieces = self._flat(x), []
-        for part in self._parts(shape):
-            own = [part.features(mean), part.features(inverse), part.features(root)]
-            result = native.group_roundtrip(part.take(flat), part.start, *own, key, bits=self.bits)
-            if result is None:
-                rows = [None if key is None else counters(part, x.device)]
-                shared = noise_source(key, part.shape[2], x.device)
-                result, = apply(group_roundtrip, part.take(flat), rows, own, shared, bits=self.bits)
-            pieces.append(result)
-        return self._unite(pieces, shape)
+    def _roundtrip(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Tensor:
+        shape = tuple(x.shape)
+        features = feature_scales(x) if self._equalizes(shape) else None
+        channels = self._channels(shape)
+        y = roundtrip_groups(
+            self._flat(x) if channels else x, features, inner_size(shape), None, self._cols(shape), self.bits,
+            key_of(self, state), nonfinite,
+        )  # fmt: skip
+        return self._unite(y, shape) if channels else y
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         features = 4 * shape[feature_dim(shape)] if self._equalizes(shape) else 0
-        return features + sum(part.groups * (part.shape[2] * self.bits // 8 + 4) for part in self._parts(shape))
+        n, cols = self._count(shape), self._cols(shape)
+        return features + codes_nbytes(n, cols, self.bits) + 4 * group_count(n, cols)

@@ -33,3 +33,18 @@ def safe_inverse(step: Tensor) -> Tensor:
     """1 / step, and 0 where it is 0 or too small to invert."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.where(step >= tiny, 1.0 / step.clamp_min(tiny), torch.zeros_like(step))
+
+
+def finite_scale(lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Both NaN where one is NaN or Inf: nothing can be told of the values then."""
+    good = (lo.abs() <= torch.finfo(lo.dtype).max) & (step <= torch.finfo(step.dtype).max)
+    return torch.where(good, lo, torch.nan), torch.where(good, step, torch.nan)
+
+
+def to_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 values in another dtype.  Scales that are rounded outwards reach beyond the range of fp16: a finite input
+    must not decode to Inf."""
+    if dtype == torch.float16:
+        top = torch.finfo(dtype).max
+        y = y.clamp(-top, top)
+    return y.to(dtype)

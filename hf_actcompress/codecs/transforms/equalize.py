@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 MIN_ROWS = 256  # below, the 4 bytes per feature would weigh more than a few percent of the payload
-SAMPLE = 1024
-FLOOR = 2.0**-8
 
 
 def feature_dim(shape: tuple[int, ...] | torch.Size) -> int:
@@ -34,30 +32,9 @@ def applies(shape: tuple[int, ...]) -> bool:
     return rows >= MIN_ROWS
 
 
-def feature_scales(x: Tensor) -> Tensor:
-    """bf16 [2, F]: mean and square root of the deviation of each feature.
-
-    Estimated from about SAMPLE evenly spaced rows: an inexact scale costs a little error and is never wrong, since
-    the same numbers are applied and undone.
-    """
-    # [B, C, H, W] -> [B, C, H*W], else [rows, F]; the stride is odd so that no period of the rows aliases
-    x = x.flatten(2) if x.dim() == 4 else x.reshape(-1, x.shape[-1])
-    stride = x.numel() // x.shape[1] // SAMPLE | 1
-    x = (x[..., ::stride] if x.dim() == 3 else x[::stride]).float()
-    others = [d for d in range(x.dim()) if d != 1]
-    # Squares of large or tiny values would leave the range of fp32; a power of two changes no digit.
-    unit = torch.exp2(torch.floor(torch.log2(torch.maximum(x.amax(), -x.amin()).clamp_min(2.0**-120))))
-    x = x / unit
-    mean = x.mean(others, keepdim=True)
-    var = (x - mean).square_().mean(others)  # torch.var_mean is slow along columns
-    mean = mean.view(-1)
-    stored = mean.bfloat16()
-    # What the stored mean leaves of a constant feature has to be coded as well.
-    root = (var + (mean - stored.float()) ** 2) ** 0.25
-    # The floor keeps features that look constant in the sample from being lost, or from being divided by nothing.
-    top = root.max()
-    root = torch.where(top > 0, root.clamp_min(top * FLOOR), torch.ones_like(root))
-    return torch.stack([stored * unit.bfloat16(), (root * torch.sqrt(unit)).bfloat16()])
+def inner_size(shape: tuple[int, ...]) -> int:
+    """Elements of one feature that lie side by side in the order of the shape."""
+    return shape[2] * shape[3] if len(shape) == 4 else 1
 
 
 def period(shape: tuple[int, ...], cols: int) -> int:

@@ -1,10 +1,11 @@
-// Groups to codes in one pass over memory: what a compiler makes of kernels._group_encode reads the tensor twice.
-// The arithmetic is that of the Python function, operation by operation, and gives the same bits.
-// Compiled by native.py with -ffp-contract=off, because a fused multiply-add rounds once where two operations round twice.
+// Groups to codes in one pass over memory, and flags.  The arithmetic is that of the definitions in Python (groups.py,
+// bitmaps.py), operation by operation, and gives the same bits.  Compiled with -ffp-contract=off, because a fused
+// multiply-add rounds once where two operations round twice.
 
 #include "native.h"
 
 #include <cfloat>
+#include <type_traits>
 
 namespace {
 
@@ -26,69 +27,107 @@ INLINE float joined(F v, Join join) {
     return join(join(own[0][0], own[0][2]), join(own[0][1], own[0][3]));
 }
 
-// Groups [groups, cols] and what they share; mean, inverse, root: [period, cols] or null.
+// A tensor of n elements in groups of cols, the last of which may be shorter, and what they share.
+// mean, inverse, root: [period, cols] or null.  given: minimum and step of all groups, or null.
 template <typename T>
 struct Groups {
     const T* x;
-    const float *mean, *inverse, *root;
-    int64_t period, groups;
+    const float *mean, *inverse, *root, *given;
+    int64_t period, n;
     int cols;
-    uint32_t start, key;
+    uint32_t key;
+
+    int64_t count() const { return (n + cols - 1) / cols; }
+    int64_t table(int64_t g) const { return g % period * cols; }
 };
 
 struct Scale {
     float lo, step, unit;
 };
 
+INLINE Scale finite(float lo, float step) {
+    const bool good = std::fabs(lo) <= FLT_MAX && step <= FLT_MAX;
+    return {good ? lo : NAN, good ? step : NAN, good ? 1.0f / step : 0.0f};
+}
+
 template <int TOP>
 INLINE Scale scale_of(float lo, float hi) {
     lo = floor16(std::fabs(lo) < FLT_MIN ? 0.0f : lo);
-    float step = -floor16(lo * static_cast<float>(1.0 / TOP) - hi * static_cast<float>(1.0 / TOP));
-    step = step < FLT_MIN ? FLT_MIN : step;  // NaN stays
-    return {lo, step, 1.0f / step};
+    const float step = -floor16(lo * static_cast<float>(1.0 / TOP) - hi * static_cast<float>(1.0 / TOP));
+    return finite(lo, step < FLT_MIN ? FLT_MIN : step);
 }
 
-// Values of group `g` in y, and its minimum and step.
+// Values of group `g` in y, and its minimum and step.  A short group is filled with its last value up to `width`.
 template <int TOP, typename T>
-INLINE Scale prepare(const Groups<T>& all, int64_t g, float* y) {
+INLINE Scale prepare(const Groups<T>& all, int64_t g, float* y, int width) {
     F low = splat(INFINITY), high = splat(-INFINITY);
     I strange{};
     const T* own = all.x + g * all.cols;
     const bool features = all.mean != nullptr;
-    const int64_t at = features ? g % all.period * all.cols : 0;
+    const int64_t at = features ? all.table(g) : 0, left = all.n - g * all.cols;
     const float *m = all.mean + at, *s = all.inverse + at;
-    for (int c = 0; c < all.cols; c += LANES) {
-        F v = loads(own + c);
-        if (features) v = (v - loads(m + c)) * loads(s + c);
-        stores(y + c, v);
+    const auto look = [&](F v) {
         low = v < low ? v : low;
         high = v > high ? v : high;
         strange |= v != v;
+    };
+    if (left >= all.cols) {
+        for (int c = 0; c < all.cols; c += LANES) {
+            F v = loads(own + c);
+            if (features) v = (v - loads(m + c)) * loads(s + c);
+            stores(y + c, v);
+            if (!all.given) look(v);
+        }
+    } else {
+        for (int c = 0; c < width; ++c) {
+            const int64_t here = c < left ? c : left - 1;
+            y[c] = load(own + here);
+            if (features) y[c] = (y[c] - m[here]) * s[here];
+        }
+        for (int c = 0; c < width; c += LANES) look(loads(y + c));
     }
+    if (all.given) return finite(all.given[0], all.given[1]);
     const float lo = joined(low, [](auto a, auto b) { return b < a ? b : a; });
     const float hi = joined(high, [](auto a, auto b) { return b > a ? b : a; });
     const bool nan = any(strange);
     return scale_of<TOP>(nan ? NAN : lo, nan ? NAN : hi);
 }
 
+// Columns that the codes of group `g` are packed in, and up to which its values are computed.
+template <typename T>
+INLINE int packed_columns(const Groups<T>& all, int64_t g) {
+    const int64_t left = all.n - g * all.cols;
+    return left >= all.cols ? all.cols : static_cast<int>((left + 7) / 8 * 8);
+}
+INLINE int whole_registers(int columns) { return (columns + LANES - 1) / LANES * LANES; }
+
+// Returns the number of groups with NaN, Inf or too wide a range.
 template <typename T, int BITS, bool NOISE>
-void encode(const Groups<T>& all, uint8_t* codes, uint16_t* scales) {
-    constexpr int TOP = (1 << BITS) - 1;
-    const int cols = all.cols;
+int64_t encode(const Groups<T>& all, uint8_t* codes, uint16_t* scales) {
+    constexpr int TOP = (1 << BITS) - 1, FIELDS = 8 / BITS;
+    const int64_t count = all.count();
     const uint32_t key = all.key;
-#pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < all.groups; ++g) {
+    int64_t strange = 0;
+#pragma omp parallel for schedule(static) reduction(+ : strange)
+    for (int64_t g = 0; g < count; ++g) {
         float y[LARGEST];
-        const Scale scale = prepare<TOP>(all, g, y);
+        const int cols = packed_columns(all, g), width = whole_registers(cols);
+        const Scale scale = prepare<TOP>(all, g, y, width);
         const float lo = scale.lo, unit = scale.unit;
-        store(scales + 2 * g, lo);  // both are bf16 already
-        store(scales + 2 * g + 1, scale.step);
-        uint8_t* out = codes + g * (cols * BITS / 8);
-        const uint32_t first = all.start + static_cast<uint32_t>(g) * static_cast<uint32_t>(cols);
+        uint8_t* out = codes + g * (all.cols * BITS / 8);
+        if (!all.given) {
+            store(scales + 2 * g, lo);  // both are bf16 already
+            store(scales + 2 * g + 1, scale.step);
+        }
+        if (lo != lo) {
+            std::memset(out, 0, cols * BITS / 8);
+            ++strange;
+            continue;
+        }
+        const uint32_t first = static_cast<uint32_t>(g) * static_cast<uint32_t>(all.cols);
         const auto code = [&](int c) {
             return rounded<TOP, NOISE>((loads(y + c) - lo) * unit, reinterpret_cast<U>(lanes()) + (first + c), key);
         };
-        constexpr int FIELDS = 8 / BITS;
         if (8 % BITS == 0 && cols % (FIELDS * LANES) == 0) {  // one plane: codes stay in registers
             const int run = cols / FIELDS;
             for (int j = 0; j < run; j += LANES) {
@@ -98,42 +137,57 @@ void encode(const Groups<T>& all, uint8_t* codes, uint16_t* scales) {
             }
         } else {
             uint8_t own[LARGEST];
-            for (int c = 0; c < cols; c += LANES) stores(own + c, code(c));
+            for (int c = 0; c < width; c += LANES) stores(own + c, code(c));
             pack<BITS>(own, cols, out);
         }
     }
+    return strange;
 }
 
 // What would be decoded of the codes, without making them.
 template <typename T, int BITS, bool NOISE>
-void roundtrip(const Groups<T>& all, T* out) {
+int64_t roundtrip(const Groups<T>& all, T* out) {
     constexpr int TOP = (1 << BITS) - 1;
     const bool features = all.mean != nullptr;
-#pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < all.groups; ++g) {
+    const int64_t count = all.count();
+    int64_t strange = 0;
+#pragma omp parallel for schedule(static) reduction(+ : strange)
+    for (int64_t g = 0; g < count; ++g) {
         float y[LARGEST];
-        const Scale scale = prepare<TOP>(all, g, y);
-        const uint32_t first = all.start + static_cast<uint32_t>(g) * static_cast<uint32_t>(all.cols);
-        const int64_t at = features ? g % all.period * all.cols : 0;
+        const int width = whole_registers(packed_columns(all, g));
+        const Scale scale = prepare<TOP>(all, g, y, width);
+        strange += scale.lo != scale.lo;
+        const uint32_t first = static_cast<uint32_t>(g) * static_cast<uint32_t>(all.cols);
+        const int64_t at = features ? all.table(g) : 0, left = all.n - g * all.cols;
         const float *m = all.mean + at, *r = all.root + at;
         T* own = out + g * all.cols;
-        for (int c = 0; c < all.cols; c += LANES) {
+        const auto value = [&](int c) {
             const U counter = reinterpret_cast<U>(lanes()) + (first + c);
             const I code = rounded<TOP, NOISE>((loads(y + c) - scale.lo) * scale.unit, counter, all.key);
-            const F v = scale.lo + __builtin_convertvector(code, F) * scale.step;
-            stores(own + c, features ? v * loads(r + c) + loads(m + c) : v);
+            return scale.lo + __builtin_convertvector(code, F) * scale.step;
+        };
+        if (left >= all.cols) {
+            for (int c = 0; c < all.cols; c += LANES) {
+                const F v = value(c);
+                stores(own + c, features ? v * loads(r + c) + loads(m + c) : v);
+            }
+        } else {
+            for (int c = 0; c < width; c += LANES) stores(y + c, value(c));
+            for (int c = 0; c < left; ++c) store(own + c, features ? y[c] * r[c] + m[c] : y[c]);
         }
     }
+    return strange;
 }
 
 // Images with channels last, [pixels, channels], whose groups are runs of pixels of one channel: what would be decoded of
 // them, in the same order.  As many channels, hence groups, at a time as a register has lanes.
 template <typename T, int BITS, bool NOISE>
-void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key,
-            T* __restrict out) {
+int64_t planes(const T* __restrict x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key,
+               T* __restrict out) {
     constexpr int TOP = (1 << BITS) - 1;
     const int64_t runs = pixels / cols;
-#pragma omp parallel for schedule(static) collapse(2)
+    int64_t odd = 0;
+#pragma omp parallel for schedule(static) collapse(2) reduction(+ : odd)
     for (int64_t i = 0; i < images; ++i)
         for (int64_t r = 0; r < runs; ++r)
             for (int first = 0; first < channels; first += LANES) {
@@ -149,6 +203,7 @@ void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels,
                 }
                 for (int j = 0; j < LANES; ++j) {
                     const Scale scale = scale_of<TOP>(strange[j] ? NAN : lo[j], strange[j] ? NAN : hi[j]);
+                    odd += scale.lo != scale.lo;
                     lo[j] = scale.lo, step[j] = scale.step, unit[j] = scale.unit;
                     counter[j] = static_cast<uint32_t>(((i * channels + first + j) * runs + r) * cols);
                 }
@@ -158,117 +213,157 @@ void planes(const T* __restrict x, int64_t images, int64_t pixels, int channels,
                     stores(out + here, lo + __builtin_convertvector(code, F) * step);
                 }
             }
+    return odd;
 }
 
 template <typename T, int BITS>
-void planes_of(bool noise, const void* x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key,
-               void* out) {
-    const auto run = noise ? planes<T, BITS, true> : planes<T, BITS, false>;
-    run(static_cast<const T*>(x), images, pixels, channels, cols, key, static_cast<T*>(out));
+int64_t run(const Groups<T>& all, bool noise, uint8_t* codes, uint16_t* scales, T* out) {
+    if (out) return noise ? roundtrip<T, BITS, true>(all, out) : roundtrip<T, BITS, false>(all, out);
+    return noise ? encode<T, BITS, true>(all, codes, scales) : encode<T, BITS, false>(all, codes, scales);
 }
 
-// Codes and scales, or with `out` the roundtrip.
 template <typename T, int BITS>
-void run(const Groups<T>& all, bool noise, uint8_t* codes, uint16_t* scales, void* out) {
-    T* values = static_cast<T*>(out);
-    if (values)
-        noise ? roundtrip<T, BITS, true>(all, values) : roundtrip<T, BITS, false>(all, values);
-    else
-        noise ? encode<T, BITS, true>(all, codes, scales) : encode<T, BITS, false>(all, codes, scales);
+int64_t run_planes(bool noise, const T* x, int64_t images, int64_t pixels, int channels, int cols, uint32_t key,
+                   T* out) {
+    return (noise ? planes<T, BITS, true> : planes<T, BITS, false>)(x, images, pixels, channels, cols, key, out);
 }
 
-template <typename T>
-void choose(int bits, const Groups<T>& all, bool noise, uint8_t* codes, uint16_t* scales, void* out) {
+// call(type of the values, number of bits)
+template <typename T, typename Call>
+int64_t by_bits(int bits, Call call) {
     switch (bits) {
-        case 1: return run<T, 1>(all, noise, codes, scales, out);
-        case 2: return run<T, 2>(all, noise, codes, scales, out);
-        case 3: return run<T, 3>(all, noise, codes, scales, out);
-        case 4: return run<T, 4>(all, noise, codes, scales, out);
-        case 5: return run<T, 5>(all, noise, codes, scales, out);
-        case 6: return run<T, 6>(all, noise, codes, scales, out);
-        default: return run<T, 8>(all, noise, codes, scales, out);
+        case 1: return call(T{}, std::integral_constant<int, 1>{});
+        case 2: return call(T{}, std::integral_constant<int, 2>{});
+        case 3: return call(T{}, std::integral_constant<int, 3>{});
+        case 4: return call(T{}, std::integral_constant<int, 4>{});
+        case 5: return call(T{}, std::integral_constant<int, 5>{});
+        case 6: return call(T{}, std::integral_constant<int, 6>{});
+        case 7: return call(T{}, std::integral_constant<int, 7>{});
+        default: return call(T{}, std::integral_constant<int, 8>{});
     }
 }
 
-// Bytes j of 16 join elements j, 16 + j, ...: which of them are not 0.  Returns whether one is neither 0 nor `value`.
-template <typename T>
-int two_flags_of(const T* x, int64_t rows, float value, uint8_t* bits) {
-    int strange = 0;
-#pragma omp parallel reduction(| : strange)
-    {
-        I odd{};
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < rows; ++g)
+template <typename Call>
+int64_t by_kind(int kind, int bits, Call call) {
+    if (kind == FP32) return by_bits<float>(bits, call);
+    return kind == BF16 ? by_bits<uint16_t>(bits, call) : by_bits<Half>(bits, call);
+}
+
+// Bitmap of x [n] in rows of 128, the last one shorter: bit f of byte j of a row of 8 w is element f w + j.
+template <typename T, typename Flag>
+INLINE void bitmap(const T* x, int64_t n, uint8_t* bits, Flag flag) {
+    const int64_t count = (n + 127) / 128;
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < count; ++g) {
+        const int64_t left = n - 128 * g;
+        if (left >= 128) {
             for (int j = 0; j < 16; j += LANES) {
                 I byte{};
-                for (int f = 0; f < 8; ++f) {
-                    const F v = loads(x + 128 * g + 16 * f + j);
-                    const I there = ~(v == 0.0f);
-                    byte |= there & 1 << f;
-                    odd |= there & ~(v == value);
-                }
+                for (int f = 0; f < 8; ++f) byte |= flag(loads(x + 128 * g + 16 * f + j)) & 1 << f;
                 stores(bits + 16 * g + j, byte);
             }
-        strange |= any(odd);
-    }
-    return strange;
-}
-
-// Likewise: which of them lie above `low` (NaN does) and below `high`.
-template <bool BOTH, typename T>
-void flags_of(const T* x, int64_t rows, float low, float high, uint8_t* bits) {
-#pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < rows; ++g)
-        for (int j = 0; j < 16; j += LANES) {
-            I byte{};
-            for (int f = 0; f < 8; ++f) {
-                const F v = loads(x + 128 * g + 16 * f + j);
-                byte |= (BOTH ? (v > low) & (v < high) : ~(v <= low)) & 1 << f;
+        } else {
+            const int64_t run = (left + 7) / 8;
+            for (int64_t j = 0; j < run; ++j) {
+                int byte = 0;
+                for (int f = 0; f < 8; ++f) {
+                    const int64_t i = f * run + j;  // filled with zeros
+                    if (i < left && flag(splat(load(x + 128 * g + i)))[0]) byte |= 1 << f;
+                }
+                bits[16 * g + j] = static_cast<uint8_t>(byte);
             }
-            stores(bits + 16 * g + j, byte);
         }
+    }
 }
-
 }  // namespace
 
-// x [groups, cols] fp32 or bf16; mean, inverse, root [period, cols] or null.  Writes codes [groups, cols * bits / 8] and
-// scales [groups, 2] (bf16), or, where it is given, what is decoded of them to out [groups, cols].
-extern "C" void group_codes(const void* x, int bf16, int noise, int bits, const float* mean, const float* inverse,
-                            const float* root, int64_t period, int64_t groups, int cols, uint32_t start, uint32_t key,
-                            uint8_t* codes, uint16_t* scales, void* out) {
-    if (bf16)
-        choose<uint16_t>(bits, {static_cast<const uint16_t*>(x), mean, inverse, root, period, groups, cols, start, key},
-                         noise, codes, scales, out);
-    else
-        choose<float>(bits, {static_cast<const float*>(x), mean, inverse, root, period, groups, cols, start, key},
-                      noise, codes, scales, out);
+// x [n] of a kind; mean, inverse, root [period, cols] or null; given [2] or null.  Writes codes and scales [groups, 2]
+// (bf16), or, where it is given, what is decoded of them to out [n].  Returns how many groups are not finite.
+extern "C" int64_t group_codes(const void* x, int kind, int noise, int bits, const float* mean, const float* inverse,
+                               const float* root, const float* given, int64_t period, int64_t n, int cols,
+                               uint32_t key, uint8_t* codes, uint16_t* scales, void* out) {
+    return by_kind(kind, bits, [=](auto type, auto width) {
+        using T = decltype(type);
+        const Groups<T> all{static_cast<const T*>(x), mean, inverse, root, given, period, n, cols, key};
+        return run<T, decltype(width)::value>(all, noise, codes, scales, static_cast<T*>(out));
+    });
 }
 
-// x [images, pixels, channels] fp32 or bf16, whose groups are `cols` pixels of a channel: what is decoded, likewise.
-extern "C" void planes_roundtrip(const void* x, int bf16, int noise, int bits, int64_t images, int64_t pixels,
-                                 int channels, int cols, uint32_t key, void* out) {
-    using Run = void (*)(bool, const void*, int64_t, int64_t, int, int, uint32_t, void*);
-    constexpr Run of32[] = {planes_of<float, 1>, planes_of<float, 2>, planes_of<float, 3>, planes_of<float, 4>,
-                            planes_of<float, 5>, planes_of<float, 6>, planes_of<float, 8>};
-    constexpr Run of16[] = {planes_of<uint16_t, 1>, planes_of<uint16_t, 2>, planes_of<uint16_t, 3>,
-                            planes_of<uint16_t, 4>, planes_of<uint16_t, 5>, planes_of<uint16_t, 6>,
-                            planes_of<uint16_t, 8>};
-    const int which = bits == 8 ? 6 : bits - 1;
-    (bf16 ? of16 : of32)[which](noise != 0, x, images, pixels, channels, cols, key, out);
+// x [images, pixels, channels], whose groups are `cols` pixels of a channel: what is decoded, likewise.
+extern "C" int64_t planes_roundtrip(const void* x, int kind, int noise, int bits, int64_t images, int64_t pixels,
+                                    int channels, int cols, uint32_t key, void* out) {
+    return by_kind(kind, bits, [=](auto type, auto width) {
+        using T = decltype(type);
+        return run_planes<T, decltype(width)::value>(noise, static_cast<const T*>(x), images, pixels, channels, cols,
+                                                     key, static_cast<T*>(out));
+    });
 }
 
-// Where x [rows, 128] is not 0; returns whether a value is neither 0 nor `value`.
-extern "C" int two_flags(const void* x, int bf16, int64_t rows, float value, uint8_t* bits) {
-    return bf16 ? two_flags_of(static_cast<const uint16_t*>(x), rows, value, bits)
-                : two_flags_of(static_cast<const float*>(x), rows, value, bits);
+// Least and largest of x [n], both NaN where NaN or Inf is among them: found [2].
+extern "C" void extremes(const void* x, int kind, int64_t n, float* found) {
+    by_kind(kind, 1, [=](auto type, auto) {
+        using T = decltype(type);
+        const T* own = static_cast<const T*>(x);
+        float lo = INFINITY, hi = -INFINITY;
+        int odd = 0;
+        constexpr int64_t STEP = 1 << 14;
+#pragma omp parallel for schedule(static) reduction(min : lo) reduction(max : hi) reduction(| : odd)
+        for (int64_t first = 0; first < n; first += STEP) {
+            F low = splat(INFINITY), high = splat(-INFINITY);
+            I strange{};
+            const int64_t stop = first + STEP < n ? first + STEP : n;
+            const auto look = [&](F v) {
+                low = v < low ? v : low;
+                high = v > high ? v : high;
+                strange |= v != v;
+            };
+            int64_t i = first;
+            for (; i + LANES <= stop; i += LANES) look(loads(own + i));
+            for (; i < stop; ++i) look(load(own + i) + F{});
+            const float least = joined(low, [](auto a, auto b) { return b < a ? b : a; });
+            const float most = joined(high, [](auto a, auto b) { return b > a ? b : a; });
+            lo = least < lo ? least : lo;
+            hi = most > hi ? most : hi;
+            odd |= any(strange);
+        }
+        const bool bad = odd || !(std::fabs(lo) <= FLT_MAX) || !(std::fabs(hi) <= FLT_MAX);
+        found[0] = bad ? NAN : lo;
+        found[1] = bad ? NAN : hi;
+        return int64_t{0};
+    });
 }
 
-// Where x [rows, 128] is above `low`, and with `both` below `high`.
-extern "C" void flags(const void* x, int bf16, int64_t rows, float low, float high, int both, uint8_t* bits) {
-    const float* wide = static_cast<const float*>(x);
-    const uint16_t* narrow = static_cast<const uint16_t*>(x);
-    if (bf16)
-        both ? flags_of<true>(narrow, rows, low, high, bits) : flags_of<false>(narrow, rows, low, high, bits);
-    else
-        both ? flags_of<true>(wide, rows, low, high, bits) : flags_of<false>(wide, rows, low, high, bits);
+// Where x [n] of a kind, or (kind 3) of bytes, is above `low` (NaN is), and with `both` below `high`.
+extern "C" void flags(const void* x, int kind, int64_t n, float low, float high, int both, uint8_t* bits) {
+    const auto run = [=](const auto* own) {
+        if (both) bitmap(own, n, bits, [=](F v) { return (v > low) & (v < high); });
+        else bitmap(own, n, bits, [=](F v) { return ~(v <= low); });
+    };
+    if (kind == FP32) run(static_cast<const float*>(x));
+    else if (kind == BF16) run(static_cast<const uint16_t*>(x));
+    else if (kind == FP16) run(static_cast<const Half*>(x));
+    else run(static_cast<const Byte*>(x));
+}
+
+// Where x [n] is not 0; returns whether a value is neither 0 nor `value`.
+extern "C" int two_flags(const void* x, int kind, int64_t n, float value, uint8_t* bits) {
+    const auto run = [=](const auto* own) {
+        bitmap(own, n, bits, [](F v) { return ~(v == 0.0f); });
+        int strange = 0;
+#pragma omp parallel for schedule(static) reduction(| : strange)
+        for (int64_t first = 0; first < n; first += 4096) {
+            const int64_t stop = first + 4096 < n ? first + 4096 : n;
+            I odd{};
+            int64_t i = first;
+            for (; i + LANES <= stop; i += LANES) {
+                const F v = loads(own + i);
+                odd |= ~(v == 0.0f) & ~(v == value);
+            }
+            for (; i < stop; ++i) odd[0] |= !(load(own + i) == 0.0f) & !(load(own + i) == value);
+            strange |= any(odd);
+        }
+        return strange;
+    };
+    if (kind == FP32) return run(static_cast<const float*>(x));
+    return kind == BF16 ? run(static_cast<const uint16_t*>(x)) : run(static_cast<const Half*>(x));
 }

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -31,8 +31,17 @@ using U = uint32_t __attribute__((vector_size(4 * LANES)));
 using H = uint16_t __attribute__((vector_size(2 * LANES)));
 using B = uint8_t __attribute__((vector_size(LANES)));
 
-constexpr int UNIT = 16;       // columns of a group are a multiple of this
+constexpr int UNIT = 16;       // full groups have a multiple of this many columns
 constexpr int LARGEST = 1024;  // columns of a group
+
+// Numbers of the dtypes that Python hands over, and what holds a value of each.
+enum Kind { FP32, BF16, FP16 };
+struct Half {
+    uint16_t bits;
+};
+struct Byte {
+    uint8_t value;
+};
 
 INLINE float as_float(uint32_t bits) {
     float value;
@@ -40,8 +49,19 @@ INLINE float as_float(uint32_t bits) {
     return value;
 }
 
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
 INLINE float load(const float* x) { return *x; }
 INLINE float load(const uint16_t* x) { return as_float(static_cast<uint32_t>(*x) << 16); }  // bf16
+INLINE float load(const Half* x) {
+    const uint32_t sign = (x->bits & 0x8000u) << 16, rest = x->bits & 0x7FFFu;
+    if (rest >= 0x7C00u) return as_float(sign | 0x7F800000u | rest << 13);  // Inf, NaN
+    return as_float(sign | bits_of(as_float(rest << 13) * 0x1p112f));
+}
 
 // What some compilers need a dozen instructions for, or a hundred where a lane grows or shrinks to a quarter.
 #ifdef __AVX512F__
@@ -72,10 +92,46 @@ INLINE F loads(const uint16_t* x) {  // bf16
     std::memcpy(&v, x, sizeof(v));
     return reinterpret_cast<F>(widened(v) << 16);
 }
+INLINE F loads(const Half* x) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+    F v;
+    for (int j = 0; j < LANES; ++j) v[j] = load(x + j);
+    return v;
+#endif
+}
 INLINE I loads(const uint8_t* x) {
     B v;
     std::memcpy(&v, x, sizeof(v));
     return widened(v);
+}
+
+INLINE float load(const Byte* x) { return x->value; }
+INLINE F loads(const Byte* x) { return __builtin_convertvector(loads(&x->value), F); }
+
+INLINE void store(float* out, float value) { *out = value; }
+INLINE void store(uint16_t* out, float value) {  // bf16, to the nearest, ties to even
+    const uint32_t bits = bits_of(value);
+    *out = static_cast<uint16_t>(value != value ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+INLINE void store(uint8_t* out, float value) { *out = static_cast<uint8_t>(value); }
+INLINE void store(Half* out, float value) {  // to the nearest, ties to even; not beyond the largest
+    const uint32_t sign = bits_of(value) >> 16 & 0x8000u;
+    float size = std::fabs(value);
+    if (size != size) {
+        out->bits = static_cast<uint16_t>(sign | 0x7E00u);
+        return;
+    }
+    size = size > 65504.0f ? 65504.0f : size;
+    if (size < 0x1p-14f) {  // steps of 2**-24 below the smallest normal number
+        out->bits = static_cast<uint16_t>(sign | (bits_of(size + 0.5f) - bits_of(0.5f)));
+    } else {
+        const uint32_t bits = bits_of(size) - (112u << 23);
+        out->bits = static_cast<uint16_t>(sign | (bits + 0xFFF + (bits >> 13 & 1)) >> 13);
+    }
 }
 
 INLINE void stores(float* out, F v) { std::memcpy(out, &v, sizeof(v)); }
@@ -83,6 +139,17 @@ INLINE void stores(uint16_t* out, F v) {  // bf16, to the nearest, ties to even
     const U bits = reinterpret_cast<U>(v);
     const H own = halves(reinterpret_cast<I>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16));
     std::memcpy(out, &own, sizeof(own));
+}
+INLINE void stores(Half* out, F v) {  // to the nearest, ties to even; not beyond the largest
+    v = v > 65504.0f ? 65504.0f + F{} : v;
+    v = v < -65504.0f ? -65504.0f + F{} : v;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int j = 0; j < LANES; ++j) store(out + j, v[j]);
+#endif
 }
 INLINE void stores(uint8_t* out, I v) {
     const B own = bytes(v);
@@ -96,14 +163,6 @@ INLINE I lanes() {
     for (int j = 0; j < LANES; ++j) v[j] = j;
     return v;
 }
-
-INLINE void store(float* out, float value) { *out = value; }
-INLINE void store(uint16_t* out, float value) {  // bf16, to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    *out = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-INLINE void store(uint8_t* out, float value) { *out = static_cast<uint8_t>(value); }
 
 INLINE U mix(U h) {
     h ^= h >> 16;
@@ -137,9 +196,10 @@ INLINE void pack(const uint8_t* codes, int cols, uint8_t* out) {
     }
 }
 
-// Units of steps to codes; `y` is not negative.
+// Units of steps to codes.
 template <int TOP, bool NOISE>
 INLINE I rounded(F y, U counter, uint32_t key) {
+    y = y > 0.0f ? y : F{};  // below the range, and NaN
     if (NOISE)
         y = y + __builtin_convertvector(reinterpret_cast<I>(mix(counter ^ key) >> 8), F) * 0x1p-24f;
     else

@@ -1,8 +1,9 @@
-// What is read of payloads.  Codes to values, written where the caller wants them: what a compiler makes of the Python
-// functions allocates its result itself, and a large one on small pages takes longer to touch than to compute
-// (memory.py).  Same bits as kernels._group_decode, kernels._table_decode and bitmaps._unflag.
+// Codes to values, written where the caller wants them: a large tensor on small pages takes longer to touch than to
+// compute (memory.py).  Same bits as the definitions in Python (groups.py, tables.py, bitmaps.py).
 
 #include "native.h"
+
+#include <type_traits>
 
 namespace {
 
@@ -65,32 +66,56 @@ INLINE void row(const uint8_t* __restrict in, int cols, T* __restrict out, Value
     }
 }
 
+// Codes of n elements in groups of cols, of which the last may be shorter; its codes fill up to a multiple of 8.
 struct Group {
     const uint8_t* codes;
-    const void* scales;
     const float *mean, *root;
-    int64_t period, groups;
+    int64_t period, n;
     int cols;
+
+    int64_t count() const { return (n + cols - 1) / cols; }
+    int64_t left(int64_t g) const { return n - g * cols; }
 };
 
-template <typename T, typename S, int BITS>
-void decode(const Group& all, T* out) {
-    const S* scales = static_cast<const S*>(all.scales);
+// write(g, columns, where to) for every group, a short one by way of a buffer.
+template <typename T, typename Write>
+INLINE void each_group(const Group& all, T* out, Write write) {
+    const int64_t count = all.count();
 #pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < all.groups; ++g) {
-        const float lo = load(scales + 2 * g), step = load(scales + 2 * g + 1);
+    for (int64_t g = 0; g < count; ++g) {
+        const int64_t left = all.left(g);
+        if (left >= all.cols) {
+            write(g, all.cols, out + g * all.cols);
+        } else {
+            T own[LARGEST];
+            write(g, static_cast<int>((left + 7) / 8 * 8), own);
+            std::memcpy(out + g * all.cols, own, left * sizeof(T));
+        }
+    }
+}
+
+// scales: [groups, 2], or one pair for all.
+template <typename T, typename S, int BITS>
+void decode(const Group& all, const S* scales, bool shared, T* out) {
+    each_group(all, out, [&](int64_t g, int cols, T* own) {
+        const S* scale = scales + (shared ? 0 : 2 * g);
+        const float lo = load(scale), step = load(scale + 1);
         const uint8_t* in = all.codes + g * (all.cols * BITS / 8);
-        T* own = out + g * all.cols;
         if (all.mean) {
-            const int64_t at = g % all.period * all.cols;
+            const int64_t at = g % all.period * all.cols, left = all.left(g);
             const float *m = all.mean + at, *r = all.root + at;
-            rows<BITS>(in, all.cols, own, [=](I code, int c) {
+            float means[LARGEST], roots[LARGEST];
+            if (left < all.cols) {  // the table may end here
+                std::memcpy(means, m, left * sizeof(float)), std::memcpy(roots, r, left * sizeof(float));
+                m = means, r = roots;
+            }
+            rows<BITS>(in, cols, own, [=](I code, int c) {
                 return (lo + __builtin_convertvector(code, F) * step) * loads(r + c) + loads(m + c);
             });
         } else {
-            rows<BITS>(in, all.cols, own, [=](I code, int) { return lo + __builtin_convertvector(code, F) * step; });
+            rows<BITS>(in, cols, own, [=](I code, int) { return lo + __builtin_convertvector(code, F) * step; });
         }
-    }
+    });
 }
 
 // With few entries a gather takes longer than to drop half of them with every bit.
@@ -105,77 +130,65 @@ INLINE I looked_up(const int32_t* table, I code) {
 }
 
 template <typename T, int BITS>
-void table_of(const uint8_t* codes, int64_t groups, int cols, const float* table, T* out) {
-#pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* in = codes + g * (cols * BITS / 8);
+void table_of(const Group& all, const float* table, T* out) {
+    each_group(all, out, [&](int64_t g, int cols, T* own) {
+        const uint8_t* in = all.codes + g * (all.cols * BITS / 8);
         if constexpr (BITS <= 3) {
-            int32_t own[1 << BITS];
-            std::memcpy(own, table, sizeof(own));
-            rows<BITS>(in, cols, out + g * cols, [&own](I code, int) {
-                return reinterpret_cast<F>(looked_up<BITS>(own, code));
+            int32_t entries[1 << BITS];
+            std::memcpy(entries, table, sizeof(entries));
+            rows<BITS>(in, cols, own, [&entries](I code, int) {
+                return reinterpret_cast<F>(looked_up<BITS>(entries, code));
             });
         } else {
-            row<BITS>(in, cols, out + g * cols, [table](int code) { return table[code]; });
+            row<BITS>(in, cols, own, [table](int code) { return table[code]; });
         }
+    });
+}
+
+// call(number of bits)
+template <typename Call>
+INLINE void by_bits(int bits, Call call) {
+    switch (bits) {
+        case 1: return call(std::integral_constant<int, 1>{});
+        case 2: return call(std::integral_constant<int, 2>{});
+        case 3: return call(std::integral_constant<int, 3>{});
+        case 4: return call(std::integral_constant<int, 4>{});
+        case 5: return call(std::integral_constant<int, 5>{});
+        case 6: return call(std::integral_constant<int, 6>{});
+        case 7: return call(std::integral_constant<int, 7>{});
+        default: return call(std::integral_constant<int, 8>{});
     }
-}
-
-template <typename T, typename S>
-void decode_any(int bits, const Group& all, void* out) {
-    using Run = void (*)(const Group&, T*);
-    constexpr Run runs[] = {decode<T, S, 1>, decode<T, S, 2>, decode<T, S, 3>, decode<T, S, 4>,
-                            decode<T, S, 5>, decode<T, S, 6>, decode<T, S, 8>};
-    runs[bits == 8 ? 6 : bits - 1](all, static_cast<T*>(out));
-}
-
-template <typename T>
-void table_any(int bits, const uint8_t* codes, int64_t rows, int cols, const float* table, void* out) {
-    using Run = void (*)(const uint8_t*, int64_t, int, const float*, T*);
-    constexpr Run runs[] = {table_of<T, 1>, table_of<T, 2>, table_of<T, 3>, table_of<T, 4>,
-                            table_of<T, 5>, table_of<T, 6>, table_of<T, 8>};
-    runs[bits == 8 ? 6 : bits - 1](codes, rows, cols, table, static_cast<T*>(out));
-}
-
-template <typename S>
-float reach_of(const S* scales, int64_t groups, float factor) {
-    float most = 0.0f;
-    int strange = 0;
-#pragma omp simd reduction(max : most) reduction(| : strange)
-    for (int64_t g = 0; g < groups; ++g) {
-        const float v = std::fabs(load(scales + 2 * g)) + load(scales + 2 * g + 1) * factor;
-        strange |= v != v;
-        most = v > most ? v : most;
-    }
-    return strange ? NAN : most;
 }
 
 }  // namespace
 
-// Most of |minimum| + step * factor over scales [groups, 2] in fp32 or bf16; NaN if one is.
-extern "C" float reach(const void* scales, int scales16, int64_t groups, float factor) {
-    return scales16 ? reach_of(static_cast<const uint16_t*>(scales), groups, factor)
-                    : reach_of(static_cast<const float*>(scales), groups, factor);
-}
-
-// codes [groups, cols * bits / 8], scales [groups, 2] in fp32 or bf16, mean and root [period, cols] or null ->
-// out [groups, cols] in fp32 or bf16.
-extern "C" void group_values(const uint8_t* codes, int bits, const void* scales, int scales16, const float* mean,
-                             const float* root, int64_t period, int64_t groups, int cols, int bf16, void* out) {
-    const Group all{codes, scales, mean, root, period, groups, cols};
-    if (bf16)
-        (scales16 ? decode_any<uint16_t, uint16_t> : decode_any<uint16_t, float>)(bits, all, out);
-    else
-        (scales16 ? decode_any<float, uint16_t> : decode_any<float, float>)(bits, all, out);
-}
-
-// table [2**bits] fp32: out [rows, cols] = table[code], in bytes (kind 1), bf16 (2) or fp32 (4).
-extern "C" void table_values(const uint8_t* codes, int bits, int64_t rows, int cols, const float* table, int kind,
+// codes, scales [groups, 2] or [2] (shared) in fp32 or bf16, mean and root [period, cols] or null -> out [n] of a kind.
+extern "C" void group_values(const uint8_t* codes, int bits, const void* scales, int scales16, int shared,
+                             const float* mean, const float* root, int64_t period, int64_t n, int cols, int kind,
                              void* out) {
-    if (kind == 1)
-        table_any<uint8_t>(bits, codes, rows, cols, table, out);
-    else if (kind == 2)
-        table_any<uint16_t>(bits, codes, rows, cols, table, out);
-    else
-        table_any<float>(bits, codes, rows, cols, table, out);
+    const Group all{codes, mean, root, period, n, cols};
+    by_bits(bits, [&](auto width) {
+        constexpr int BITS = decltype(width)::value;
+        const auto run = [&](auto* own) {
+            using T = std::remove_pointer_t<decltype(own)>;
+            if (scales16) decode<T, uint16_t, BITS>(all, static_cast<const uint16_t*>(scales), shared, own);
+            else decode<T, float, BITS>(all, static_cast<const float*>(scales), shared, own);
+        };
+        if (kind == FP32) run(static_cast<float*>(out));
+        else if (kind == BF16) run(static_cast<uint16_t*>(out));
+        else run(static_cast<Half*>(out));
+    });
+}
+
+// table [2**bits] fp32: out [n] = table[code], of a kind or (kind 3) in bytes.
+extern "C" void table_values(const uint8_t* codes, int bits, int64_t n, int cols, const float* table, int kind,
+                             void* out) {
+    const Group all{codes, nullptr, nullptr, 1, n, cols};
+    by_bits(bits, [&](auto width) {
+        constexpr int BITS = decltype(width)::value;
+        if (kind == FP32) table_of<float, BITS>(all, table, static_cast<float*>(out));
+        else if (kind == BF16) table_of<uint16_t, BITS>(all, table, static_cast<uint16_t*>(out));
+        else if (kind == FP16) table_of<Half, BITS>(all, table, static_cast<Half*>(out));
+        else table_of<uint8_t, BITS>(all, table, static_cast<uint8_t*>(out));
+    });
 }

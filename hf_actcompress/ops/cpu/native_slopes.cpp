@@ -1,9 +1,7 @@
-// Inputs of GELU and SiLU to codes of the slope there, as bitmaps._slope_encode: the slopes agree to about 1e-7, which
+// Inputs of GELU and SiLU to codes of the slope there, as in bitmaps.py: the slopes agree to about 1e-7, which
 // in rare cases is another code.
 
 #include "native.h"
-
-#include <cfloat>
 
 namespace {
 
@@ -26,6 +24,8 @@ INLINE F exponential(F x) {
     return (fma(p * r, r, r) + 1.0f) * power;
 }
 
+constexpr int ROW = 128;
+
 INLINE F absolute(F x) { return reinterpret_cast<F>(reinterpret_cast<I>(x) & 0x7FFFFFFF); }
 
 enum Function { GELU, GELU_TANH, SILU };
@@ -47,53 +47,62 @@ INLINE F slope(F x) {
     return s * (1.0f + x * (1.0f - s));
 }
 
+// Returns how many NaN are among x; they take code 0.
 template <typename T, int FUNCTION, int BITS>
-int slopes(const T* x, int64_t rows, int cols, float least, float scale, uint32_t start, uint32_t key, uint8_t* codes) {
+int64_t slopes(const T* x, int64_t n, float least, float scale, uint32_t key, uint8_t* codes) {
     constexpr int TOP = (1 << BITS) - 1;
-    int strange = 0;
-#pragma omp parallel for schedule(static) reduction(| : strange)
-    for (int64_t g = 0; g < rows; ++g) {
-        uint8_t own[LARGEST];
-        const T* values = x + g * cols;
-        const U first = reinterpret_cast<U>(lanes()) + (start + static_cast<uint32_t>(g) * static_cast<uint32_t>(cols));
+    const int64_t count = (n + ROW - 1) / ROW;
+    int64_t strange = 0;
+#pragma omp parallel for schedule(static) reduction(+ : strange)
+    for (int64_t g = 0; g < count; ++g) {
+        uint8_t own[ROW];
+        float filled[ROW];
+        const int64_t left = n - g * ROW;
+        const int cols = left >= ROW ? ROW : static_cast<int>((left + 7) / 8 * 8);
+        if (left < ROW)
+            for (int c = 0; c < ROW; ++c) filled[c] = load(x + g * ROW + (c < left ? c : left - 1));
+        const U first = reinterpret_cast<U>(lanes()) + static_cast<uint32_t>(g) * static_cast<uint32_t>(ROW);
         I odd{};
-        for (int c = 0; c < cols; c += LANES) {
-            const F v = loads(values + c);
-            odd |= ~(absolute(v) <= FLT_MAX);
-            F y = (slope<FUNCTION>(v) - least) * scale;
-            y = y > 0.0f ? y : F{};
-            stores(own + c, rounded<TOP, true>(y, first + c, key));
+        for (int c = 0; c < ROW; c += LANES) {
+            F v = left < ROW ? loads(filled + c) : loads(x + g * ROW + c);
+            odd -= v != v;
+            v = v > 40.0f ? splat(40.0f) : v;  // where the slope has reached its limit
+            v = v < -40.0f ? splat(-40.0f) : v;
+            stores(own + c, rounded<TOP, true>((slope<FUNCTION>(v) - least) * scale, first + c, key));
         }
-        strange |= any(odd);
-        pack<BITS>(own, cols, codes + g * (cols * BITS / 8));
+        for (int j = 0; j < LANES; ++j) strange += odd[j];
+        pack<BITS>(own, cols, codes + g * (ROW * BITS / 8));
     }
     return strange;
 }
 
 template <typename T, int FUNCTION>
-int slopes_of(int bits, const void* x, int64_t rows, int cols, float least, float scale, uint32_t start, uint32_t key,
-              uint8_t* codes) {
-    const T* values = static_cast<const T*>(x);
+int64_t slopes_of(int bits, const T* x, int64_t n, float least, float scale, uint32_t key, uint8_t* codes) {
     switch (bits) {
-        case 1: return slopes<T, FUNCTION, 1>(values, rows, cols, least, scale, start, key, codes);
-        case 2: return slopes<T, FUNCTION, 2>(values, rows, cols, least, scale, start, key, codes);
-        case 3: return slopes<T, FUNCTION, 3>(values, rows, cols, least, scale, start, key, codes);
-        case 4: return slopes<T, FUNCTION, 4>(values, rows, cols, least, scale, start, key, codes);
-        case 5: return slopes<T, FUNCTION, 5>(values, rows, cols, least, scale, start, key, codes);
-        case 6: return slopes<T, FUNCTION, 6>(values, rows, cols, least, scale, start, key, codes);
-        default: return slopes<T, FUNCTION, 8>(values, rows, cols, least, scale, start, key, codes);
+        case 1: return slopes<T, FUNCTION, 1>(x, n, least, scale, key, codes);
+        case 2: return slopes<T, FUNCTION, 2>(x, n, least, scale, key, codes);
+        case 3: return slopes<T, FUNCTION, 3>(x, n, least, scale, key, codes);
+        case 4: return slopes<T, FUNCTION, 4>(x, n, least, scale, key, codes);
+        case 5: return slopes<T, FUNCTION, 5>(x, n, least, scale, key, codes);
+        case 6: return slopes<T, FUNCTION, 6>(x, n, least, scale, key, codes);
+        case 7: return slopes<T, FUNCTION, 7>(x, n, least, scale, key, codes);
+        default: return slopes<T, FUNCTION, 8>(x, n, least, scale, key, codes);
     }
+}
+
+template <typename T>
+int64_t slopes_any(int function, int bits, const void* x, int64_t n, float least, float scale, uint32_t key,
+                   uint8_t* codes) {
+    const auto run = function == GELU ? slopes_of<T, GELU> : function == GELU_TANH ? slopes_of<T, GELU_TANH>
+                                                                                   : slopes_of<T, SILU>;
+    return run(bits, static_cast<const T*>(x), n, least, scale, key, codes);
 }
 
 }  // namespace
 
-// Slopes of a function at x [rows, cols], from `least` in steps of 1 / scale.  Returns whether NaN or Inf was among x.
-extern "C" int slope_encode(const void* x, int bf16, int function, int bits, int64_t rows, int cols, float least,
-                            float scale, uint32_t start, uint32_t key, uint8_t* codes) {
-    using Run = int (*)(int, const void*, int64_t, int, float, float, uint32_t, uint32_t, uint8_t*);
-    const Run runs[2][3] = {
-        {slopes_of<float, GELU>, slopes_of<float, GELU_TANH>, slopes_of<float, SILU>},
-        {slopes_of<uint16_t, GELU>, slopes_of<uint16_t, GELU_TANH>, slopes_of<uint16_t, SILU>},
-    };
-    return runs[bf16][function](bits, x, rows, cols, least, scale, start, key, codes);
+// Slopes of a function at x [n], from `least` in steps of 1 / scale, in rows of 128.  Returns how many are NaN.
+extern "C" int64_t slope_encode(const void* x, int kind, int function, int bits, int64_t n, float least, float scale,
+                                uint32_t key, uint8_t* codes) {
+    const auto run = kind == FP32 ? slopes_any<float> : kind == BF16 ? slopes_any<uint16_t> : slopes_any<Half>;
+    return run(function, bits, x, n, least, scale, key, codes);
 }

@@ -1,0 +1,136 @@
+"""The operators in C++: each takes what its definition takes and gives the same bits, or returns NotImplemented."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ..memory import fresh
+from .library import library_for
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FUNCTIONS = ("gelu", "gelu_tanh", "silu")
+LARGEST = 1024  # columns of a group
+ROW = 128
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _takes(cols: int, bits: int) -> bool:
+    return bits <= 8 and cols % 16 == 0 and cols <= LARGEST
+
+
+def _flat(n: int, dtype: torch.dtype) -> Tensor:
+    return fresh(n, dtype, torch.device("cpu"))
+
+
+class _Tables:
+    """Mean and root of each element of a period of groups, after which they repeat: fp32 [period, cols] or None."""
+
+    def __init__(self, features: Tensor | None, inner: int, n: int, cols: int) -> None:
+        self.period, self.mean, self.root = 1, None, None
+        if features is not None:
+            span = features.shape[1] * inner
+            self.period = min(math.lcm(span, cols) // cols, -(-n // cols))
+            index = _feature_index(features.shape[1], inner, min(self.period * cols, n))
+            self.mean, self.root = features[0].float()[index], features[1].float()[index]
+
+    @property
+    def inverse(self) -> Tensor | None:
+        return None if self.root is None else 1 / self.root
+
+
+@functools.lru_cache(64)
+def _feature_index(features: int, inner: int, length: int) -> Tensor:
+    return torch.arange(length) // inner % features
+
+
+def _raise_counter(nonfinite: Tensor | None, count: int) -> None:
+    if nonfinite is not None and count:
+        nonfinite += count
+
+
+def _group_codes(x: Tensor, features, inner, scale, cols, bits, key, nonfinite, codes, scales, out) -> None:  # noqa: ANN001
+    tables = _Tables(features, inner, x.numel(), cols)
+    inverse = tables.inverse  # alive during the call
+    scale = None if scale is None else scale.float().contiguous()
+    count = library_for(x.numel()).group_codes(
+        x.data_ptr(), KINDS[x.dtype], key is not None, bits, _pointer(tables.mean), _pointer(inverse),
+        _pointer(tables.root), _pointer(scale), tables.period, x.numel(), cols, (key or 0) & 0xFFFFFFFF,
+        _pointer(codes), _pointer(scales), _pointer(out),
+    )  # fmt: skip
+    if scale is None:
+        _raise_counter(nonfinite, count)
+
+
+def quantize_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # noqa: ANN001, ANN201
+    if x.dtype not in FLOATS or not x.numel() or not _takes(cols, bits) or library_for(x.numel()) is None:
+        return NotImplemented
+    x, n = x.contiguous(), x.numel()
+    full, rest = divmod(n, cols)
+    codes = torch.empty((full * cols + -(-rest // 8) * 8) * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(0 if scale is not None else -(-n // cols), 2, dtype=torch.bfloat16)
+    _group_codes(x, features, inner, scale, cols, bits, key, nonfinite, codes, scales, None)
+    return codes, scales
+
+
+def roundtrip_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # noqa: ANN001, ANN201
+    if x.dtype not in FLOATS or not x.numel() or not _takes(cols, bits) or library_for(x.numel()) is None:
+        return NotImplemented
+    lying = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    if x.is_contiguous() or not lying.is_contiguous():
+        out = _flat(x.numel(), x.dtype)
+        _group_codes(x.contiguous(), features, inner, scale, cols, bits, key, nonfinite, None, None, out)
+        out = out.view(x.shape)
+        return out if out.stride() == torch.empty_like(x, device="meta").stride() else torch.empty_like(x).copy_(out)
+    out = _flat(x.numel(), x.dtype)
+    if scale is not None and key is None:  # one scale, no counter: the order makes no difference
+        _group_codes(lying, None, 1, scale, cols, bits, key, nonfinite, None, None, out)
+        return out.view(lying.shape).permute(0, 3, 1, 2)
+    images, channels, height, width = x.shape
+    if features is None and scale is None and channels % 16 == 0 and height * width % cols == 0:
+        count = library_for(x.numel()).planes_roundtrip(
+            x.data_ptr(), KINDS[x.dtype], key is not None, bits, images, height * width, channels, cols,
+            (key or 0) & 0xFFFFFFFF, out.data_ptr(),
+        )  # fmt: skip
+        _raise_counter(nonfinite, count)
+        return out.view(lying.shape).permute(0, 3, 1, 2)
+    _group_codes(x.contiguous(), features, inner, scale, cols, bits, key, nonfinite, None, None, out)
+    return torch.empty_like(x).copy_(out.view(x.shape))
+
+
+def dequantize_groups(codes, scales, features, inner, shape, dtype, cols, bits):  # noqa: ANN001, ANN201
+    n = math.prod(shape)
+    if dtype not in FLOATS or scales.dtype not in (torch.float32, torch.bfloat16) or not n or not _takes(cols, bits):
+        return NotImplemented
+    if (library := library_for(n)) is None:
+        return NotImplemented
+    codes, scales, tables, out = codes.contiguous(), scales.contiguous(), _Tables(features, inner, n, cols), _flat(n, dtype)
+    library.group_values(
+        codes.data_ptr(), bits, scales.data_ptr(), scales.dtype == torch.bfloat16, scales.numel() == 2,
+        _pointer(tables.mean), _pointer(tables.root), tables.period, n, cols, KINDS[dtype], out.data_ptr(),
+    )  # fmt: skip
+    return out.view(shape)
+
+
+def extremes(x):  # noqa: ANN001, ANN201
+    if x.dtype not in FLOATS or not x.numel() or (library := library_for(x.numel())) is None:
+        return NotImplemented
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    x, found = x.permute(order).contiguous(), torch.empty(2)
+    library.extremes(x.data_ptr(), KINDS[x.dtype], x.numel(), found.data_ptr())
+    return found
+
+
+def count_nonfinite(x, nonfinite):  # noqa: ANN001, ANN201
+    found = extremes(x)
+    if found is NotImplemented:
+        return NotImplemented
+    _raise_counter(nonfinite, int(found[0].isnan()))
+    return None
