@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Block(Codec):
     Source: per-group quantization as in ActNN (Chen et al., 2021).
     """
 
+    counts_nonfinite: ClassVar[bool] = True
     bits: int = 4
     group: int | None = None
     splits: int | None = None

@@ -94,7 +94,7 @@ class Chain(Codec):
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         states = state.states if isinstance(state, ChainState) else {}
-        inner = self.first.encode(x, states.get("first"), check=False)
+        inner = self.first.encode(x, states.get("first"))
         parts = {leaf: self.second.encode(inner.tensors[leaf], states.get(leaf)) for leaf in self.first.leaves}
         rest = {name: t for name, t in inner.tensors.items() if name not in parts}
         return self._payload(x, rest, parts)

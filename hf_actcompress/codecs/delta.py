@@ -112,12 +112,12 @@ class Delta(Codec):
         tensors, parts = {}, {}
         if plan.new:
             rows = x if not plan.seen else x[torch.tensor(plan.new, device=x.device)]
-            parts["full"] = self.first.encode(rows, getattr(state, "full", None), check=False)
+            parts["full"] = self.first.encode(rows, getattr(state, "full", None))
         if plan.seen:
             rows = x if not plan.new else x[torch.tensor(plan.seen, device=x.device)]
             tensors["check"] = state.check(plan.slots)
             change = rows.float() - state.read(plan.slots, x)
-            parts["change"] = self.inner.encode(change, state.inner, check=False)
+            parts["change"] = self.inner.encode(change, state.inner)
         payload = self._payload(x, tensors, parts)
         if isinstance(state, SampleCache):
             state.sent = payload.nbytes

@@ -95,7 +95,7 @@ class Feedback(Codec):
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         corrected, inner = self._corrected(x, state)
-        payload = self.inner.encode(corrected, inner, check=False)
+        payload = self.inner.encode(corrected, inner)
         if isinstance(state, FeedbackState):
             state.error = corrected - self.inner.decode(payload)
         return payload
@@ -105,7 +105,7 @@ class Feedback(Codec):
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         corrected, inner = self._corrected(x, state)
-        y = self.inner.roundtrip(corrected, inner, check=False)
+        y = self.inner.roundtrip(corrected, inner)
         if isinstance(state, FeedbackState):
             state.error = corrected - y
         return y

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.memory import fresh
 from ..ops.packing import packed_nbytes
-from ..ops.reductions import LARGEST, representable
+from ..ops.ranges import feature_scales
 from ..ops.rotation import butterflies_restored, equalized, levels_decode, levels_encode, restored
 from ..ops.rows import Part, apply, blocks, parts
 from ..ops.scales import ceil16
@@ -25,7 +25,7 @@ from .base import Codec, CodecState, Payload, check_int
 from .registry import register_codec
 from .transforms import prototypes
 from .transforms.allocation import Regions, allocate
-from .transforms.equalize import applies, feature_dim, feature_scales, period, tables
+from .transforms.equalize import applies, feature_dim, period, tables
 from .transforms.hadamard import in_runs, rotate, rotate_back, rotate_runs, signs
 from .transforms.levels import bucket_edges, gauss_distortion, level_table
 from .transforms.patches import from_frequencies, patch_size, to_frequencies
@@ -136,23 +136,6 @@ class Rotated(Codec):
             for bits, rows, at in regions.parts(start, stop):
                 packed[at] = self._level_codes(y[rows], scale[rows][:, None, 1:], bits).view(-1)
         return packed, scales
-
-    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
-        payload = self._encode(x, state)
-        # The scales bound all values, NaN included: only where they are large is a pass over the tensor needed.
-        return payload if self._surely_representable(payload) or representable(x) else None
-
-    def _surely_representable(self, payload: Payload) -> bool:
-        if payload.dtype == torch.float64 or "mean" in payload.tensors:
-            return False
-        scales = payload.tensors["scales"].float()
-        bound = (scales[:, 0].abs() + scales[:, 1] * 2**self.bits * self.group**0.5).amax()
-        if "features" in payload.tensors:
-            mean, root = payload.tensors["features"].float().abs().amax(1)
-            bound = bound * root + mean
-        if "prototypes" in payload.tensors:
-            bound = bound + payload.tensors["prototypes"].abs().amax()
-        return bool(bound < LARGEST / 4)  # False for NaN
 
     def _decode(self, payload: Payload) -> Tensor:
         shape, tensors = payload.shape, payload.tensors

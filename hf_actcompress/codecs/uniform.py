@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..ops.compiled import Kernel
-from ..ops.layout import in_memory_order, restored
-from ..ops.packing import MAX_BITS
-from ..ops.quantize import line_decode, line_encode, line_roundtrip
-from ..ops.reductions import extremes
-from ..ops.rounding import noise_source
-from ..ops.rows import COLS, apply, codes_nbytes, counters, decode_parts, join, parts
-from ..ops.scales import flushed, usable
+from ..ops.groups import codes_nbytes, dequantize_groups, quantize_groups, roundtrip_groups
+from ..ops.packing import COLS, MAX_BITS
+from ..ops.ranges import tensor_scale
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .registry import register_codec
 from .rounding import RoundingState, key_of
@@ -34,6 +29,7 @@ class Uniform(Codec):
     Source: the affine scheme of Jacob et al., 2018, in the per-tensor form of the reference system.
     """
 
+    counts_nonfinite: ClassVar[bool] = True
     bits: int = 8
     round: Literal["nearest", "stochastic"] | None = None
 
@@ -44,33 +40,19 @@ class Uniform(Codec):
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return RoundingState(site, seed) if self.round == "stochastic" else None
 
-    def _scale(self, x: Tensor) -> Tensor:
-        """fp32 [2]: minimum and step."""
-        lo, hi = extremes(x)
-        top = 2**self.bits - 1
-        return torch.stack([flushed(lo), usable(hi / top - lo / top)])  # hi - lo could overflow
-
-    def _apply(self, kernel: Kernel, x: Tensor, scale: Tensor, state: CodecState | None) -> list[Tensor]:
-        flat, results = x.reshape(-1), []
-        lanes, key = noise_source(key_of(self, state), COLS, x.device)
-        for part in parts(x.numel(), COLS):
-            starts = None if key is None else counters(part, x.device)
-            own = None if lanes is None else lanes[: part.shape[2]]
-            results += apply(kernel, part.take(flat), shared=[scale, own, key], rows=[starts], bits=self.bits)
-        return [result.view(-1) for result in results]
-
-    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        scale = self._scale(x)
-        return self._payload(x, {"codes": join(self._apply(line_encode, x, scale, state)), "scale": scale})
+    def _encode(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Payload:
+        scale = tensor_scale(x, 2**self.bits - 1, False, nonfinite)
+        codes, _ = quantize_groups(x, None, 1, scale, COLS, self.bits, key_of(self, state), None)
+        return self._payload(x, {"codes": codes, "scale": scale})
 
     def _decode(self, payload: Payload) -> Tensor:
-        codes, scale = self._sized(payload, codes=codes_nbytes(math.prod(payload.shape), self.bits), scale=2)
-        return decode_parts(line_decode, codes, payload.shape, self.bits, [scale], bits=self.bits, dtype=payload.dtype)
+        size = codes_nbytes(math.prod(payload.shape), COLS, self.bits)
+        codes, scale = self._sized(payload, codes=size, scale=2)
+        return dequantize_groups(codes, scale, None, 1, payload.shape, payload.dtype, COLS, self.bits)
 
-    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        # Noise counts the elements in the order of the shape.
-        x = x.contiguous() if self.round == "stochastic" else x
-        return restored(join(self._apply(line_roundtrip, in_memory_order(x), self._scale(x), state))[: x.numel()], x)
+    def _roundtrip(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Tensor:
+        scale = tensor_scale(x, 2**self.bits - 1, False, nonfinite)
+        return roundtrip_groups(x, None, 1, scale, COLS, self.bits, key_of(self, state), None)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return codes_nbytes(math.prod(shape), self.bits) + 8
+        return codes_nbytes(math.prod(shape), COLS, self.bits) + 8

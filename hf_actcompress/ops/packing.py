@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 16
+COLS = 128  # elements that are packed together where they share no scale of their own
 
 
 def planes(bits: int) -> list[tuple[int, int]]:

@@ -9,17 +9,13 @@ they give the same bits compiled and eager.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from .compiled import Kernel
-from .cpu import native
 from .packing import code_dtype, pack, unpack_parts
 from .rounding import noise
 from .rows import decode_parts
-from .scales import ceil16, floor16, flushed, usable
 
 SELECTED = 4  # bits up to which a table is looked up by choices
 
@@ -37,72 +33,6 @@ def rounded(y: Tensor, top: int, starts: Tensor | None, lanes: Tensor | None, ke
 
 def units(x: Tensor, mean: Tensor | None, inverse: Tensor | None) -> Tensor:
     return x.float() if mean is None else (x.float() - mean) * inverse
-
-
-def _group_codes(x, starts, mean, inverse, lanes, key, bits):  # noqa: ANN001, ANN202
-    """(codes fp32 [N, K, C], minimum [N, K], step [N, K])"""
-    y, top = units(x, mean, inverse), 2**bits - 1
-    lo, hi = y.amin(-1), y.amax(-1)
-    lo = floor16(flushed(lo))
-    # Not hi - lo, which could overflow; not a division, which takes longer than all the rest of a group.
-    step = usable(ceil16(hi * (1 / top) - lo * (1 / top)))
-    codes = rounded((y - lo[..., None]) * (1 / step)[..., None], top, starts, lanes, key)
-    return codes, lo, step
-
-
-def _group_encode(
-    x: Tensor, starts: Tensor | None, mean: Tensor | None, inverse: Tensor | None, lanes: Tensor | None,
-    key: Tensor | None, *, bits: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Groups with their own minimum and step: x -> codes uint8 [N, K, C * bits / 8], scales [N, K, 2].
-
-    starts: int32 [N, K, 1], index of each group's first element; lanes: int32 [C], 0, 1, ...; key: int32 [].
-    """
-    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits)
-    return pack(codes.to(code_dtype(bits)), bits), torch.stack([lo, step], -1)
-
-
-def _group_decode(
-    codes: Tensor, scales: Tensor, mean: Tensor | None, root: Tensor | None, *, bits: int, dtype: torch.dtype
-) -> tuple[Tensor]:
-    lo, step = scales[..., :1].float(), scales[..., 1:].float()
-    out = []
-    for at, part in unpack_parts(codes, bits, codes.shape[-1] * 8 // bits):
-        y = lo + part.float() * step
-        out.append((y if mean is None else y * root[:, at] + mean[:, at]).to(dtype))
-    return (joined(out),)
-
-
-def _group_roundtrip(
-    x: Tensor, starts: Tensor | None, mean: Tensor | None, inverse: Tensor | None, root: Tensor | None,
-    lanes: Tensor | None, key: Tensor | None, *, bits: int,
-) -> tuple[Tensor]:  # fmt: skip
-    codes, lo, step = _group_codes(x, starts, mean, inverse, lanes, key, bits)
-    y = lo[..., None] + codes * step[..., None]
-    return ((y if mean is None else y * root + mean).to(x.dtype),)
-
-
-def _line_codes(x, starts, scale, lanes, key, bits):  # noqa: ANN001, ANN202
-    y = (x.float() - scale[0]) * (1 / scale[1])
-    return rounded(y, 2**bits - 1, starts, lanes, key)
-
-
-def _line_encode(
-    x: Tensor, starts: Tensor | None, scale: Tensor, lanes: Tensor | None, key: Tensor | None, *, bits: int
-) -> tuple[Tensor]:
-    """One minimum and step for all: scale fp32 [2]."""
-    return (pack(_line_codes(x, starts, scale, lanes, key, bits).to(code_dtype(bits)), bits),)
-
-
-def _line_decode(codes: Tensor, scale: Tensor, *, bits: int, dtype: torch.dtype) -> tuple[Tensor]:
-    runs = unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)
-    return (joined([(scale[0] + run.float() * scale[1]).to(dtype) for _, run in runs]),)
-
-
-def _line_roundtrip(
-    x: Tensor, starts: Tensor | None, scale: Tensor, lanes: Tensor | None, key: Tensor | None, *, bits: int
-) -> tuple[Tensor]:
-    return ((scale[0] + _line_codes(x, starts, scale, lanes, key, bits) * scale[1]).to(x.dtype),)
 
 
 def chosen(x: Tensor, edges: Tensor, right: bool, *columns: Tensor) -> list[Tensor]:
@@ -192,8 +122,6 @@ def _float8_roundtrip(x: Tensor, scale: Tensor, *, format: torch.dtype) -> tuple
     return _float8_decode(_float8_encode(x, scale, format=format)[0], scale, format=format, dtype=x.dtype)
 
 
-group_encode, group_decode, group_roundtrip = Kernel(_group_encode), Kernel(_group_decode), Kernel(_group_roundtrip)
-line_encode, line_decode, line_roundtrip = Kernel(_line_encode), Kernel(_line_decode), Kernel(_line_roundtrip)
 sort_encode, sort_decode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_decode), Kernel(_sort_roundtrip)
 nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
 table_decode = Kernel(_table_decode)
@@ -204,5 +132,4 @@ float8_encode, float8_decode, float8_roundtrip = (
 
 def decode_table(codes: Tensor, shape: tuple[int, ...], table: Tensor, bits: int) -> Tensor:
     """table[codes] as a tensor of that shape; codes in rows of COLS, table [2**bits] in the dtype of the result."""
-    native_form = partial(native.table_decode, table=table, bits=bits)
-    return decode_parts(table_decode, codes, shape, bits, [table], native_form=native_form, bits=bits)
+    return decode_parts(table_decode, codes, shape, bits, [table], bits=bits)
