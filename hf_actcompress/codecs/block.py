@@ -169,9 +169,9 @@ class Block(Codec):
     def _decode(self, payload: Payload) -> Tensor:
         shape, found = payload.shape, self._parts(payload.shape)
         sizes = {"codes": sum(part.groups * part.shape[2] for part in found) * self.bits // 8,
-                 "scales": 2 * sum(part.groups for part in found)}  # fmt: skip
+                 "scales": (sum(part.groups for part in found), 2, torch.bfloat16)}  # fmt: skip
         if self._equalizes(shape):
-            sizes["features"] = 2 * shape[feature_dim(shape)]
+            sizes["features"] = (2, shape[feature_dim(shape)], torch.bfloat16)
         codes, scales, *features = self._sized(payload, **sizes)
         mean, root = self._tables(features[0] if features else None, shape)
         pieces, at, row = [], 0, 0

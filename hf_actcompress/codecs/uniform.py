@@ -64,7 +64,8 @@ class Uniform(Codec):
         return self._payload(x, {"codes": join(self._apply(line_encode, x, scale, state)), "scale": scale})
 
     def _decode(self, payload: Payload) -> Tensor:
-        codes, scale = self._sized(payload, codes=codes_nbytes(math.prod(payload.shape), self.bits), scale=2)
+        nbytes = codes_nbytes(math.prod(payload.shape), self.bits)
+        codes, scale = self._sized(payload, codes=nbytes, scale=(2, torch.float32))
         return decode_parts(line_decode, codes, payload.shape, self.bits, [scale], bits=self.bits, dtype=payload.dtype)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
