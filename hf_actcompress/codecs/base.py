@@ -210,7 +210,7 @@ class Codec:
         return Payload(str(self), tuple(x.shape), x.dtype, tensors, parts or {})
 
     def _sized(self, payload: Payload, **expected: int | tuple) -> list[Tensor]:
-        """The named tensors of a payload: `codes=12` has to be uint8 [12], `scales=(3, 2, torch.bfloat16)` bf16 [3, 2].
+        """The named tensors of a payload: `codes=12` is uint8 [12], `scales=(3, 2, torch.bfloat16)` bf16 [3, 2].
 
         A payload may come from a file or a link: no kernel may read beyond what is there.  Raises ValueError.
         """
