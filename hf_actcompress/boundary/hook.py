@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from ..codecs.base import FLOAT_DTYPES
+from ..codecs.payload import FLOAT_DTYPES
 from ..models.hooks import outside_of_graphs
 from ..models.layers import first_tensor, replace_first_tensor
 from ..observe.events import Listener

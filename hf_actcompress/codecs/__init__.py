@@ -3,7 +3,7 @@
 The import of a codec's class is its line in the registry: each module registers its own (registry.py).
 """
 
-from .base import Codec, CodecState, Payload, Traits, raw_nbytes
+from .base import Codec, CodecState, Traits
 from .block import Block
 from .chain import Chain
 from .delta import Delta
@@ -13,6 +13,7 @@ from .identity import Identity
 from .kmeans import KMeans
 from .lowrank import LowRank
 from .parse import parse_codec
+from .payload import Payload, raw_nbytes
 from .registry import CODECS, codec_names, register_codec
 from .rotated import Rotated
 from .rounding import RoundingState

@@ -21,35 +21,10 @@ from torch import Tensor
 
 from ..ops.layout import dense
 from ..ops.ranges import count_nonfinite
+from .payload import FLOAT_DTYPES, Payload, all_tensors, flaw_of
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The shape and dtype of each payload tensor that a chain's second codec compresses.
 LeafShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-@dataclass(frozen=True)
-class Payload:
-    """The compressed form of a tensor.
-
-    `tensors` hold everything that is sent or stored (codes, scales, positions, codebooks; nothing but an empty tensor
-    of an empty one); `parts` hold the payloads of a chain's second codec.
-    """
-
-    codec: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    tensors: dict[str, Tensor]
-    parts: dict[str, "Payload"] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of the payload."""
-        return sum(t.numel() * t.element_size() for t in _tensors(self))
-
-    @property
-    def ratio(self) -> float:
-        """Bytes of the original tensor over `nbytes` (1.0 for an empty tensor)."""
-        return raw_nbytes(self.shape, self.dtype) / self.nbytes if self.nbytes else 1.0
 
 
 class CodecState:
@@ -173,11 +148,18 @@ class Codec:
         """The tensor again: original shape, dtype and device, contiguous.
 
         state: the receiver's own, for codecs whose `traits.per_sample` is set; others need none.
+        Raises ValueError for a payload that is damaged or was made by another codec.
         """
+        if flaw := flaw_of(payload):
+            raise self._damaged(flaw)
+        first = next(iter(all_tensors(payload)))
         if math.prod(payload.shape) == 0:
-            return next(iter(_tensors(payload))).new_empty(payload.shape, dtype=payload.dtype)
-        with torch.no_grad(), _full_precision(next(iter(_tensors(payload)))):
-            return self._decode_with(payload, state)
+            return first.new_empty(payload.shape, dtype=payload.dtype)
+        with torch.no_grad(), _full_precision(first):
+            try:
+                return self._decode_with(payload, state)
+            except KeyError as error:
+                raise self._damaged(f"a payload has no tensor or part {error}") from error
 
     def roundtrip(self, x: Tensor, state: CodecState | None = None, *, nonfinite: Tensor | None = None) -> Tensor:
         """The same values as `decode(encode(x, state))`, bit for bit, and the same change of `state`.
@@ -233,22 +215,25 @@ class Codec:
     def _payload(self, x: Tensor, tensors: dict[str, Tensor], parts: dict[str, Payload] | None = None) -> Payload:
         return Payload(str(self), tuple(x.shape), x.dtype, tensors, parts or {})
 
-    def _sized(self, payload: Payload, **counts: int) -> list[Tensor]:
-        """The tensors of the payload that are named, each of so many elements, codes as bytes.
+    def _sized(self, payload: Payload, **expected: int | tuple) -> list[Tensor]:
+        """The named tensors of a payload: `codes=12` is uint8 [12], `scales=(3, 2, torch.bfloat16)` bf16 [3, 2].
 
         A payload may come from a file or a link: no kernel may read beyond what is there.  Raises ValueError.
         """
         found = []
-        for name, count in counts.items():
+        for name, form in expected.items():
+            *shape, dtype = (form, torch.uint8) if isinstance(form, int) else form
             tensor = payload.tensors.get(name)
-            if tensor is None or tensor.numel() != count or (name == "codes" and tensor.dtype != torch.uint8):
-                have = "nothing" if tensor is None else f"{tensor.numel()} elements of {tensor.dtype}"
-                raise ValueError(
-                    f"{self}: '{name}' of a payload of shape {tuple(payload.shape)} has {have}, and needs {count}"
-                    f"{' bytes' if name == 'codes' else ''}. The payload is damaged, or that of another codec."
+            if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
+                have = "nothing" if tensor is None else f"shape {list(tensor.shape)} and {tensor.dtype}"
+                raise self._damaged(
+                    f"'{name}' of a payload of shape {tuple(payload.shape)} has {have}, and needs {shape} and {dtype}"
                 )
-            found.append(tensor)
+            found.append(tensor.contiguous())
         return found
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"{self}: {what}. The payload is damaged, or that of another codec.")
 
     def _accepts(self, x: Tensor) -> None:
         if x.dtype not in FLOAT_DTYPES:
@@ -286,13 +271,6 @@ def _full_precision(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _tensors(payload: Payload) -> list[Tensor]:
-    return [*payload.tensors.values(), *(t for part in payload.parts.values() for t in _tensors(part))]
-
-
-def raw_nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of an uncompressed tensor."""
-    return math.prod(shape) * dtype.itemsize
 
 
 def check_int(codec: str, option: str, value: Any, low: int, high: int, remedy: str = "") -> None:

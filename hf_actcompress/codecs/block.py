@@ -125,11 +125,11 @@ class Block(Codec):
     def _decode(self, payload: Payload) -> Tensor:
         shape, n = payload.shape, self._count(payload.shape)
         cols = self._cols(shape)
-        sizes = {"codes": codes_nbytes(n, cols, self.bits), "scales": 2 * group_count(n, cols)}
+        sizes = {"codes": codes_nbytes(n, cols, self.bits), "scales": (group_count(n, cols), 2, torch.bfloat16)}
         if self._equalizes(shape):
-            sizes["features"] = 2 * shape[feature_dim(shape)]
+            sizes["features"] = (2, shape[feature_dim(shape)], torch.bfloat16)
         codes, scales, *features = self._sized(payload, **sizes)
-        features = features[0].view(2, -1) if features else None
+        features = features[0] if features else None
         flat = dequantize_groups(codes, scales, features, inner_size(shape), [n], payload.dtype, cols, self.bits)
         return self._unite(flat, shape)
 

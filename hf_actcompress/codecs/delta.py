@@ -142,12 +142,17 @@ class Delta(Codec):
         if isinstance(state, SampleCache) and state.current is not None:
             plan, state.current = state.current, None
         else:
-            plan = Plan([], [], list(range(payload.shape[0] if payload.shape else 1)))
+            plan = Plan([], [], range(payload.shape[0] if payload.shape else 1))
         if ("change" in payload.parts) != bool(plan.seen):
             raise ValueError(f"{self}: a change is decoded with the receiver's own state, which has to know the ids.")
+        for name, rows, dtype in (("full", plan.new, payload.dtype), ("change", plan.seen, torch.float32)):
+            if rows:
+                part, shape = payload.parts[name], (len(rows), *payload.shape[1:]) if payload.shape else ()
+                if (part.shape, part.dtype) != (shape, dtype):
+                    raise self._damaged(f"'{name}' has {part.shape} and {part.dtype}, and needs {shape} and {dtype}")
         if plan.seen:
             own = state.check(plan.slots)
-            if int(own) != int(payload.tensors["check"]):
+            if int(own) != int(self._sized(payload, check=(1, torch.int64))[0]):
                 raise ValueError(
                     f"{self}: the caches of the two sides differ. Resume both from the same step, and use the same "
                     "kind of device and version on both sides."

@@ -46,7 +46,7 @@ class Float8(Codec):
         return self._payload(x, {"codes": codes[:n], "scale": scale.view(1)})
 
     def _decode(self, payload: Payload) -> Tensor:
-        codes, scale = self._sized(payload, codes=math.prod(payload.shape), scale=1)
+        codes, scale = self._sized(payload, codes=math.prod(payload.shape), scale=(1, torch.float32))
         shared = [scale.view(())]
         pad = codes_nbytes(codes.numel(), 8) - codes.numel()
         codes = torch.nn.functional.pad(codes, (0, pad)) if pad else codes

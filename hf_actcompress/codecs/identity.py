@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Codec, CodecState, Payload, raw_nbytes
+from .base import Codec, CodecState, Payload
+from .payload import raw_nbytes
 from .registry import register_codec
 
 
@@ -27,7 +27,7 @@ class Identity(Codec):
         return self._payload(x, {"values": x.contiguous()})
 
     def _decode(self, payload: Payload) -> Tensor:
-        return self._sized(payload, values=math.prod(payload.shape))[0].clone()
+        return self._sized(payload, values=(*payload.shape, payload.dtype))[0].clone()
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
         return x.clone()

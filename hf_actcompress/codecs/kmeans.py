@@ -77,7 +77,7 @@ class KMeans(Codec):
 
     def _decode(self, payload: Payload) -> Tensor:
         size = codes_nbytes(math.prod(payload.shape), self.bits)
-        codes, table = self._sized(payload, codes=size, centroids=2**self.bits)
+        codes, table = self._sized(payload, codes=size, centroids=(2**self.bits, torch.float32))
         return decode_table(codes, payload.shape, table.to(payload.dtype), self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:

@@ -103,8 +103,7 @@ class LowRank(Codec):
 
     def _decode(self, payload: Payload) -> Tensor:
         m, n, r = self._matrix_shape(payload.shape)
-        left, right = self._sized(payload, left=m * r, right=n * r)
-        return self._unfold(left.view(m, r), right.view(n, r), payload)
+        return self._unfold(*self._sized(payload, left=(m, r, torch.float32), right=(n, r, torch.float32)), payload)
 
     def _unfold(self, left: Tensor, right: Tensor, payload: Payload) -> Tensor:
         if len(payload.shape) == 4:

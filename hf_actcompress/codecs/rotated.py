@@ -143,12 +143,13 @@ class Rotated(Codec):
         dtype = torch.float32 if k > 1 or alike else payload.dtype
         parts = self._parts(shape)
         groups = sum(part.groups for part in parts)
-        sizes = {"codes": groups * self.group * self.bits // 8, "scales": 2 * groups}
-        sizes |= {"features": 2 * shape[feature_dim(shape)]} if self._equalizes(shape) else {}
-        sizes |= {"mean": 1} if k > 1 else {}
+        sizes = {"codes": groups * self.group * self.bits // 8, "scales": (groups, 2, torch.bfloat16)}
+        sizes |= {"features": (2, shape[feature_dim(shape)], torch.bfloat16)} if self._equalizes(shape) else {}
+        sizes |= {"mean": (1, torch.float32)} if k > 1 else {}
         if alike:
             bits = self.prototypes.bit_length()
-            sizes |= {"prototypes": self.prototypes * shape[-1], "rows": packed_nbytes(prototypes.rows(shape), bits)}
+            sizes |= {"prototypes": (self.prototypes, shape[-1], torch.bfloat16),
+                      "rows": (packed_nbytes(prototypes.rows(shape), bits), torch.uint8)}  # fmt: skip
         codes, scales, *_ = self._sized(payload, **sizes)
         features = self._tables(tensors.get("features"), shape)
         flat = self._decode_groups(codes, scales, parts, *features, dtype)

@@ -48,7 +48,7 @@ class Plan:
 
     seen: list[int]
     slots: list[int]
-    new: list[int]
+    new: Sequence[int]
     kept: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 

@@ -42,8 +42,9 @@ class Sign(Codec):
     def _decode(self, payload: Payload) -> Tensor:
         n = math.prod(payload.shape)
         groups = -(-n // self.group)
-        codes, scales = self._sized(payload, codes=groups * self.group // 8, scales=groups)
-        signs = unpack(codes.view(groups, -1), 1, self.group).float() * 2 - 1
+        forms = {"codes": (groups, self.group // 8, torch.uint8), "scales": (groups, torch.bfloat16)}
+        codes, scales = self._sized(payload, **forms)
+        signs = unpack(codes, 1, self.group).float() * 2 - 1
         return (signs * scales.float().view(-1, 1)).view(-1)[:n].view(payload.shape).to(payload.dtype)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -79,7 +79,8 @@ class Sort(Codec):
 
     def _decode(self, payload: Payload) -> Tensor:
         n, dtype = math.prod(payload.shape), payload.dtype
-        codes, scales = self._sized(payload, codes=codes_nbytes(n, self.bits), scales=2 * 2**self.splits)
+        forms = {"codes": codes_nbytes(n, self.bits), "scales": (2**self.splits, 2, torch.float32)}
+        codes, scales = self._sized(payload, **forms)
         if self.splits <= FEW_SPLITS:
             static = {"bits": self.bits, "splits": self.splits, "dtype": dtype}
             return decode_parts(sort_decode, codes, payload.shape, self.bits, [scales], **static)

@@ -67,7 +67,8 @@ class TopK(Codec):
         n = math.prod(payload.shape)
         k = self.kept(n)
         bitmap = _bitmap_is_smaller(n, k)
-        values, where = self._sized(payload, values=k, positions=-(-n // 8) if bitmap else k)
+        positions = (-(-n // 8), torch.uint8) if bitmap else (k, _index_dtype(n))
+        values, where = self._sized(payload, values=(k, payload.dtype), positions=positions)
         self._check_positions(where, n, k, bitmap)
         if not bitmap:
             out = torch.zeros(n, dtype=payload.dtype, device=values.device)
@@ -82,7 +83,7 @@ class TopK(Codec):
             return
         if bitmap:
             bits = torch.arange(8)
-            fits = where.dtype == torch.uint8 and int(((where[:, None] >> bits) & 1).sum()) == k
+            fits = int(((where[:, None] >> bits) & 1).sum()) == k
         else:
             fits = 0 <= int(where.min()) and int(where.max()) < n
         if not fits:

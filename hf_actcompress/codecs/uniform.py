@@ -47,7 +47,7 @@ class Uniform(Codec):
 
     def _decode(self, payload: Payload) -> Tensor:
         size = codes_nbytes(math.prod(payload.shape), COLS, self.bits)
-        codes, scale = self._sized(payload, codes=size, scale=2)
+        codes, scale = self._sized(payload, codes=size, scale=(2, torch.float32))
         return dequantize_groups(codes, scale, None, 1, payload.shape, payload.dtype, COLS, self.bits)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Tensor:

@@ -83,7 +83,7 @@ tensor_scale = operator(
     "tensor_scale(Tensor x, float levels, bool symmetric, Tensor(a!)? nonfinite) -> Tensor",
     _tensor_scale, _tensor_scale_fake, cpu=_tensor_scale_cpu, triton="ranges:tensor_scale",
 )  # fmt: skip
-# x ([B, F, H, W] or [..., F]) -> bf16 [2, F]: mean of each feature and the square root of its deviation, estimated from
+# x ([B, F, H, W] or [..., F]) -> bf16 [2, F]: mean and square root of the deviation of each feature, from
 # about SAMPLE evenly spaced rows.  An inexact scale costs a little error: the same numbers are applied and undone.
 feature_scales = operator("feature_scales(Tensor x) -> Tensor", _feature_scales, _feature_scales_fake,
                           triton="ranges:feature_scales")  # fmt: skip

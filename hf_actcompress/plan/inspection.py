@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codecs import Codec
-from ..codecs.base import raw_nbytes
+from ..codecs import Codec, raw_nbytes
 from ..config import ActCompressConfig
 from ..models.layers import Layer, find_layers, match_layers, select_boundaries
 

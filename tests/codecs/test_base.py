@@ -1,7 +1,9 @@
+import dataclasses
 import zlib
 
 import pytest
 import torch
+from helpers.specs import SPECS
 
 from hf_actcompress.codecs import Identity, Payload, TopK, parse_codec, raw_nbytes
 from hf_actcompress.codecs.base import check_choice, check_int, site_hash
@@ -110,3 +112,47 @@ def test_identity_leaves_nothing_shared_with_the_result():
     y = Identity().decode(Identity().encode(x))
     y.zero_()
     assert x.abs().sum() > 0
+
+
+def damages(payload):
+    """(what, the payload with one thing wrong) for everything that it holds."""
+
+    def but(**changes):
+        return dataclasses.replace(payload, **changes)
+
+    for name, t in payload.tensors.items():
+        flat = t.reshape(-1)
+        yield f"{name} missing", but(tensors={k: v for k, v in payload.tensors.items() if k != name})
+        for wrong in (None, t.tolist(), t[None], flat[:-1], flat[:0], t.double(), t.half(), t.bool()):
+            if not isinstance(wrong, torch.Tensor) or (wrong.shape, wrong.dtype) != (t.shape, t.dtype):
+                yield f"{name} {wrong}", but(tensors={**payload.tensors, name: wrong})
+        if len(payload.tensors) > 1:
+            yield f"{name} on another device", but(tensors={**payload.tensors, name: t.to("meta")})
+    for name, part in payload.parts.items():
+        yield f"{name} missing", but(parts={k: v for k, v in payload.parts.items() if k != name})
+        yield f"{name} None", but(parts={**payload.parts, name: None})
+        for what, wrong in damages(part):
+            yield f"{name}: {what}", but(parts={**payload.parts, name: wrong})
+    if payload.tensors:
+        yield "no tensors", but(tensors={})
+    if payload.parts:
+        yield "no parts", but(parts={})
+    yield "tensors None", but(tensors=None)
+    yield "parts None", but(parts=None)
+    for shape in (None, list(payload.shape), -1, (-1, 12), (0, 12), (2.0, 12), (True,), (2**40, 2**40)):
+        yield f"shape {shape}", but(shape=shape)
+    for dtype in (None, "float32", torch.int32):
+        yield f"dtype {dtype}", but(dtype=dtype)
+    yield "raw", but(raw=True)
+    yield "None", None
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "delta+topk|block"])
+def test_a_damaged_payload_is_a_value_error(spec):
+    """Payloads come from files, links and hands: whatever is wrong, nothing else is raised, and nothing is decoded."""
+    codec = parse_codec(spec)
+    payload = codec.encode(torch.randn(600, 12))
+    assert codec.decode(payload).shape == (600, 12)
+    for what, damaged in damages(payload):
+        with pytest.raises(ValueError):
+            pytest.fail(f"{what}: decoded {codec.decode(damaged)}")
