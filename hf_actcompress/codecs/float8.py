@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops.quantize import float8_decode, float8_encode, float8_roundtrip
-from ..ops.reductions import extremes
-from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
+from ..ops.float8 import FORMATS, decode_float8, encode_float8, roundtrip_float8
+from ..ops.ranges import tensor_scale
 from .base import Codec, CodecState, Payload, check_choice
 from .registry import register_codec
-
-_FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @register_codec("float8")
@@ -27,35 +25,26 @@ class Float8(Codec):
     Source: Micikevicius et al., "FP8 formats for deep learning", 2022.
     """
 
+    counts_nonfinite: ClassVar[bool] = True
     format: str = "e4m3"
 
     def __post_init__(self) -> None:
-        check_choice(self.name, "format", self.format, tuple(_FORMATS))
+        check_choice(self.name, "format", self.format, tuple(FORMATS))
 
-    def _scale(self, x: Tensor) -> Tensor:
-        """fp32 []"""
-        top = torch.finfo(_FORMATS[self.format]).max
-        lo, hi = extremes(x)
-        largest = torch.maximum(-lo, hi)
-        # A division by less than the smallest normal number of fp32 would overflow.
-        return (largest / top).clamp_min(torch.finfo(torch.float32).tiny)
+    def _scale(self, x: Tensor, nonfinite: Tensor | None) -> Tensor:
+        """fp32 [2], of which the second is the scale."""
+        return tensor_scale(x, torch.finfo(FORMATS[self.format]).max, True, nonfinite)
 
-    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        scale, n = self._scale(x), x.numel()
-        codes = join(encode_parts(float8_encode, x, [scale], format=_FORMATS[self.format]))
-        return self._payload(x, {"codes": codes[:n], "scale": scale.view(1)})
+    def _encode(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Payload:
+        scale = self._scale(x, nonfinite)
+        return self._payload(x, {"codes": encode_float8(x, scale, self.format), "scale": scale[1:]})
 
     def _decode(self, payload: Payload) -> Tensor:
         codes, scale = self._sized(payload, codes=math.prod(payload.shape), scale=(1, torch.float32))
-        shared = [scale.view(())]
-        pad = codes_nbytes(codes.numel(), 8) - codes.numel()
-        codes = torch.nn.functional.pad(codes, (0, pad)) if pad else codes
-        return decode_parts(
-            float8_decode, codes, payload.shape, 8, shared, format=_FORMATS[self.format], dtype=payload.dtype
-        )
+        return decode_float8(codes, scale, payload.shape, payload.dtype, self.format)
 
-    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        return roundtrip_parts(float8_roundtrip, x, [self._scale(x)], format=_FORMATS[self.format])
+    def _roundtrip(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Tensor:
+        return roundtrip_float8(x, self._scale(x, nonfinite), self.format)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return math.prod(shape) + 4

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.bitmaps import keep_above, place
 from ..ops.layout import in_memory_order, restored
+from ..ops.quantize import keep_above, place
 from ..ops.rows import decode_parts, encode_parts, join
 from ..ops.selection import find_cut, ranks, runs_of_set_bits, set_bits
 from .base import Codec, CodecState, LeafShapes, Payload

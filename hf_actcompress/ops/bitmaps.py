@@ -1,6 +1,6 @@
-"""Flags, masks and bitmaps in one bit a value, and slopes of activation functions in a few.
+"""Flags in one bit a value, slopes of activation functions in a few, and values by a table of codes.
 
-Shapes as in quantize.py: a grid x [N, K, C] of groups of C elements; bitmaps are uint8 [N, K, C / 8].
+All are packed in rows of COLS elements (packing.py), the last row up to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -10,82 +10,103 @@ import math
 import torch
 from torch import Tensor
 
-from .compiled import Kernel
-from .packing import code_dtype, pack
-from .quantize import joined, rounded
+from .cpu import forms
+from .groups import codes_nbytes, tiles
+from .library import operator
+from .packing import COLS, code_dtype, pack, unpack
+from .rounding import noise
+
+FUNCTIONS = ("gelu", "gelu_tanh", "silu")
+FLAT = 40.0  # beyond, the slope of each function has reached its limit
 
 
-def _bitmap(condition: Tensor) -> Tensor:
-    """`pack` of one bit, in 32-bit integers: as many lanes as the comparisons of floats that it joins."""
-    run = condition.shape[-1] // 8
-    bits = torch.where(condition[..., :run], 1, 0).to(torch.int32)
-    for k in range(1, 8):
-        bits = bits | torch.where(condition[..., k * run : (k + 1) * run], 1 << k, 0).to(torch.int32)
-    return bits.to(torch.uint8)
+def _rows(flat: Tensor, first: int, count: int, width: int, filling: float | None = None) -> Tensor:
+    """Rows [count, width] of COLS elements; a short one is filled with `filling`, or with its last value."""
+    run = flat[first * COLS : first * COLS + count * width]
+    missing = count * width - run.numel()
+    if missing:
+        last = run[-1:] if filling is None else run.new_full((1,), filling)
+        run = torch.cat([run, last.expand(missing)])
+    return run.view(count, width)
 
 
-def _flags(x: Tensor, *, low: float, high: float | None) -> tuple[Tensor]:
-    above = ~(x <= low)
-    return (_bitmap(above if high is None else above & (x < high)),)
+def _flags(x: Tensor, low: float, high: float | None) -> Tensor:
+    flat, out = x.reshape(-1), x.new_empty(codes_nbytes(x.numel(), COLS, 1), dtype=torch.uint8)
+    flat = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
+    for first, count, width in tiles(flat.numel(), COLS, x.device):
+        above = ~(_rows(flat, first, count, width, low) <= low)  # NaN counts, as in torch's gradient of ReLU
+        if high is not None:
+            above &= _rows(flat, first, count, width, low) < high
+        begin = first * COLS // 8
+        out[begin : begin + count * width // 8] = pack(above.to(torch.uint8), 1).view(-1)
+    return out
 
 
-def _two_flags(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Bitmaps of what is not 0, and of what is neither 0 nor `value` []."""
-    zero = x == 0
-    return _bitmap(~zero), _bitmap(~(zero | (x == value)))
+def _flags_fake(x: Tensor, low: float, high: float | None) -> Tensor:
+    return x.new_empty(codes_nbytes(x.numel(), COLS, 1), dtype=torch.uint8)
 
 
-def _unflag(bits: Tensor, values: Tensor) -> tuple[Tensor]:
-    """values [2]: for a bit that is not set, and for one that is."""
-    # All eight at once: eight runs of bytes joined take eight times as long.
-    shifts = torch.arange(8, dtype=torch.int32, device=bits.device).view(8, 1)
-    there = (bits.to(torch.int32).unsqueeze(-2) >> shifts) & 1
-    return (torch.where(there != 0, values[1], values[0]).flatten(-2),)
-
-
-def _slope_encode(
-    x: Tensor, starts: Tensor, lanes: Tensor, key: Tensor, *, function: str, bits: int, least: float, width: float
-) -> tuple[Tensor]:
-    """Slopes of an activation function at `x` in equal steps from `least` to `least + width`."""
-    x = x.float()
+def _slope(x: Tensor, function: str) -> Tensor:
     if function == "gelu":
-        slope = 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
-    elif function == "gelu_tanh":
+        return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
+    if function == "gelu_tanh":
         k = (2 / math.pi) ** 0.5
         t = torch.tanh(k * (x + 0.044715 * x * x * x))
-        slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (k * (1 + 3 * 0.044715 * x * x))
-    else:
-        s = torch.sigmoid(x)
-        slope = s * (1 + x * (1 - s))
-    top = 2**bits - 1
-    codes = rounded((slope - least) * (top / width), top, starts, lanes, key)
-    return (pack(codes.to(code_dtype(bits)), bits),)
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (k * (1 + 3 * 0.044715 * x * x))
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
 
 
-def _band_bits(x: Tensor, lo: Tensor, hi: Tensor, *, limit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Bitmaps of the magnitudes from lo to hi, of those above hi (fp32 [], or fp64 for fp64), and of those that are
-    NaN or beyond `limit`."""
-    size = x.to(lo.dtype).abs()
-    return _bitmap((size >= lo) & (size <= hi)), _bitmap(size > hi), _bitmap(~(size <= limit))
+def _encode_slopes(
+    x: Tensor, function: str, least: float, most: float, bits: int, key: int, nonfinite: Tensor | None
+) -> Tensor:
+    flat, top = x.reshape(-1), 2**bits - 1
+    out = _encode_slopes_fake(x, function, least, most, bits, key, nonfinite)
+    for first, count, width in tiles(flat.numel(), COLS, x.device):
+        y = _rows(flat, first, count, width).float()
+        index = torch.arange(first * COLS, first * COLS + y.numel(), device=x.device)
+        counters = (index & 0xFFFFFFFF).to(torch.int32).view(y.shape)
+        y = (_slope(y.clamp(-FLAT, FLAT), function) - least) * (top / (most - least))
+        codes = torch.floor(y + noise(counters, key)).clamp(0, top).nan_to_num_(0.0)
+        begin = first * COLS * bits // 8
+        out[begin : begin + count * width * bits // 8] = pack(codes.to(code_dtype(bits)), bits).view(-1)
+    if nonfinite is not None:
+        nonfinite += flat.isnan().any()
+    return out
 
 
-def _keep_above(x: Tensor, hi: Tensor) -> tuple[Tensor]:
-    return (torch.where(x.to(hi.dtype).abs() > hi, x, torch.zeros_like(x)),)
+def _encode_slopes_fake(x, function, least, most, bits, key, nonfinite):  # noqa: ANN001, ANN202
+    return x.new_empty(codes_nbytes(x.numel(), COLS, bits), dtype=torch.uint8)
 
 
-def _place(bits: Tensor, ranks: Tensor, values: Tensor) -> tuple[Tensor]:
-    """Bitmap [N, K, C / 8], for each byte the number of bits before it, values [k, 1] byte by byte -> [N, K, C]."""
-    byte, out = bits.to(torch.int32), []
-    for i in range(8):
-        before = byte & ((1 << i) - 1)
-        before = before - ((before >> 1) & 0x55)  # sums of neighbouring bits, pairs, halves
-        before = (before & 0x33) + ((before >> 2) & 0x33)
-        rank = ranks + ((before + (before >> 4)) & 0x0F)
-        there = (byte >> i) & 1 != 0
-        value = values[torch.where(there, rank, 0), 0]
-        out.append(torch.where(there, value, torch.zeros_like(value)))
-    return (joined(out),)
+def _decode_table(codes: Tensor, table: Tensor, shape: list[int], bits: int) -> Tensor:
+    n = math.prod(shape)
+    out = table.new_empty(n)
+    for first, count, width in tiles(n, COLS, codes.device):
+        begin = first * COLS * bits // 8
+        packed = codes[begin : begin + count * width * bits // 8].view(count, -1)
+        run = table[unpack(packed, bits, width).int()].view(-1)
+        out[first * COLS : first * COLS + run.numel()] = run[: n - first * COLS]
+    return out.view(shape)
 
 
-keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_place)
-flags, two_flags, unflag, slope_encode = Kernel(_flags), Kernel(_two_flags), Kernel(_unflag), Kernel(_slope_encode)
+def _decode_table_fake(codes: Tensor, table: Tensor, shape: list[int], bits: int) -> Tensor:
+    return table.new_empty(shape)
+
+
+# x (any shape; float, bool or uint8) -> uint8: a bit for each value above `low` (and below `high`).  NaN counts as
+# above `low`, as in torch's gradient of ReLU.
+pack_flags = operator("pack_flags(Tensor x, float low, float? high) -> Tensor", _flags, _flags_fake,
+                      cpu=forms.pack_flags, triton="bitmaps:pack_flags")  # fmt: skip
+# Slopes of a function at x, from `least` to `most` in 2**bits - 1 steps, rounded stochastically.  The C++ and Triton
+# forms compute slopes to about 1e-7, which in rare cases is another code.  NaN gets code 0 and raises `nonfinite`.
+encode_slopes = operator(
+    "encode_slopes(Tensor x, str function, float least, float most, int bits, int key, Tensor(a!)? nonfinite) "
+    "-> Tensor",
+    _encode_slopes, _encode_slopes_fake, cpu=forms.encode_slopes, triton="bitmaps:encode_slopes",
+)  # fmt: skip
+# table[codes] of that shape; table [2**bits] in the dtype of the result.
+decode_table = operator(
+    "decode_table(Tensor codes, Tensor table, SymInt[] shape, int bits) -> Tensor",
+    _decode_table, _decode_table_fake, cpu=forms.decode_table, triton="bitmaps:decode_table",
+)  # fmt: skip

@@ -165,7 +165,9 @@ def _roundtrip_fake(x, features, inner, scale, cols, bits, key, nonfinite):  # n
     return torch.empty_like(x)
 
 
-_ARGUMENTS = "Tensor x, Tensor? features, int inner, Tensor? scale, int cols, int bits, int? key, Tensor(a!)? nonfinite"
+_ARGUMENTS = (
+    "Tensor x, Tensor? features, int inner, Tensor? scale, int cols, int bits, int? key, Tensor(a!)? nonfinite"
+)
 
 # x (any shape, float) -> codes uint8 [bytes], scales bf16 [groups, 2] (minimum, step).
 # scale: fp32 [2] for all groups instead of their own, then `scales` is [0, 2].

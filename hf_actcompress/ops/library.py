@@ -32,8 +32,10 @@ def kernels_allowed() -> bool:
     """Whether C++ and Triton may be used.  Raises ValueError for a value of the variable that is not known."""
     value = os.environ.get(VARIABLE, "1").strip()
     if value not in ("0", "1"):
-        raise ValueError(f"{VARIABLE}={value!r} is not known: 1 (or nothing) uses the C++ and Triton kernels where there "
-                         "are any, 0 computes everything in plain torch.")  # fmt: skip
+        raise ValueError(
+            f"{VARIABLE}={value!r} is not known: 1 (or nothing) uses C++ and Triton kernels where there are any, 0 "
+            "computes everything in plain torch."
+        )
     return value == "1"
 
 
@@ -41,8 +43,10 @@ def kernels_allowed() -> bool:
 def has_triton() -> bool:
     if importlib.util.find_spec("triton") is not None:
         return True
-    logger.warning("triton is not installed: codecs on a GPU are computed by several kernels of torch each, which takes "
-                   "longer. `pip install triton` changes that.")  # fmt: skip
+    logger.warning(
+        "triton is not installed: codecs on a GPU are computed by several kernels of torch each, which takes longer. "
+        "`pip install triton` changes that."
+    )
     return False
 
 

@@ -108,28 +108,48 @@ def _table_decode(codes: Tensor, table: Tensor, *, bits: int) -> tuple[Tensor]:
     return (joined([looked_up(table, run, bits) for _, run in runs]),)
 
 
-def _float8_encode(x: Tensor, scale: Tensor, *, format: torch.dtype) -> tuple[Tensor]:
-    """x / scale (fp32 []) in an 8-bit float, as bytes."""
-    top = torch.finfo(format).max
-    return ((x.float() / scale).clamp(-top, top).to(format).view(torch.uint8),)
-
-
-def _float8_decode(codes: Tensor, scale: Tensor, *, format: torch.dtype, dtype: torch.dtype) -> tuple[Tensor]:
-    return ((codes.view(format).float() * scale).to(dtype),)
-
-
-def _float8_roundtrip(x: Tensor, scale: Tensor, *, format: torch.dtype) -> tuple[Tensor]:
-    return _float8_decode(_float8_encode(x, scale, format=format)[0], scale, format=format, dtype=x.dtype)
-
-
 sort_encode, sort_decode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_decode), Kernel(_sort_roundtrip)
 nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
 table_decode = Kernel(_table_decode)
-float8_encode, float8_decode, float8_roundtrip = (
-    Kernel(_float8_encode), Kernel(_float8_decode), Kernel(_float8_roundtrip),
-)  # fmt: skip
 
 
 def decode_table(codes: Tensor, shape: tuple[int, ...], table: Tensor, bits: int) -> Tensor:
     """table[codes] as a tensor of that shape; codes in rows of COLS, table [2**bits] in the dtype of the result."""
     return decode_parts(table_decode, codes, shape, bits, [table], bits=bits)
+
+
+def _bitmap(condition: Tensor) -> Tensor:
+    """`pack` of one bit, in 32-bit integers: as many lanes as the comparisons of floats that it joins."""
+    run = condition.shape[-1] // 8
+    bits = torch.where(condition[..., :run], 1, 0).to(torch.int32)
+    for k in range(1, 8):
+        bits = bits | torch.where(condition[..., k * run : (k + 1) * run], 1 << k, 0).to(torch.int32)
+    return bits.to(torch.uint8)
+
+
+def _band_bits(x: Tensor, lo: Tensor, hi: Tensor, *, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Bitmaps of the magnitudes from lo to hi, of those above hi (fp32 [], or fp64 for fp64), and of those that are
+    NaN or beyond `limit`."""
+    size = x.to(lo.dtype).abs()
+    return _bitmap((size >= lo) & (size <= hi)), _bitmap(size > hi), _bitmap(~(size <= limit))
+
+
+def _keep_above(x: Tensor, hi: Tensor) -> tuple[Tensor]:
+    return (torch.where(x.to(hi.dtype).abs() > hi, x, torch.zeros_like(x)),)
+
+
+def _place(bits: Tensor, ranks: Tensor, values: Tensor) -> tuple[Tensor]:
+    """Bitmap [N, K, C / 8], for each byte the number of bits before it, values [k, 1] byte by byte -> [N, K, C]."""
+    byte, out = bits.to(torch.int32), []
+    for i in range(8):
+        before = byte & ((1 << i) - 1)
+        before = before - ((before >> 1) & 0x55)  # sums of neighbouring bits, pairs, halves
+        before = (before & 0x33) + ((before >> 2) & 0x33)
+        rank = ranks + ((before + (before >> 4)) & 0x0F)
+        there = (byte >> i) & 1 != 0
+        value = values[torch.where(there, rank, 0), 0]
+        out.append(torch.where(there, value, torch.zeros_like(value)))
+    return (joined(out),)
+
+
+keep_above, band_bits, place = Kernel(_keep_above), Kernel(_band_bits), Kernel(_place)

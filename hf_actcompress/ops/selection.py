@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bitmaps import band_bits
 from .layout import in_memory_order, positions
+from .quantize import band_bits
 from .reductions import LARGEST, strided_sample
 from .rows import COLS, apply, join, parts
 

@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from ..codecs.rounding import RoundingState, next_key
-from ..ops.bitmaps import slope_encode
-from ..ops.cpu import native
-from ..ops.quantize import decode_table
-from ..ops.rounding import noise_source
-from ..ops.rows import COLS, apply, counters, join, parts
+from ..ops.bitmaps import decode_table
+from ..ops.bitmaps import encode_slopes as operator
 
 LARGEST = 8  # bits
 
@@ -70,30 +67,18 @@ def places(name: str, bits: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def encode_slopes(x: Tensor, name: str, bits: int, state: RoundingState | None) -> Tensor | None:
+def encode_slopes(
+    x: Tensor, name: str, bits: int, state: RoundingState | None, nonfinite: Tensor | None = None
+) -> Tensor:
     """Packed codes uint8 of `x` (any shape, fp32 / bf16 / fp16): bits / 8 bytes per element.
 
-    None where NaN or Inf is among them.
+    nonfinite: raised where NaN is among them, which gets the slope of the least x.
     """
-    flat, end = x.reshape(-1), extreme(name)
-    least, most = SLOPES[name](-end), SLOPES[name](end)
-    key = next_key(state)
-    static, pieces = {"function": name, "bits": bits, "least": least, "width": most - least}, []
-    for part in parts(flat.numel(), COLS):
-        run = part.take(flat)
-        found = native.slope_encode(run, part.start, key, **static)
-        if found is None:
-            if not bool(run.sum(dtype=torch.float32).isfinite()):
-                return None
-            shared = noise_source(key, part.shape[2], x.device)
-            found = apply(slope_encode, run, [counters(part, x.device)], shared=shared, **static)[0], True
-        if not found[1]:
-            return None
-        pieces.append(found[0].view(-1))
-    return join(pieces)
+    end = extreme(name)
+    return operator(x, name, SLOPES[name](-end), SLOPES[name](end), bits, next_key(state), nonfinite)
 
 
 def decode_slopes(codes: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str, bits: int) -> Tensor:
     """x' with f'(x') = the level that f'(x) was rounded to."""
     table = torch.tensor(places(name, bits), dtype=dtype, device=codes.device)
-    return decode_table(codes, shape, table, bits)
+    return decode_table(codes, table, shape, bits)

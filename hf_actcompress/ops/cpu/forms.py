@@ -111,7 +111,8 @@ def dequantize_groups(codes, scales, features, inner, shape, dtype, cols, bits):
         return NotImplemented
     if (library := library_for(n)) is None:
         return NotImplemented
-    codes, scales, tables, out = codes.contiguous(), scales.contiguous(), _Tables(features, inner, n, cols), _flat(n, dtype)
+    codes, scales, out = codes.contiguous(), scales.contiguous(), _flat(n, dtype)
+    tables = _Tables(features, inner, n, cols)
     library.group_values(
         codes.data_ptr(), bits, scales.data_ptr(), scales.dtype == torch.bfloat16, scales.numel() == 2,
         _pointer(tables.mean), _pointer(tables.root), tables.period, n, cols, KINDS[dtype], out.data_ptr(),
@@ -134,3 +135,47 @@ def count_nonfinite(x, nonfinite):  # noqa: ANN001, ANN201
         return NotImplemented
     _raise_counter(nonfinite, int(found[0].isnan()))
     return None
+
+
+def pack_flags(x, low, high):  # noqa: ANN001, ANN201
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x
+    if x.dtype not in KINDS or not x.numel() or (library := library_for(x.numel())) is None:
+        return NotImplemented
+    x, n = x.contiguous(), x.numel()
+    bits = torch.empty((n // ROW * ROW + -(-(n % ROW) // 8) * 8) // 8, dtype=torch.uint8)
+    limits = low, 0.0 if high is None else high, high is not None
+    library.flags(x.data_ptr(), KINDS[x.dtype], n, *limits, bits.data_ptr())
+    return bits
+
+
+def two_valued(x: Tensor, value: float) -> Tensor | None:
+    """The bitmap of what is not 0, if every value of `x` (contiguous, on a CPU) is 0 or `value`, else None."""
+    library = library_for(x.numel()) if x.dtype in FLOATS and x.numel() else None
+    if library is None:
+        there = x != 0
+        return torch.ops.actcompress.pack_flags(there, 0.0, None) if bool((~there | (x == value)).all()) else None
+    bits = torch.empty((x.numel() // ROW * ROW + -(-(x.numel() % ROW) // 8) * 8) // 8, dtype=torch.uint8)
+    strange = library.two_flags(x.data_ptr(), KINDS[x.dtype], x.numel(), value, bits.data_ptr())
+    return None if strange else bits
+
+
+def encode_slopes(x, function, least, most, bits, key, nonfinite):  # noqa: ANN001, ANN201
+    if x.dtype not in FLOATS or bits > 8 or not x.numel() or (library := library_for(x.numel())) is None:
+        return NotImplemented
+    x, n = x.contiguous(), x.numel()
+    codes = torch.empty((n // ROW * ROW + -(-(n % ROW) // 8) * 8) * bits // 8, dtype=torch.uint8)
+    count = library.slope_encode(
+        x.data_ptr(), KINDS[x.dtype], FUNCTIONS.index(function), bits, n, least, (2**bits - 1) / (most - least),
+        key & 0xFFFFFFFF, codes.data_ptr(),
+    )  # fmt: skip
+    _raise_counter(nonfinite, bool(count))
+    return codes
+
+
+def decode_table(codes, table, shape, bits):  # noqa: ANN001, ANN201
+    n = math.prod(shape)
+    if table.dtype not in KINDS or bits > 8 or not n or (library := library_for(n)) is None:
+        return NotImplemented
+    codes, values, out = codes.contiguous(), table.float().contiguous(), _flat(n, table.dtype)
+    library.table_values(codes.data_ptr(), bits, n, ROW, values.data_ptr(), KINDS[table.dtype], out.data_ptr())
+    return out.view(shape)
