@@ -105,7 +105,8 @@ class Block(Codec):
             return flat.view(shape)
         dim = feature_dim(shape)
         moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]
-        return flat.view(shape[dim], -1)[:, : math.prod(shape) // shape[dim]].reshape(moved).movedim(0, dim).contiguous()
+        rows = flat.view(shape[dim], -1)[:, : math.prod(shape) // shape[dim]]
+        return rows.reshape(moved).movedim(0, dim).contiguous()
 
     def _count(self, shape: tuple[int, ...]) -> int:
         """Elements that are coded: of channels with what fills them up to a multiple of 8."""
