@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,51 +89,86 @@ def to_kind(y, pointer):  # noqa: ANN001, ANN201
 
 
 @triton.jit
+def _store_plane(codes, base, inside, ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """The plane of WIDTH bits, if these codes have one: byte j joins element j of every run."""
+    if BITS & WIDTH:
+        FIELDS: tl.constexpr = 8 // WIDTH  # noqa: N806
+        START: tl.constexpr = COLS * (BITS - BITS % (2 * WIDTH)) // 8  # noqa: N806
+        field = (codes >> (BITS % WIDTH)) & ((1 << WIDTH) - 1)
+        cube = tl.reshape(field, (ROWS, FIELDS, COLS // FIELDS))
+        shifts = tl.arange(0, FIELDS) * WIDTH
+        byte = tl.sum(cube << shifts[None, :, None], axis=1)
+        where = base[:, None] + START + tl.arange(0, COLS // FIELDS)[None, :]
+        tl.store(where, byte.to(tl.uint8), mask=inside[:, None])
+
+
+@triton.jit
 def store_packed(codes, base, inside, ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr):  # noqa: ANN001, ANN201, N803
     """codes int32 [ROWS, COLS] to the bytes of each row from base [ROWS] on."""
-    for i in tl.static_range(4):
-        WIDTH: tl.constexpr = 8 >> i  # noqa: N806
-        if BITS & WIDTH:
-            FIELDS: tl.constexpr = 8 // WIDTH  # noqa: N806
-            RUN: tl.constexpr = COLS // FIELDS  # noqa: N806
-            START: tl.constexpr = COLS * (BITS - BITS % (2 * WIDTH)) // 8  # noqa: N806
-            field = (codes >> (BITS % WIDTH)) & ((1 << WIDTH) - 1)
-            cube = tl.reshape(field, (ROWS, FIELDS, RUN))
-            shifts = tl.arange(0, FIELDS) * WIDTH
-            byte = tl.sum(cube << shifts[None, :, None], axis=1)
-            where = base[:, None] + START + tl.arange(0, RUN)[None, :]
-            tl.store(where, byte.to(tl.uint8), mask=inside[:, None])
+    _store_plane(codes, base, inside, ROWS, COLS, BITS, 8)
+    _store_plane(codes, base, inside, ROWS, COLS, BITS, 4)
+    _store_plane(codes, base, inside, ROWS, COLS, BITS, 2)
+    _store_plane(codes, base, inside, ROWS, COLS, BITS, 1)
+
+
+@triton.jit
+def _load_plane(codes, base, inside, ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    if BITS & WIDTH:
+        FIELDS: tl.constexpr = 8 // WIDTH  # noqa: N806
+        START: tl.constexpr = COLS * (BITS - BITS % (2 * WIDTH)) // 8  # noqa: N806
+        where = base[:, None] + START + tl.arange(0, COLS // FIELDS)[None, :]
+        byte = tl.load(where, mask=inside[:, None], other=0).to(tl.int32)
+        shifts = tl.arange(0, FIELDS) * WIDTH
+        cube = (byte[:, None, :] >> shifts[None, :, None]) & ((1 << WIDTH) - 1)
+        codes += tl.reshape(cube, (ROWS, COLS)) << (BITS % WIDTH)
+    return codes
 
 
 @triton.jit
 def load_packed(base, inside, ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr):  # noqa: ANN001, ANN201, N803
     """The inverse: codes int32 [ROWS, COLS]."""
     codes = tl.zeros((ROWS, COLS), tl.int32)
-    for i in tl.static_range(4):
-        WIDTH: tl.constexpr = 8 >> i  # noqa: N806
-        if BITS & WIDTH:
-            FIELDS: tl.constexpr = 8 // WIDTH  # noqa: N806
-            RUN: tl.constexpr = COLS // FIELDS  # noqa: N806
-            START: tl.constexpr = COLS * (BITS - BITS % (2 * WIDTH)) // 8  # noqa: N806
-            where = base[:, None] + START + tl.arange(0, RUN)[None, :]
-            byte = tl.load(where, mask=inside[:, None], other=0).to(tl.int32)
-            shifts = tl.arange(0, FIELDS) * WIDTH
-            cube = (byte[:, None, :] >> shifts[None, :, None]) & ((1 << WIDTH) - 1)
-            codes += tl.reshape(cube, (ROWS, COLS)) << (BITS % WIDTH)
+    codes = _load_plane(codes, base, inside, ROWS, COLS, BITS, 8)
+    codes = _load_plane(codes, base, inside, ROWS, COLS, BITS, 4)
+    codes = _load_plane(codes, base, inside, ROWS, COLS, BITS, 2)
+    return _load_plane(codes, base, inside, ROWS, COLS, BITS, 1)
+
+
+@triton.jit
+def _load_tail_plane(codes, base, width, COLS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    if BITS & WIDTH:
+        col = tl.arange(0, COLS)[None, :]
+        run = width * WIDTH // 8
+        field = col // run
+        where = base + width * (BITS - BITS % (2 * WIDTH)) // 8 + col - field * run
+        byte = tl.load(where, mask=col < width, other=0).to(tl.int32)
+        codes += ((byte >> (field * WIDTH)) & ((1 << WIDTH) - 1)) << (BITS % WIDTH)
     return codes
 
 
 @triton.jit
 def load_packed_tail(base, width, COLS: tl.constexpr, BITS: tl.constexpr):  # noqa: ANN001, ANN201, N803
     """Codes int32 [1, COLS] of one row that is packed in `width` columns; 0 behind them."""
-    col = tl.arange(0, COLS)
-    codes = tl.zeros((COLS,), tl.int32)
-    for i in tl.static_range(4):
-        WIDTH: tl.constexpr = 8 >> i  # noqa: N806
-        if BITS & WIDTH:
-            run = width * WIDTH // 8
-            start = width * (BITS - BITS % (2 * WIDTH)) // 8
-            field = col // run
-            byte = tl.load(base + start + col - field * run, mask=col < width, other=0).to(tl.int32)
-            codes += ((byte >> (field * WIDTH)) & ((1 << WIDTH) - 1)) << (BITS % WIDTH)
-    return codes[None, :]
+    codes = tl.zeros((1, COLS), tl.int32)
+    codes = _load_tail_plane(codes, base, width, COLS, BITS, 8)
+    codes = _load_tail_plane(codes, base, width, COLS, BITS, 4)
+    codes = _load_tail_plane(codes, base, width, COLS, BITS, 2)
+    return _load_tail_plane(codes, base, width, COLS, BITS, 1)
+
+
+@triton.jit
+def tail_places(width, COLS: tl.constexpr, WIDTH: tl.constexpr):  # noqa: ANN001, ANN201, N803
+    """Columns [8 / WIDTH, COLS * WIDTH / 8] that each byte of a plane joins, in a row packed in `width` columns."""
+    FIELDS: tl.constexpr = 8 // WIDTH  # noqa: N806
+    return tl.arange(0, FIELDS)[:, None] * (width * WIDTH // 8) + tl.arange(0, COLS // FIELDS)[None, :]
+
+
+@triton.jit
+def store_tail_plane(code, base, width, COLS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):  # noqa: ANN001, ANN201, N803
+    """Codes of the columns `tail_places`, to the bytes from base on."""
+    FIELDS: tl.constexpr = 8 // WIDTH  # noqa: N806
+    part = (code >> (BITS % WIDTH)) & ((1 << WIDTH) - 1)
+    byte = tl.sum(part << (tl.arange(0, FIELDS)[:, None] * WIDTH), axis=0, keep_dims=True)
+    j = tl.arange(0, COLS // FIELDS)[None, :]
+    where = base + width * (BITS - BITS % (2 * WIDTH)) // 8 + j
+    tl.store(where, byte.to(tl.uint8), mask=j < width * WIDTH // 8)

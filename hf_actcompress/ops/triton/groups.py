@@ -20,6 +20,8 @@ from .common import (
     load_packed_tail,
     rounded,
     store_packed,
+    store_tail_plane,
+    tail_places,
     takes,
     to_kind,
 )
@@ -60,73 +62,137 @@ def _scale_of(y, scale, TOP: tl.constexpr, GIVEN: tl.constexpr):  # noqa: ANN001
 
 
 @triton.jit
+def _store_tail(  # noqa: ANN202
+    x, features, base, lo, inverse, first, left, width, count, inner, key,  # noqa: ANN001
+    COLS: tl.constexpr, BITS: tl.constexpr, FEATURES: tl.constexpr, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """One plane of the short group's codes."""
+    if BITS & WIDTH:
+        c = tail_places(width, COLS, WIDTH)
+        z = _values(x, features, first + tl.minimum(c, left - 1), c >= 0, count, inner, FEATURES)
+        code = rounded((z - lo) * inverse, first + c, key, (1 << BITS) - 1, STOCHASTIC)
+        store_tail_plane(code, base, width, COLS, BITS, WIDTH)
+
+
+@triton.jit
+def _quantize_rows(  # noqa: ANN202
+    x, features, scale, codes, scales, out, nonfinite, full, program, count, inner, key,  # noqa: ANN001
+    COLS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, FEATURES: tl.constexpr, GIVEN: tl.constexpr,  # noqa: N803
+    STOCHASTIC: tl.constexpr, ROUNDTRIP: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    TOP: tl.constexpr = (1 << BITS) - 1  # noqa: N806
+    row = program * ROWS + tl.arange(0, ROWS)
+    if WIDE:
+        row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    inside = (row < full)[:, None] & (tl.arange(0, COLS) >= 0)[None, :]
+    y = _values(x, features, at, inside, count, inner, FEATURES)
+    lo, step, inverse = _scale_of(y, scale, TOP, GIVEN)
+    code = rounded((y - lo) * inverse, at, key, TOP, STOCHASTIC)
+    if ROUNDTRIP:
+        y = _restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
+        tl.store(out + at, to_kind(y, out), mask=inside)
+    else:
+        store_packed(code, codes + row * (COLS * BITS // 8), row < full, ROWS, COLS, BITS)
+        if not GIVEN:
+            pair = scales + 2 * row[:, None]
+            tl.store(pair, lo.to(tl.bfloat16), mask=(row < full)[:, None])
+            tl.store(pair + 1, step.to(tl.bfloat16), mask=(row < full)[:, None])
+    if COUNT:
+        strange = tl.sum(((step != step) & (row < full)[:, None]).to(tl.int32))
+        if strange > 0:
+            tl.atomic_add(nonfinite, strange.to(tl.int64))
+
+
+@triton.jit
+def _quantize_tail(  # noqa: ANN202
+    x, features, scale, codes, scales, out, nonfinite, n, full, count, inner, key,  # noqa: ANN001
+    COLS: tl.constexpr, BITS: tl.constexpr, FEATURES: tl.constexpr, GIVEN: tl.constexpr,  # noqa: N803
+    STOCHASTIC: tl.constexpr, ROUNDTRIP: tl.constexpr, COUNT: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """A last, short group, filled with its last value up to a multiple of 8."""
+    TOP: tl.constexpr = (1 << BITS) - 1  # noqa: N806
+    first = full.to(tl.int64) * COLS
+    left = (n - first).to(tl.int32)
+    width = (left + 7) // 8 * 8
+    col = tl.arange(0, COLS)[None, :]
+    at = first + tl.minimum(col, left - 1)
+    y = _values(x, features, at, col >= 0, count, inner, FEATURES)
+    lo, step, inverse = _scale_of(y, scale, TOP, GIVEN)
+    if ROUNDTRIP:
+        code = rounded((y - lo) * inverse, first + col, key, TOP, STOCHASTIC)
+        y = _restored(lo + code.to(tl.float32) * step, features, at, col >= 0, count, inner, FEATURES)
+        tl.store(out + first + col, to_kind(y, out), mask=col < left)
+    else:
+        base = codes + full.to(tl.int64) * (COLS * BITS // 8)
+        _store_tail(x, features, base, lo, inverse, first, left, width, count, inner, key, COLS, BITS, FEATURES,
+                    STOCHASTIC, 8)  # fmt: skip
+        _store_tail(x, features, base, lo, inverse, first, left, width, count, inner, key, COLS, BITS, FEATURES,
+                    STOCHASTIC, 4)  # fmt: skip
+        _store_tail(x, features, base, lo, inverse, first, left, width, count, inner, key, COLS, BITS, FEATURES,
+                    STOCHASTIC, 2)  # fmt: skip
+        _store_tail(x, features, base, lo, inverse, first, left, width, count, inner, key, COLS, BITS, FEATURES,
+                    STOCHASTIC, 1)  # fmt: skip
+        if not GIVEN:
+            pair = scales + 2 * full.to(tl.int64) + tl.zeros((1, 1), tl.int32)
+            tl.store(pair, lo.to(tl.bfloat16))
+            tl.store(pair + 1, step.to(tl.bfloat16))
+    if COUNT:
+        strange = tl.sum((step != step).to(tl.int32))
+        if strange > 0:
+            tl.atomic_add(nonfinite, strange.to(tl.int64))
+
+
+@triton.jit
 def _quantize(  # noqa: ANN202
     x, features, scale, codes, scales, out, nonfinite, n, count, inner, key,  # noqa: ANN001
     COLS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, FEATURES: tl.constexpr, GIVEN: tl.constexpr,  # noqa: N803
     STOCHASTIC: tl.constexpr, ROUNDTRIP: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    TOP: tl.constexpr = (1 << BITS) - 1  # noqa: N806
     full = n // COLS
     program = tl.program_id(0)
     if program * ROWS < full:
-        row = program * ROWS + tl.arange(0, ROWS)
-        if WIDE:
-            row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        at = row[:, None] * COLS + tl.arange(0, COLS)[None, :]
-        inside = (row < full)[:, None] & (tl.arange(0, COLS) >= 0)[None, :]
-        y = _values(x, features, at, inside, count, inner, FEATURES)
-        lo, step, inverse = _scale_of(y, scale, TOP, GIVEN)
-        code = rounded((y - lo) * inverse, at, key, TOP, STOCHASTIC)
-        if ROUNDTRIP:
-            y = _restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
-            tl.store(out + at, to_kind(y, out), mask=inside)
-        else:
-            store_packed(code, codes + row * (COLS * BITS // 8), row < full, ROWS, COLS, BITS)
-            if not GIVEN:
-                pair = scales + 2 * row[:, None]
-                tl.store(pair, lo.to(tl.bfloat16), mask=(row < full)[:, None])
-                tl.store(pair + 1, step.to(tl.bfloat16), mask=(row < full)[:, None])
-        if COUNT:
-            strange = tl.sum(((step != step) & (row < full)[:, None]).to(tl.int32))
-            if strange > 0:
-                tl.atomic_add(nonfinite, strange.to(tl.int64))
-    else:  # a last, short group, filled with its last value up to a multiple of 8
-        first = full.to(tl.int64) * COLS
-        left = (n - first).to(tl.int32)
-        width = (left + 7) // 8 * 8
-        col = tl.arange(0, COLS)[None, :]
-        at = first + tl.minimum(col, left - 1)
-        y = _values(x, features, at, col >= 0, count, inner, FEATURES)
-        lo, step, inverse = _scale_of(y, scale, TOP, GIVEN)
-        if ROUNDTRIP:
-            code = rounded((y - lo) * inverse, first + col, key, TOP, STOCHASTIC)
-            y = _restored(lo + code.to(tl.float32) * step, features, at, col >= 0, count, inner, FEATURES)
-            tl.store(out + first + col, to_kind(y, out), mask=col < left)
-        else:
-            base = codes + full.to(tl.int64) * (COLS * BITS // 8)
-            for i in tl.static_range(4):
-                WIDTH: tl.constexpr = 8 >> i  # noqa: N806
-                if BITS & WIDTH:
-                    FIELDS: tl.constexpr = 8 // WIDTH  # noqa: N806
-                    run = width * WIDTH // 8
-                    start = width * (BITS - BITS % (2 * WIDTH)) // 8
-                    j = tl.arange(0, COLS // FIELDS)[None, :]
-                    field = tl.arange(0, FIELDS)[:, None]
-                    c = field * run + j
-                    at = first + tl.minimum(c, left - 1)
-                    z = _values(x, features, at, c >= 0, count, inner, FEATURES)
-                    code = rounded((z - lo) * inverse, first + c, key, TOP, STOCHASTIC)
-                    part = (code >> (BITS % WIDTH)) & ((1 << WIDTH) - 1)
-                    byte = tl.sum(part << (field * WIDTH), axis=0, keep_dims=True)
-                    tl.store(base + start + j, byte.to(tl.uint8), mask=j < run)
-            if not GIVEN:
-                pair = scales + 2 * full.to(tl.int64) + tl.zeros((1, 1), tl.int32)
-                tl.store(pair, lo.to(tl.bfloat16))
-                tl.store(pair + 1, step.to(tl.bfloat16))
-        if COUNT:
-            strange = tl.sum((step != step).to(tl.int32))
-            if strange > 0:
-                tl.atomic_add(nonfinite, strange.to(tl.int64))
+        _quantize_rows(x, features, scale, codes, scales, out, nonfinite, full, program, count, inner, key,
+                       COLS, ROWS, BITS, FEATURES, GIVEN, STOCHASTIC, ROUNDTRIP, COUNT, WIDE)
+    else:
+        _quantize_tail(x, features, scale, codes, scales, out, nonfinite, n, full, count, inner, key,
+                       COLS, BITS, FEATURES, GIVEN, STOCHASTIC, ROUNDTRIP, COUNT)
+
+
+@triton.jit
+def _dequantize_rows(  # noqa: ANN202
+    codes, scales, features, out, full, program, count, inner,  # noqa: ANN001
+    COLS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, FEATURES: tl.constexpr, SHARED: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    row = program * ROWS + tl.arange(0, ROWS)
+    if WIDE:
+        row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    inside = (row < full)[:, None] & (tl.arange(0, COLS) >= 0)[None, :]
+    pair = scales + (row[:, None] * 0 if SHARED else row[:, None] * 2)
+    lo = tl.load(pair, mask=(row < full)[:, None], other=0.0).to(tl.float32)
+    step = tl.load(pair + 1, mask=(row < full)[:, None], other=0.0).to(tl.float32)
+    code = load_packed(codes + row * (COLS * BITS // 8), row < full, ROWS, COLS, BITS)
+    y = _restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
+    tl.store(out + at, to_kind(y, out), mask=inside)
+
+
+@triton.jit
+def _dequantize_tail(  # noqa: ANN202
+    codes, scales, features, out, n, full, count, inner,  # noqa: ANN001
+    COLS: tl.constexpr, BITS: tl.constexpr, FEATURES: tl.constexpr, SHARED: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    first = full.to(tl.int64) * COLS
+    left = (n - first).to(tl.int32)
+    col = tl.arange(0, COLS)[None, :]
+    pair = scales + (0 if SHARED else 2 * full.to(tl.int64))
+    lo, step = tl.load(pair).to(tl.float32), tl.load(pair + 1).to(tl.float32)
+    base = codes + full.to(tl.int64) * (COLS * BITS // 8)
+    code = load_packed_tail(base, (left + 7) // 8 * 8, COLS, BITS)
+    inside = col < left
+    y = _restored(lo + code.to(tl.float32) * step, features, first + col, inside, count, inner, FEATURES)
+    tl.store(out + first + col, to_kind(y, out), mask=inside)
 
 
 @triton.jit
@@ -138,28 +204,10 @@ def _dequantize(  # noqa: ANN202
     full = n // COLS
     program = tl.program_id(0)
     if program * ROWS < full:
-        row = program * ROWS + tl.arange(0, ROWS)
-        if WIDE:
-            row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        at = row[:, None] * COLS + tl.arange(0, COLS)[None, :]
-        inside = (row < full)[:, None] & (tl.arange(0, COLS) >= 0)[None, :]
-        pair = scales + (row[:, None] * 0 if SHARED else row[:, None] * 2)
-        lo = tl.load(pair, mask=(row < full)[:, None], other=0.0).to(tl.float32)
-        step = tl.load(pair + 1, mask=(row < full)[:, None], other=0.0).to(tl.float32)
-        code = load_packed(codes + row * (COLS * BITS // 8), row < full, ROWS, COLS, BITS)
-        y = _restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
-        tl.store(out + at, to_kind(y, out), mask=inside)
+        _dequantize_rows(codes, scales, features, out, full, program, count, inner, COLS, ROWS, BITS, FEATURES, SHARED,
+                         WIDE)  # fmt: skip
     else:
-        first = full.to(tl.int64) * COLS
-        left = (n - first).to(tl.int32)
-        col = tl.arange(0, COLS)[None, :]
-        pair = scales + (0 if SHARED else 2 * full.to(tl.int64))
-        lo, step = tl.load(pair).to(tl.float32), tl.load(pair + 1).to(tl.float32)
-        base = codes + full.to(tl.int64) * (COLS * BITS // 8)
-        code = load_packed_tail(base, (left + 7) // 8 * 8, COLS, BITS)
-        inside = col < left
-        y = _restored(lo + code.to(tl.float32) * step, features, first + col, inside, count, inner, FEATURES)
-        tl.store(out + first + col, to_kind(y, out), mask=inside)
+        _dequantize_tail(codes, scales, features, out, n, full, count, inner, COLS, BITS, FEATURES, SHARED)
 
 
 def _programs(n: int, cols: int) -> tuple[int, int]:
