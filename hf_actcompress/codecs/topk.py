@@ -9,10 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.layout import in_memory_order, restored
-from ..ops.quantize import keep_above, place
-from ..ops.rows import decode_parts, encode_parts, join
-from ..ops.selection import find_cut, ranks, runs_of_set_bits, set_bits
+from ..ops.selection import bitmap_nbytes, index_dtype, keep_largest, place_values, select_largest
 from .base import Codec, CodecState, LeafShapes, Payload
 from .registry import register_codec
 
@@ -44,70 +41,47 @@ class TopK(Codec):
         return max(1, min(n, round(self.ratio * n)))
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        payload = self._encode_checked(x, state)
-        assert payload is not None, "a tensor that was said to be finite is not"
-        return payload
-
-    def _encode_checked(self, x: Tensor, state: CodecState | None) -> Payload | None:
-        flat, n = x.reshape(-1), x.numel()
+        n = x.numel()
         k = self.kept(n)
-        cut = find_cut(flat, k)
-        if cut is None:
-            return None
-        if _bitmap_is_smaller(n, k):
-            bits, values, at = cut.bitmap(), flat.new_empty(k), 0
-            for start, index in runs_of_set_bits(bits, n):
-                torch.index_select(flat[start:], 0, index, out=values[at : at + index.numel()])
-                at += index.numel()
-            return self._payload(x, {"values": values, "positions": bits})
-        where = torch.cat([set_bits(cut.bits, n, sparse=True), cut.more]).sort().values
-        return self._payload(x, {"values": flat[where], "positions": where.to(_index_dtype(n))})
+        values, positions = select_largest(x, k, _bitmap_is_smaller(n, k))
+        return self._payload(x, {"values": values, "positions": positions})
 
     def _decode(self, payload: Payload) -> Tensor:
         n = math.prod(payload.shape)
         k = self.kept(n)
         bitmap = _bitmap_is_smaller(n, k)
-        positions = (-(-n // 8), torch.uint8) if bitmap else (k, _index_dtype(n))
+        positions = (bitmap_nbytes(n), torch.uint8) if bitmap else (k, index_dtype(n))
         values, where = self._sized(payload, values=(k, payload.dtype), positions=positions)
-        self._check_positions(where, n, k, bitmap)
-        if not bitmap:
-            out = torch.zeros(n, dtype=payload.dtype, device=values.device)
-            out[where.long()] = values
-            return out.view(payload.shape)
-        shared = [values.view(-1, 1)]
-        return decode_parts(place, where, payload.shape, 1, shared, per_byte=[ranks(where)])
-
-    def _check_positions(self, where: Tensor, n: int, k: int, bitmap: bool) -> None:
-        """On a CPU; on a GPU it would wait for the device, which checks its own indices."""
-        if where.device.type != "cpu":
-            return
-        if bitmap:
-            bits = torch.arange(8)
-            fits = int(((where[:, None] >> bits) & 1).sum()) == k
-        else:
-            fits = 0 <= int(where.min()) and int(where.max()) < n
-        if not fits:
+        if where.device.type == "cpu" and not _fit(where, n, k):
             raise ValueError(f"{self}: the positions of a payload do not fit {k} of {n} values: it is damaged.")
+        if bitmap:
+            return place_values(values, where, payload.shape)
+        # A GPU checks its indices by itself.
+        out = torch.zeros(n, dtype=payload.dtype, device=values.device)
+        return out.scatter_(0, where.long(), values).view(payload.shape)
 
     def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        flat, cut = in_memory_order(x).reshape(-1), find_cut(x, self.kept(x.numel()))
-        assert cut is not None
-        out = join(encode_parts(keep_above, flat, [cut.hi]))[: x.numel()]
-        out[cut.more] = flat[cut.more]
-        return restored(out, x)
+        return keep_largest(x, self.kept(x.numel()))
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         n = math.prod(shape)
         k = self.kept(n)
-        return k * dtype.itemsize + (-(-n // 8) if _bitmap_is_smaller(n, k) else k * _index_dtype(n).itemsize)
+        return k * dtype.itemsize + (bitmap_nbytes(n) if _bitmap_is_smaller(n, k) else k * index_dtype(n).itemsize)
 
     def leaf_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> LeafShapes:
         return {"values": ((self.kept(math.prod(shape)),), dtype)}
 
 
-def _index_dtype(n: int) -> torch.dtype:
-    return torch.int32 if n < 2**31 else torch.int64
+def _fit(where: Tensor, n: int, k: int) -> bool:
+    """Whether positions, a bitmap or indices, on a CPU, are those of k out of n values."""
+    if where.dtype != torch.uint8:
+        return 0 <= int(where.min()) and int(where.max()) < n
+    v = torch.nn.functional.pad(where, (0, -len(where) % 8)).view(torch.int64)  # eight bytes at a time
+    v = v - ((v >> 1) & 0x5555555555555555)
+    v = (v & 0x3333333333333333) + ((v >> 2) & 0x3333333333333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return int(v.view(torch.uint8).sum()) == k
 
 
 def _bitmap_is_smaller(n: int, k: int) -> bool:
-    return -(-n // 8) <= k * _index_dtype(n).itemsize
+    return bitmap_nbytes(n) <= k * index_dtype(n).itemsize

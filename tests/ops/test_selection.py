@@ -1,13 +1,13 @@
-"""The k largest without a sort: exact whatever the sample says.  The slow twin sorts everything, stably."""
+"""The k largest without a sort: exact whatever the sample says, and in every form.  The slow twin sorts everything."""
 
 import pytest
 import torch
+from helpers.forms import forms_agree
 
-from hf_actcompress.codecs import TopK
-from hf_actcompress.ops import selection
-from hf_actcompress.ops.selection import find_cut, ranks, set_bits
+from hf_actcompress.ops.selection import keep_largest, place_values, select_largest
 
-N = 4 * selection.SAMPLE + 4321  # more than is ranked as a whole; with a short last row
+SAMPLE = 1 << 16
+N = 4 * SAMPLE + 4321  # more than is ranked as a whole; with a short last row
 
 
 def data(kind, n=N):
@@ -20,54 +20,66 @@ def data(kind, n=N):
     elif kind == "constant":
         x = torch.full((n,), -2.0)
     elif kind == "the sample sees zeros":
-        stride = n // selection.SAMPLE | 1
-        x[::stride] = 0
+        x[:: n // SAMPLE | 1] = 0
     elif kind == "the sample sees the largest":
-        stride = n // selection.SAMPLE | 1
+        stride = n // SAMPLE | 1
         x[::stride] = 9 + x[::stride].abs()
+    elif kind == "not finite":
+        x[::100], x[1::100], x[2::100], x[3::100] = float("nan"), float("inf"), float("-inf"), -float("nan")
+        x[4::100] *= 1e-40
     return x
 
 
+KINDS = ["plain", "half zeros", "few values", "constant", "the sample sees zeros", "the sample sees the largest",
+         "not finite"]  # fmt: skip
+
+
 def slow(x, k):
-    kept = x.abs().sort(descending=True, stable=True).indices[:k]
-    out = torch.zeros_like(x)
-    out[kept] = x[kept]
-    return out, kept.sort().values
+    """Ascending positions of the kept; NaN is above all others."""
+    return x.double().abs().nan_to_num(9e300, 8e300).sort(descending=True, stable=True).indices[:k].sort().values
 
 
-@pytest.mark.parametrize("ratio", [0.001, 0.1, 0.5, 0.97])
-@pytest.mark.parametrize(
-    "kind",
-    ["plain", "half zeros", "few values", "constant", "the sample sees zeros", "the sample sees the largest"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_kept_are_those_of_a_full_sort(kind, ratio, dtype):
-    x, codec = data(kind).to(dtype), TopK(ratio)
-    k = codec.kept(len(x))
-    expected, kept = slow(x, k)
-    cut = find_cut(x, k)
-    above = (x.abs() > cut.hi).nonzero().view(-1)
-    assert torch.equal(torch.cat([above, cut.more]).sort().values, kept)
-    payload = codec.encode(x)
-    assert payload.tensors["values"].numel() == k and payload.nbytes == codec.payload_nbytes(x.shape, dtype)
-    assert torch.equal(codec.decode(payload), expected) and torch.equal(codec.roundtrip(x), expected)
+def byte_by_byte(positions, n):
+    """The same positions in the order of their bits in a bitmap."""
+    row, at = positions // 128, positions % 128
+    width = torch.where(row == n // 128, -(-(n % 128) // 8), 16).clamp_min(1)
+    return positions[((row * 16 + at % width) * 8 + at // width).argsort()]
 
 
-def test_a_good_sample_leaves_a_narrow_band(monkeypatch):
-    seen = []
-    inner = selection.set_bits
-    monkeypatch.setattr(selection, "set_bits", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])
-    find_cut(data("plain", 2_000_000), 200_000)
-    assert len(seen) == 1 and seen[0].numel() < 40_000
+def equal(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("n", [1, 8, 13, 128, 129, 1000])
-def test_bitmaps(n):
-    x = torch.randn(n, generator=torch.Generator().manual_seed(n))
-    payload = TopK(0.5).encode(x)
-    bits, values = payload.tensors["positions"], payload.tensors["values"]
-    found = set_bits(bits, n)
-    assert torch.equal(x[found], values)
-    assert torch.equal(found.sort().values, slow(x, len(values))[1])
-    counts = [int(b).bit_count() for b in bits]
-    assert ranks(bits).tolist() == [sum(counts[:i]) for i in range(len(counts))] and sum(counts) == len(values)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_kept_are_those_of_a_full_sort(kind, dtype):
+    x = data(kind).to(dtype)
+    for share in (0.001, 0.1, 0.5, 0.97):
+        k = round(share * N)
+        kept = slow(x, k)
+        values, where = select_largest(x, k, False)
+        assert where.dtype == torch.int32 and torch.equal(where.long(), kept) and equal(values, x[kept])
+        values, bits = select_largest(x, k, True)
+        assert equal(values, x[byte_by_byte(kept, N)]) and bits.shape == (-(-N // 8),)
+        expected = torch.zeros_like(x).index_put_((kept,), x[kept])
+        assert equal(place_values(values, bits, [N]), expected) and equal(keep_largest(x, k), expected)
+
+
+@pytest.mark.parametrize("form", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forms_agree(form, dtype):
+    for kind in ("plain", "few values", "not finite"):
+        for n in ((1, 8, 13, 128, 129, 5003) if form == "cpu" else (13, 129, 5003)):
+            x = data(kind, n).to(dtype)
+            for k in {1, n // 50 + 1, n // 2 + 1, n}:
+                forms_agree(form, "keep_largest", x, k)
+                forms_agree(form, "select_largest", x, k, False)
+                values, bits = forms_agree(form, "select_largest", x, k, True)
+                forms_agree(form, "place_values", values, bits, [n])
+    forms_agree(form, "select_largest", data("plain", 6000).to(dtype).view(60, 100).T, 999, True)
+
+
+def test_bits_beyond_the_values_read_nothing():
+    for n in (13, 5003):
+        bits = torch.full((-(-n // 8),), 255, dtype=torch.uint8)
+        assert place_values(torch.ones(3), bits, [n]).shape == (n,)

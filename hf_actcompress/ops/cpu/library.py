@@ -21,7 +21,9 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_decode.cpp", "native_slopes.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in (
+    "native.cpp", "native_decode.cpp", "native_selection.cpp", "native_slopes.cpp",
+)]  # fmt: skip
 HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
@@ -34,6 +36,9 @@ SIGNATURES: dict[str, tuple] = {  # name: result, arguments
     "extremes": (None, _p, _i, _n, _p),
     "flags": (None, _p, _i, _n, _f, _f, _i, _p),
     "two_flags": (_i, _p, _i, _n, _f, _p),
+    "select_largest": (None, _p, _i, _n, _n, _p, _p, _i),
+    "keep_largest": (None, _p, _i, _n, _n, _p),
+    "place_values": (None, _p, _n, _i, _p, _n, _p),
     "slope_encode": (_n, _p, _i, _i, _i, _n, _f, _f, _u, _p),
     "group_values": (None, _p, _i, _p, _i, _i, _p, _p, _n, _n, _i, _i, _p),
     "table_values": (None, _p, _i, _n, _i, _p, _i, _p),
