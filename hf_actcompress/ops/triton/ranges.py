@@ -120,7 +120,7 @@ def _feature_scales(  # noqa: ANN202
     x, out, roots, ended, programs, features, inner, outer, total, stride,  # noqa: ANN001
     IMAGES: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """32 features a program.  Values are brought near 1 by a power of two for each feature, so that squares stay in the
+    """32 features a program.  Values are brought near 1 by a power of two for each feature: squares stay in the
     range of fp32."""
     f = tl.program_id(0) * 32 + tl.arange(0, 32)
     inside = f < features
