@@ -57,6 +57,7 @@ class ActCompressCallback(TrainerCallback):
 
     def __init__(self, config: ActCompressConfig | str | None = None, *, example_inputs: Any = None) -> None:
         self.config = ActCompressConfig.of(config)
+        _refuse_per_sample(self.config)
         self.example_inputs = example_inputs
         self.handle: Handle | None = None
         self.stats: list[dict[str, Any]] = []
@@ -330,6 +331,17 @@ class _EvaluateTwice(_Replaced):
         if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
             return self.method(*args, **{**kwargs, self.PREFIX: prefix})
         return {f"{UNCOMPRESSED}_{key}": value for key, value in self.method(*args, **kwargs).items()}
+
+
+def _refuse_per_sample(config: ActCompressConfig) -> None:
+    """A codec that remembers samples would stop in the first step: a Trainer does not say which ones a batch holds."""
+    for option, codec, _ in config.all_codecs():
+        if codec.traits.per_sample:
+            raise ValueError(
+                f"{option}={str(codec)!r} has to know which samples a batch holds, and transformers.Trainer does not "
+                "hand that on. Choose another codec, or train in a loop of your own: with compress_model, run each "
+                "forward pass within hf_actcompress.codecs.sample_ids(ids); hf_actcompress.pipeline does it by itself."
+            )
 
 
 def _epoch(state: TrainerState) -> int:
