@@ -291,6 +291,11 @@ class ActCompressConfig:
         """A configuration as it is, or one of boundaries from a codec."""
         if isinstance(config, ActCompressConfig):
             return config
+        if isinstance(config, dict) and "name" not in config:
+            raise ValueError(
+                f"{config!r} is no codec as a dict, which has a 'name'. If it is a configuration, give "
+                "ActCompressConfig.from_dict(...)."
+            )
         return cls(codec=DEFAULT_CODEC if config is None else config)
 
     def to_dict(self) -> dict[str, Any]:
@@ -298,7 +303,8 @@ class ActCompressConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ActCompressConfig":
-        values = _mapping(values, "The configuration", "option to value: {'codec': 'block:bits=4'}")
+        if not isinstance(values, dict):
+            raise ValueError(f"A configuration is a dict such as {{'codec': 'block', 'first': 2}}; got {values!r}.")
         known = [f.name for f in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
