@@ -32,7 +32,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from hf_actcompress.config import CompressionArguments
+from hf_actcompress import CompressionArguments
 from hf_actcompress.report.plots import accuracy_vs_ratio
 from hf_actcompress.report.tables import accuracy_table, show
 from hf_actcompress.workloads import (

@@ -9,16 +9,17 @@ if TYPE_CHECKING:
     from .attach import Handle, compress_model, remove_compression
     from .callback import ActCompressCallback
     from .codecs import Codec, CodecState, Payload, codec_names, parse_codec, register_codec
-    from .config import ActCompressConfig, CompressionArguments
+    from .config import ActCompressConfig
     from .models.layers import Layer, find_layers
     from .ops.cpu.malloc import keep_freed_memory
+    from .workloads.options import CompressionArguments
 
 __version__ = "0.2.0.dev0"
 # Where each public name lives.  They are loaded when first asked for, so that `hf-actcompress --help` needs no torch
 # and a loop without a Trainer no transformers.
 _HOMES = {
     "ActCompressCallback": "callback", "ActCompressConfig": "config", "Codec": "codecs", "CodecState": "codecs",
-    "CompressionArguments": "config", "Handle": "attach", "Layer": "models.layers", "Payload": "codecs",
+    "CompressionArguments": "workloads.options", "Handle": "attach", "Layer": "models.layers", "Payload": "codecs",
     "codec_names": "codecs", "compress_model": "attach", "find_layers": "models.layers",
     "keep_freed_memory": "ops.cpu.malloc", "parse_codec": "codecs", "register_codec": "codecs",
     "remove_compression": "attach",

@@ -19,7 +19,7 @@ from .boundary.channel import Channel
 from .boundary.hook import Boundary, Passes
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
-from .models.layers import Layer, find_layers, match_layers, select_boundaries
+from .models.layers import Layer, check_model, find_layers, match_layers, select_boundaries
 from .observe.auto import AutoCodec
 from .observe.events import Listener
 from .observe.meter import Meter
@@ -196,7 +196,7 @@ def compress_model(
     _refuse_second(inner)
     if config.saved:
         _refuse_compiled(model, inner)
-    layers = find_layers(inner, example_inputs, config.blocks) if config.boundaries else []
+    layers = find_layers(inner, example_inputs, config.blocks, option="blocks") if config.boundaries else []
     cuts, named = _cuts(config, layers)
     _check_fits(config, layers, cuts, named)
     if config.saved:
@@ -276,9 +276,10 @@ def _refuse_second(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(isinstance(hook, Boundary) or is_hook(hook) for hook in module._forward_hooks.values()):
             raise ValueError(
-                f"The model is compressed already (a hook sits at '{name}'). Call handle.remove() on the handle "
-                "that compress_model returned, or leave its `with` block, before attaching again. Where the handle is "
-                "lost (a copied model, a run that was stopped): hf_actcompress.remove_compression(model)."
+                f"The model is compressed already (there is a hook on {name or 'the whole model'}). Call "
+                "handle.remove() on the handle that compress_model returned, or leave its `with` block, before "
+                "attaching again. Where the handle is lost (a copied model, a run that was stopped): "
+                "hf_actcompress.remove_compression(model)."
             )
 
 
@@ -318,7 +319,7 @@ def _check_saved_fits(config: ActCompressConfig, model: nn.Module, layers: list[
         return  # it takes every shape
     if not layers:
         with contextlib.suppress(ValueError):  # layers are no condition for saved tensors
-            layers = find_layers(model, example_inputs, config.blocks)
+            layers = find_layers(model, example_inputs, config.blocks, option="blocks")
     reasons = [_misfit(codec, layer.shape, layer.dtype) for layer in layers if layer.shape is not None]
     if reasons and all(reasons):
         raise ValueError(f"saved: {reasons[-1]} No layer's output of this model can be compressed with it.")
@@ -360,7 +361,8 @@ def remove_compression(model: nn.Module) -> list[str]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's model inside torch.compile and DistributedDataParallel."""
+    """The user's model inside torch.compile and DistributedDataParallel.  Raises ValueError for what is no module."""
+    check_model(model)
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile's OptimizedModule; importing its class loads the compiler
             model = model._orig_mod

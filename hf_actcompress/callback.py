@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,13 @@ from .config import ActCompressConfig
 from .observe.log_line import LogLine
 from .observe.records import FILE_NAME as ANALYSIS_NAME
 from .observe.records import Writer
+from .observe.trainer import EvaluateTwice, go_first, resumed_from, save_with_checkpoints
 from .observe.warning import warning_of
 from .saved.tensors import COMPILED
 
 logger = logging.getLogger(__name__)
 
 ALLOTMENT_NAME = "actcompress_allotment.json"  # of saved="auto:...", to be read: resuming takes it from the state
-UNCOMPRESSED = "uncompressed"  # the name that the second metrics of evaluate="both" carry
 
 
 class ActCompressCallback(TrainerCallback):
@@ -57,6 +55,7 @@ class ActCompressCallback(TrainerCallback):
 
     def __init__(self, config: ActCompressConfig | str | None = None, *, example_inputs: Any = None) -> None:
         self.config = ActCompressConfig.of(config)
+        _refuse_per_sample(self.config)
         self.example_inputs = example_inputs
         self.handle: Handle | None = None
         self.stats: list[dict[str, Any]] = []
@@ -103,7 +102,7 @@ class ActCompressCallback(TrainerCallback):
         if self._trainer is not None:
             self._stop_saving = save_with_checkpoints(self._trainer, self._save)
             if self.config.evaluate == "both":
-                self._trainer.evaluate = _EvaluateTwice(self._trainer.evaluate, self.handle)
+                self._trainer.evaluate = EvaluateTwice(self._trainer.evaluate, self.handle)
 
     def _describe(self) -> str:
         """What is compressed where, for the log."""
@@ -202,7 +201,7 @@ class ActCompressCallback(TrainerCallback):
         if self._stop_saving is not None:
             self._stop_saving()
             self._stop_saving = None
-        if self._trainer is not None and isinstance(vars(self._trainer).get("evaluate"), _EvaluateTwice):
+        if self._trainer is not None and isinstance(vars(self._trainer).get("evaluate"), EvaluateTwice):
             self._trainer.evaluate.restore(self._trainer, "evaluate")
         if self.handle is None:
             return
@@ -246,90 +245,15 @@ class ActCompressCallback(TrainerCallback):
         self._line.restore(meters)
 
 
-class _Replaced:
-    """A method of one Trainer, replaced by this object until `restore`."""
-
-    def __init__(self, method: Any) -> None:
-        self.method = method
-
-    def restore(self, owner: Any, name: str) -> None:
-        """What was there before: the class's own method, or what somebody had put in its place."""
-        delattr(owner, name)
-        if self.method != getattr(owner, name):
-            setattr(owner, name, self.method)
-
-
-class _SaveStates(_Replaced):
-    """`Trainer._save_checkpoint`, with the callbacks' states in the folder before the rest.
-
-    The Trainer deletes older checkpoints before it tells callbacks of the new one (`on_save`): a run that is killed in
-    between would be left with a checkpoint without states.  Only this method knows the folder, too, which a
-    hyperparameter search puts into the trial's own.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        super().__init__(trainer._save_checkpoint)
-        self.trainer, self.saves = trainer, []
-
-    def __call__(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
-        for save in self.saves:
-            save(folder, self.trainer.is_world_process_zero())
-        self.trainer.accelerator.wait_for_everyone()  # the first process deletes older checkpoints for all
-        return self.method(model, trial, *args, **kwargs)
-
-
-def save_with_checkpoints(trainer: Any, save: Callable[[Path, bool], None]) -> Callable[[], None]:
-    """Have `save(folder, whether this is the first process)` called whenever a Trainer writes a checkpoint.
-
-    Returns a function that ends this, which may be called more than once.
-    """
-    saver = vars(trainer).get("_save_checkpoint")
-    if not isinstance(saver, _SaveStates):
-        trainer._save_checkpoint = saver = _SaveStates(trainer)
-    saver.saves.append(save)
-
-    def stop() -> None:
-        if save in saver.saves:
-            saver.saves.remove(save)
-        if not saver.saves and vars(trainer).get("_save_checkpoint") is saver:
-            saver.restore(trainer, "_save_checkpoint")
-
-    return stop
-
-
-class _EvaluateTwice(_Replaced):
-    """`Trainer.evaluate`, compressed, and once more without compression under another name."""
-
-    PREFIX = "metric_key_prefix"
-
-    def __init__(self, method: Any, handle: Handle) -> None:
-        super().__init__(method)
-        self.handle, self._inside = handle, False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self._inside:  # the Trainer calls itself once for each of several data sets
-            return self.method(*args, **kwargs)
-        self._inside = True
-        try:
-            metrics = self.method(*args, **kwargs)
-            with self.handle.disabled():
-                return {**metrics, **self._again(args, kwargs)}
-        finally:
-            self._inside = False
-
-    def _again(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, float]:
-        """The same evaluation under another prefix.  Trainers have arguments of their own, in orders of their own."""
-        signature = inspect.signature(self.method)
-        if self.PREFIX in signature.parameters:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            bound.arguments[self.PREFIX] = f"{bound.arguments[self.PREFIX]}_{UNCOMPRESSED}"
-            return self.method(*bound.args, **bound.kwargs)
-        prefix = f"{kwargs.get(self.PREFIX, 'eval')}_{UNCOMPRESSED}"
-        if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-            return self.method(*args, **{**kwargs, self.PREFIX: prefix})
-        return {f"{UNCOMPRESSED}_{key}": value for key, value in self.method(*args, **kwargs).items()}
+def _refuse_per_sample(config: ActCompressConfig) -> None:
+    """A codec that remembers samples would stop in the first step: a Trainer does not say which ones a batch holds."""
+    for option, codec, _ in config.all_codecs():
+        if codec.traits.per_sample:
+            raise ValueError(
+                f"{option}={str(codec)!r} has to know which samples a batch holds, and transformers.Trainer does not "
+                "hand that on. Choose another codec, or train in a loop of your own: with compress_model, run each "
+                "forward pass within hf_actcompress.codecs.sample_ids(ids); hf_actcompress.pipeline does it by itself."
+            )
 
 
 def _epoch(state: TrainerState) -> int:
@@ -339,36 +263,3 @@ def _epoch(state: TrainerState) -> int:
 
 def _state_file() -> str:
     return f"actcompress_state_rank{os.environ.get('RANK', 0)}.safetensors"
-
-
-# A Trainer hands its callbacks neither itself nor the folder that it resumes from, and neither can be had otherwise:
-# the frames that called the event have both.
-def _callers() -> Iterator[dict[str, Any]]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame.f_locals
-        frame = frame.f_back
-
-
-def go_first(callback: Any) -> Any:
-    """Move a callback before those that report, so that they see what its `on_log` adds; the Trainer, or None.
-
-    To be called within one of the callback's own events.
-    """
-    for values in _callers():
-        trainer = values.get("self")
-        if hasattr(trainer, "callback_handler"):
-            handler = trainer.callback_handler
-            # A new list: the handler is iterating over the old one.
-            handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
-            return trainer
-    return None
-
-
-def resumed_from(args: Any, state: Any) -> Path:
-    """The checkpoint folder that the calling run was resumed from."""
-    for values in _callers():
-        folder = values.get("resume_from_checkpoint")
-        if isinstance(folder, (str, os.PathLike)):
-            return Path(folder)
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

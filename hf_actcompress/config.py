@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,9 +180,20 @@ class ActCompressConfig:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
             self.saved = str(self.saved_auto or self.saved_codec())
+        if self.blocks is not None:
+            blocks = [self.blocks] if isinstance(self.blocks, str) else self.blocks
+            named = isinstance(blocks, (list, tuple)) and all(isinstance(b, str) and b.strip() for b in blocks)
+            if not named or not blocks:
+                raise ValueError(
+                    f"blocks={self.blocks!r} is not a list of module paths or globs, such as ['encoder.layer.*']. "
+                    "Leave it out to have the blocks found."
+                )
+            self.blocks = list(blocks)
         if self.layers is not None:
             layers = _mapping(self.layers, "layers", "glob to codec: {'blocks.*': 'sort:bits=8'}")
             for pattern, value in layers.items():
+                if not isinstance(pattern, str):
+                    raise ValueError(f"layers: the key {pattern!r} is not the name of a layer, or a glob.")
                 self.codecs_of(value, f"layers[{pattern!r}]")
             self.layers = {pattern: _plain(value) for pattern, value in layers.items()}
         if self.schedule is not None:
@@ -262,6 +272,13 @@ class ActCompressConfig:
         begun = [e for e in (self.schedule or {}) if e <= epoch]
         return self.codecs_of(self.schedule[max(begun)] if begun else None)  # type: ignore[index]
 
+    def all_codecs(self) -> Iterator[tuple[str, Codec, Codec]]:
+        """(option, codec, grad_codec) of everything that boundaries will ever use, but for what auto chooses."""
+        if self.boundaries:
+            yield from self.all_scheduled()
+        for pattern, value in (self.layers or {}).items():
+            yield f"layers[{pattern!r}]", *self.codecs_of(value)
+
     def all_scheduled(self) -> Iterator[tuple[str, Codec, Codec]]:
         """(option, codec, grad_codec) of the start and of every entry of the schedule."""
         yield "codec", *self.codecs_of()
@@ -272,15 +289,24 @@ class ActCompressConfig:
     @classmethod
     def of(cls, config: "ActCompressConfig | str | dict | Codec | None") -> "ActCompressConfig":
         """A configuration as it is, or one of boundaries from a codec."""
-        return config if isinstance(config, ActCompressConfig) else cls(codec=config or DEFAULT_CODEC)
+        if isinstance(config, ActCompressConfig):
+            return config
+        if isinstance(config, dict) and "name" not in config:
+            raise ValueError(
+                f"{config!r} is no codec as a dict, which has a 'name'. If it is a configuration, give "
+                "ActCompressConfig.from_dict(...)."
+            )
+        return cls(codec=DEFAULT_CODEC if config is None else config)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ActCompressConfig":
+        if not isinstance(values, dict):
+            raise ValueError(f"A configuration is a dict such as {{'codec': 'block', 'first': 2}}; got {values!r}.")
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"Unknown configuration entries {unknown}; known are: {', '.join(known)}.")
         return cls(**values)
@@ -299,13 +325,8 @@ class ActCompressConfig:
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"There is no {CONFIG_NAME} at {path}. Write one with config.save_pretrained(folder).")
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}). Write it with config.save_pretrained(folder).") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, where a mapping of option to value is needed.")
-        return cls.from_dict(values)
+        remedy = "Write it with config.save_pretrained(folder)."
+        return cls.from_dict(json_mapping(path.read_text(), str(path), remedy))
 
 
 def _spec(value: Any, where: str, site: str = "boundary") -> Codec:
@@ -321,6 +342,19 @@ def _spec(value: Any, where: str, site: str = "boundary") -> Codec:
     if site in codec.traits.unfit:
         raise ValueError(f"{where}={str(codec)!r}: {codec.traits.unfit[site]}")
     return codec
+
+
+def json_mapping(text: str, where: str, remedy: str = "") -> dict[str, Any]:
+    """The mapping that a JSON text holds.  Raises ValueError, which begins with `where` and ends with `remedy`."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error}). {remedy}".rstrip()) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{where} holds a {type(values).__name__}, where a mapping of name to value is needed. {remedy}".rstrip()
+        )
+    return values
 
 
 def _mapping(value: Any, name: str, what: str) -> dict[Any, Any]:
@@ -339,53 +373,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
-
-
-# -- the command line ------------------------------------------------------------------------------------------------
-def option_of(name: str) -> str | None:
-    """The command-line option of a field, without its dashes; None for a field that has none."""
-    return {f.name: f.metadata.get("option", f.name) for f in fields(ActCompressConfig)}[name]
-
-
-def help_of(name: str) -> str:
-    """What the field `name` means."""
-    return {f.name: f.metadata["help"] for f in fields(ActCompressConfig)}[name]
-
-
-def _as_typed(text: str) -> str:
-    """An error's text with options as they stand on a command line: `--first` for `first=`."""
-    names = {f.name: option_of(f.name) for f in fields(ActCompressConfig) if option_of(f.name)}
-    either = "|".join(names)
-    text = re.sub(rf"^({either})(?=[:\[])", lambda m: f"--{names[m[1]]}", text)
-    return re.sub(rf"(?<![\w:,'-])({either})=(?=(\S?))", lambda m: f"--{names[m[1]]}" + " " * (m[2] != ""), text)
-
-
-def _to_config(self: Any, default: str | None = None) -> ActCompressConfig | None:
-    """The configuration, or None for `--codec none` without `--saved`.
-
-    default: the codec where neither `--codec` nor `--saved` is given.
-    Raises ValueError, which names options as they are typed.
-    """
-    values = {f.name: getattr(self, option) for f in fields(ActCompressConfig) if (option := option_of(f.name))}
-    codec = values["codec"].strip().lower() if isinstance(values["codec"], str) else values["codec"]
-    if codec == "none":
-        values["codec"] = None
-        if values["saved"] is None:
-            return None
-    elif codec is None and values["saved"] is None:
-        values["codec"] = default
-    try:
-        return ActCompressConfig(**values)
-    except ValueError as error:
-        raise ValueError(_as_typed(str(error))) from None
-
-
-# For HfArgumentParser.  The same fields, under names that do not meet those of TrainingArguments (`seed`).
-CompressionArguments = make_dataclass(
-    "CompressionArguments",
-    [(f.metadata.get("option", f.name), f.type, field(default=f.default, metadata={"help": f.metadata["help"]}))
-     for f in fields(ActCompressConfig) if f.metadata.get("option", f.name)],
-    namespace={"__doc__": "Command-line options, made from the fields of ActCompressConfig.", "__module__": __name__,
-               "to_config": _to_config},
-)  # fmt: skip
-CompressionArguments.__module__ = __name__

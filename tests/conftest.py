@@ -1,5 +1,8 @@
 """Settings for the whole suite: one thread (machines are shared) and reproducible property tests."""
 
+import gc
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -8,3 +11,10 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_is_no_garbage():
+    """A Trainer collects garbage, which takes half a second where it goes through all that has been imported."""
+    gc.collect()
+    gc.freeze()

@@ -10,7 +10,7 @@ import transformers
 from helpers import TEXT_MODELS, batch_of, boundaries_on, build, hooks_on, logits_of, points, stack, train_steps
 from torch import nn
 
-from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress import ActCompressConfig, compress_model, find_layers, remove_compression
 from hf_actcompress.attach import unwrap
 
 COARSE = "uniform:bits=1"
@@ -170,7 +170,9 @@ def test_ranks_draw_different_noise(monkeypatch):
 @pytest.mark.parametrize(("options", "message"), [
     ({"first": 5}, r"first=5 is out of range: the model has 5 layers, so choose first from 0 to 4"),
     ({"last": 9}, r"last=9 is out of range: the model has 5 layers, so choose last from 0 to 4"),
-    ({"layers": {"encoder.layr.*": COARSE}}, r"'encoder\.layr\.\*' matches no layer.*: bert\.encoder\.layer\.0"),
+    ({"layers": {"encoder.layr.*": COARSE}}, r"^layers\['encoder\.layr\.\*'\] matches no layer.*: bert\.encoder\.l"),
+    ({"blocks": ["encoder.layr.*"]}, r"^blocks='encoder\.layr\.\*' matches no module; did you mean bert\.enc"),
+    ({"blocks": ["bert.encoder.layer.0", "bert.encoder.layer.0.output"]}, r"^blocks: 'bert.*' lies inside"),
     ({"stack": "decoder"}, r"stack='decoder' is not there"),
 ])  # fmt: skip
 def test_places_that_do_not_exist(options, message):
@@ -178,6 +180,16 @@ def test_places_that_do_not_exist(options, message):
     with pytest.raises(ValueError, match=message):
         compress_model(model, config(**options))
     assert not hooks_on(model)
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (3, "A model is a torch.nn.Module, .* got a value of type int"), (None, "got a value of type NoneType"),
+    (nn.Linear, "got the class Linear"),
+])  # fmt: skip
+def test_what_is_no_model(model, message):
+    for call in (compress_model, remove_compression, find_layers):
+        with pytest.raises(ValueError, match=message):
+            call(model)
 
 
 def test_a_model_without_layers():

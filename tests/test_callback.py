@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_the_trainer_does_what_a_plain_loop_does(tmp_path):
             optimizer.zero_grad()
     assert len(batches) == STEPS
     assert same(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("options", [
+    {"codec": "delta+block:bits=2"}, {"codec": "block", "layers": {"*.1": "delta+block:bits=2"}},
+    {"codec": "block", "schedule": {3: "delta+block:bits=2"}},
+])  # fmt: skip
+def test_a_codec_that_needs_sample_ids_is_refused_before_training(options):
+    name = re.escape({"layers": "layers['*.1']", "schedule": "schedule[3]"}.get(list(options)[-1], "codec"))
+    with pytest.raises(ValueError, match=rf"^{name}='delta\+block:bits=2' has to know .*Trainer.*sample_ids\(ids\)"):
+        callback(**options)
+    callback("block", grad_codec="delta+block:bits=2")  # gradients are compressed by the inner codec
 
 
 def test_the_callback_may_be_a_class_or_be_added_later(tmp_path):

@@ -76,7 +76,15 @@ def test_which_codec_serves_which_direction(grad_codec, value, expected):
     ({"codec": "block:bit=4"}, r"codec: block has no option 'bit'.*Did you mean 'bits'\?"),
     ({"codec": ""}, r"codec: A codec is a spec such as 'block:bits=4'"),
     ({"codec": 4}, r"codec: A codec is a spec such as 'block:bits=4'.*got 4"),
-    ({"grad_codec": "none"}, r"grad_codec: Unknown codec 'none'"),
+    ({"grad_codec": "none"}, r"grad_codec: There is no codec 'none': write identity .* leave the option"),
+    ({"codec": " None"}, r"codec: There is no codec 'None': write identity for tensors that stay"),
+    ({"saved": "none"}, r"saved: There is no codec 'none'"),
+    ({"layers": {"a": "auto:ratio=8"}}, r"layers\['a'\]: There is no codec 'auto': codec='auto:ratio=8' and"),
+    ({"layers": {3: "block"}}, r"layers: the key 3 is not the name of a layer, or a glob"),
+    ({"blocks": [3]}, r"blocks=\[3\] is not a list of module paths or globs, such as \['encoder"),
+    ({"blocks": []}, r"blocks=\[\] is not a list of module paths .* Leave it out to have the blocks found"),
+    ({"blocks": {"a": 1}}, r"blocks=\{'a': 1\} is not a list"),
+    ({"blocks": [" "]}, r"blocks=\[' '\] is not a list"),
     ({"first": -1}, r"first=-1 is not a whole number of 0 or more"),
     ({"first": "1"}, r"first='1' is not a whole number of 0 or more"),
     ({"last": 1.5}, r"last=1\.5 is not a whole number"),
@@ -161,6 +169,16 @@ def test_a_file_that_is_not_a_configuration(tmp_path):
 def test_unknown_entries_are_refused():
     with pytest.raises(ValueError, match=r"Unknown configuration entries \['codecs'\]; known are: codec, grad_"):
         ActCompressConfig.from_dict({"codecs": "block"})
+    for values in ([1], [[1]], None, 3, "block"):
+        with pytest.raises(ValueError, match=r"A configuration is a dict such as \{'codec': .*; got "):
+            ActCompressConfig.from_dict(values)
+
+
+def test_an_empty_codec_is_not_the_default():
+    for codec, message in (("", "A codec is a spec"), (0, "A codec is a spec"), ({}, "ActCompressConfig.from_dict")):
+        with pytest.raises(ValueError, match=message):
+            ActCompressConfig.of(codec)
+    assert ActCompressConfig.of(None) == ActCompressConfig("block:bits=4")
 
 
 def test_a_folder_without_a_configuration(tmp_path):
@@ -204,6 +222,7 @@ def test_options_are_made_from_the_fields():
     (("--codec_seed", "-1"), "--codec_seed -1 is not a whole number"),
     (("--codec", "blok"), "--codec: Unknown codec 'blok'"),
     (("--layers", '{"a": "blok"}'), r"--layers\['a'\]: Unknown codec"),
+    (("--grad_codec", "none"), r"--grad_codec: There is no codec 'none'"),
     (("--saved", "block", "--first", "2"), "--first 2 belongs to layer boundaries, and with --saved 'block'"),
     (("--codec", "auto:ratio=8", "--schedule", '{"1": "block"}'), "--codec 'auto:ratio=8' decides.*leave --schedule"),
 ])  # fmt: skip

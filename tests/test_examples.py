@@ -224,7 +224,7 @@ def test_every_form_of_arguments_has_the_scripts_defaults(parse, tmp_path, form)
 
 @pytest.mark.parametrize(("text", "message"), [
     ('{"codek": "sort"}', "codek"),
-    ("[1]", r"holds a list, where a mapping of argument to value is needed"),
+    ("[1]", r"holds a list, where a mapping of name to value is needed"),
     ('{"codec": }', r"is not JSON"),
 ])  # fmt: skip
 def test_argument_files_that_cannot_be_used(parse, tmp_path, text, message):

@@ -68,6 +68,7 @@ class Traits:
     per_sample: it remembers samples.  Both sides of a link keep a state, which has to be told the samples of a batch
         (`state.plan(ids, shape)`, then `state.current`).
     keeps_tensors: its state holds whole tensors, so copies of it are large.
+    rotates: groups of values are rotated before they are coded, for the least error at the same bits.
     bits: bits of a code; None where a value has no fixed number of them.
     unfit: {site: why} for the sites where it cannot be used.
     """
@@ -76,6 +77,7 @@ class Traits:
     stochastic: bool = False
     per_sample: bool = False
     keeps_tensors: bool = False
+    rotates: bool = False
     bits: int | None = None
     unfit: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,7 +138,7 @@ class Codec:
         Where NaN or Inf is in `x`, NaN is decoded: of its group, or of the whole tensor for codecs whose scale belongs
         to all of it.  The state stays usable.  Nothing waits for the device.
         nonfinite: int64 [1] on the device of `x`, to which the number of such groups or tensors is added.
-        Raises ValueError for a tensor that is not floating point.
+        Raises ValueError for what is not a dense floating point tensor.
         """
         self._accepts(x)
         if x.numel() == 0:
@@ -236,9 +238,10 @@ class Codec:
         return ValueError(f"{self}: {what}. The payload is damaged, or that of another codec.")
 
     def _accepts(self, x: Tensor) -> None:
-        if x.dtype not in FLOAT_DTYPES:
+        if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES or x.layout != torch.strided:
+            got = f"tensor of dtype {x.dtype} and layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"{self} got a tensor of dtype {x.dtype}; codecs compress floating point tensors "
+                f"{self} got a {got}; codecs compress dense floating point tensors "
                 f"({', '.join(str(d).removeprefix('torch.') for d in FLOAT_DTYPES)}). Leave integer and bool "
                 "tensors alone, or convert with .float() first."
             )

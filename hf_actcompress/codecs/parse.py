@@ -37,14 +37,21 @@ def parse_codec(spec: str | dict[str, Any] | Codec) -> Codec:
     if not isinstance(spec, str) or not spec.strip():
         raise ValueError(f"A codec is a spec such as 'block:bits=4', a dict or a Codec; got {spec!r}.")
     text = spec.strip()
-    if text.startswith("ef+"):
-        return Feedback(parse_codec(text[3:]))
+    if found := re.match(r"ef\s*\+", text):
+        return Feedback(parse_codec(_present(text[found.end() :], "after ef+, as in ef+block:bits=4", spec)))
     if re.match(r"delta\s*([:+]|$)", text):
         return _delta(text)
     if "|" in text:
-        first, rest = text.split("|", 1)
-        return Chain(parse_codec(first), parse_codec(rest))
+        parts = [_present(part, "on each side of |, as in topk:ratio=0.1|uniform:bits=8", spec)
+                 for part in text.split("|", 1)]  # fmt: skip
+        return Chain(*map(parse_codec, parts))
     return _build(*split_spec(text), spec)
+
+
+def _present(part: str, where: str, spec: str) -> str:
+    if not part.strip():
+        raise ValueError(f"'{spec}': a codec is missing; there has to be one {where}.")
+    return part
 
 
 def _build(name: str, options: dict[str, Any], spec: str) -> Codec:

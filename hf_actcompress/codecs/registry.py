@@ -18,8 +18,15 @@ from .base import Codec
 from .spec import did_you_mean
 
 ENTRY_POINTS = "hf_actcompress.codecs"
-# Words that mean something else where a codec is named.
-RESERVED = ("auto", "chain", "codec", "delta", "ef", "none")
+# Words that mean something else where a codec is named, and what to write there.
+RESERVED = {
+    "auto": "codec='auto:ratio=8' and saved='auto:budget=0.15' choose codecs; nothing else takes auto",
+    "chain": "write a|b, such as topk:ratio=0.1|uniform:bits=8",
+    "codec": "write the name of one, such as block:bits=4",
+    "delta": "write delta+ before the codec of the changes, such as delta+block:bits=4",
+    "ef": "write ef+ before a codec, such as ef+block:bits=4",
+    "none": "write identity for tensors that stay as they are, or leave the option out",
+}
 CODECS: dict[str, type[Codec]] = {}
 C = TypeVar("C", bound=type[Codec])
 
@@ -70,6 +77,8 @@ def codec_names() -> list[str]:
 
 def codec_class(name: str, spec: str) -> type[Codec]:
     """The class of that name.  Raises ValueError with the names that exist, and if its package cannot be imported."""
+    if (word := name.lower()) in RESERVED:
+        raise ValueError(f"There is no codec '{name}': {RESERVED[word]}.")
     if name not in CODECS:
         for point in _entry_points():
             if point.name == name:

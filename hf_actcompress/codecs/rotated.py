@@ -8,6 +8,8 @@ kernels, so that they have the same bits whether anything else is compiled or no
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from ..ops.ranges import feature_scales
 from ..ops.rotation import butterflies_restored, equalized, levels_decode, levels_encode, restored
 from ..ops.rows import Part, apply, blocks, parts
 from ..ops.scales import ceil16
-from .base import Codec, CodecState, Payload, check_int
+from .base import Codec, CodecState, Payload, Traits, check_int
 from .registry import register_codec
 from .transforms import prototypes
 from .transforms.allocation import Regions, allocate
@@ -64,6 +66,10 @@ class Rotated(Codec):
         if self.group.bit_count() != 1:
             raise ValueError(f"{self.name}: group={self.group} is not a power of two. Use for example group=128.")
         check_int(self.name, "prototypes", self.prototypes, 0, prototypes.MOST)
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        return dataclasses.replace(super().traits, rotates=True)
 
     # -- levels: what another codec of rotated groups does otherwise (trellis) -----------------------------------
     def _distortion(self, bits: int) -> float:

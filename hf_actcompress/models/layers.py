@@ -47,21 +47,23 @@ class Layer:
     output: str = ""  # type name of the output: "Tensor", "tuple", "BaseModelOutput"...
 
 
-def find_layers(model: nn.Module, example_inputs: Any = None, names: Sequence[str] | None = None) -> list[Layer]:
+def find_layers(model: nn.Module, example_inputs: Any = None, names: Sequence[str] | None = None, *,
+                option: str = "names") -> list[Layer]:
     """The layers of `model`, in the order of one traced forward (eval mode, no gradients, nothing left behind).
 
     `names` gives the blocks as module paths or globs, in which `*` stays within one path component ("blocks.*.*",
     "inception*"); stem and head are found around them. Otherwise the blocks are transformers' instances of
     GradientCheckpointingLayer, or else they are found by structure. `example_inputs` (a mapping of keyword arguments,
     a tuple of arguments or one tensor) is traced in place of a synthesised input. If no forward succeeds, the order of
-    `names` or of registration stands in and a warning is logged.
+    `names` or of registration stands in and a warning is logged.  `option` is what error messages call `names`.
 
     Raises ValueError where no blocks are found, where a name matches no module, and where names overlap.
     """
+    check_model(model)
     modules = dict(model.named_modules())
     by_structure = False
     if names:
-        candidates = _named(modules, [names] if isinstance(names, str) else names)
+        candidates = _named(modules, [names] if isinstance(names, str) else names, option)
     else:
         candidates = _innermost([path for path, module in modules.items() if _is_checkpointing_layer(module)])
         if not candidates:
@@ -132,8 +134,15 @@ def match_layers(layers: Sequence[Layer], pattern: str) -> list[Layer]:
     """
     found = [layer for layer in layers if any(fnmatch.fnmatchcase(s, pattern) for s in _suffixes(layer.name))]
     if not found:
-        raise ValueError(f"the pattern {pattern!r} matches no layer; {_listing(pattern, [e.name for e in layers])}")
+        raise ValueError(f"layers[{pattern!r}] matches no layer; {_listing(pattern, [e.name for e in layers])}")
     return found
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is no module."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a value of type {type(model).__name__}"
+        raise ValueError(f"A model is a torch.nn.Module, of transformers, timm or your own; got {kind}.")
 
 
 
@@ -150,19 +159,21 @@ def _has_own_parameters(module: nn.Module) -> bool:
     return any(p is not None for p in module._parameters.values())
 
 
-def _named(modules: dict[str, nn.Module], names: Sequence[str]) -> list[str]:
+def _named(modules: dict[str, nn.Module], names: Sequence[str], option: str) -> list[str]:
     found: list[str] = []
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{option}={names!r} is not a list of module paths or globs, such as 'encoder.layer.*'.")
         pattern = name.split(".")
         hits = [path for path in modules if path and path.count(".") == name.count(".")
                 and all(map(fnmatch.fnmatchcase, path.split("."), pattern))]
         if not hits:
-            raise ValueError(f"names: {name!r} matches no module; {_listing(name, list(modules)[1:])}")
+            raise ValueError(f"{option}={name!r} matches no module; {_listing(name, list(modules)[1:])}")
         found += [path for path in hits if path not in found]
     for inner in found:
         outer = next((path for path in found if inside(inner, path)), None)
         if outer is not None:
-            raise ValueError(f"names: {inner!r} lies inside {outer!r}; name one of the two")
+            raise ValueError(f"{option}: {inner!r} lies inside {outer!r}; name one of the two")
     return found
 
 

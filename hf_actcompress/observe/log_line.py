@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..codecs import Codec
 from .meter import Meter
 
 
@@ -50,9 +51,9 @@ class LogLine:
             result |= self._of_saved(self._since_last("saved"))
         return result
 
-    def codecs(self) -> dict[tuple[str, str], str]:
-        """The spec in use by (boundary, direction)."""
-        return {(name, direction): str(channel.codec) for name in self.handle.boundaries
+    def codecs(self) -> dict[tuple[str, str], Codec]:
+        """The codec in use by (boundary, direction)."""
+        return {(name, direction): channel.codec for name in self.handle.boundaries
                 for direction, channel in self.handle.channels(name)}  # fmt: skip
 
     def _since_last(self, name: str) -> Meter:

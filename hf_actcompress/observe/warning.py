@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..codecs import Codec
 
 # Of the relative error at the worst boundary and direction.  Of 98 runs on three tasks 29 are above it; among them are
 # 17 of the 22 runs that lost a tenth of what the model had learnt (benchmarks/warning_hits.py).
 WARN_ERROR = 0.25
 
 
-def warning_of(metrics: Mapping[str, float], limit: float, codecs: Mapping[tuple[str, str], str]) -> str | None:
+def warning_of(metrics: Mapping[str, float], limit: float, codecs: Mapping[tuple[str, str], Codec]) -> str | None:
     """The text of the warning, or None where the errors are small or were not measured.
 
     metrics: a log line's `compress/<boundary>/<direction>_error`.
     limit: for the largest of them; 0 never warns.
-    codecs: the spec in use by (boundary, direction).
+    codecs: the codec in use by (boundary, direction).
     """
     errors = {place: metrics[key] for place in codecs if (key := f"compress/{place[0]}/{place[1]}_error") in metrics}
     place = max(errors, key=errors.__getitem__, default=None)
@@ -29,13 +32,13 @@ def warning_of(metrics: Mapping[str, float], limit: float, codecs: Mapping[tuple
     )
 
 
-def _remedy(codec: str, direction: str) -> str:
-    found = re.search(r"bits=(\d+)", codec)
+def _remedy(codec: Codec, direction: str) -> str:
+    bits = codec.traits.bits
     option = "codec" if direction == "forward" else "grad_codec"
-    if found is None:
+    if bits is None:
         more = f"Use {option}='rotated:bits=4'"
-    elif codec.startswith(("rotated", "trellis")) or direction == "backward":
-        more = f"Use more bits, {option}='block:bits={max(4, 2 * int(found[1]))}'"
+    elif codec.traits.rotates or direction == "backward":
+        more = f"Use more bits, {option}='block:bits={min(max(4, 2 * bits), 16)}'"
     else:
-        more = f"Use {option}='rotated:bits={found[1]}' at the same bytes, or more bits"
+        more = f"Use {option}='rotated:bits={min(bits, 8)}' at the same bits, or more bits"
     return f"{more}; or codec='auto:ratio=8', which gives each boundary what it needs."

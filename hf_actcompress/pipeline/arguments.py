@@ -38,7 +38,7 @@ class PipelineArguments:
         default="block:bits=4", metadata={"help": "Codec of the activations, e.g. delta+block:bits=2; or 'none'."}
     )
     grad_codec: str | None = field(
-        default=None, metadata={"help": "Codec of the gradients; default: the same (with delta+a, a)."}
+        default=None, metadata={"help": "Codec of the gradients, or 'none'; default: the same (with delta+a, a)."}
     )
     timeout: float = field(default=300.0, metadata={"help": "Seconds that a rank waits for another one."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Epochs."})

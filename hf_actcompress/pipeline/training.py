@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleZBVZeroBubble
 from torch.nn import functional as F
 
-from ..codecs import Identity, parse_codec
+from ..codecs import parse_codec
 from . import checkpoints
 from .arguments import PipelineArguments
 from .batch_metadata import BatchLink
@@ -76,8 +76,10 @@ class PipelineTrainer:
         self.cuts = [sum(bounds[: k + 1]) - 1 for k in range(count - 1)]
         self.modules = {k: modules[k].to(self.device).train() for k in self.own}
         self.all_modules = modules
-        codec = Identity() if args.codec == "none" else parse_codec(args.codec)
-        grad_codec = None if args.grad_codec is None else parse_codec(args.grad_codec)
+        codec, grad_codec = (
+            spec if spec is None else parse_codec("identity" if spec == "none" else spec)
+            for spec in (args.codec, args.grad_codec)
+        )
         agree = {name: getattr(args, name) for name in ("topology", "schedule", "micro_batches", "bf16")}
         self.stages = [
             CompressedPipelineStage(

@@ -35,7 +35,7 @@ def study(
     called.  Raises ValueError if no codec fits all layers.
     """
     example = {key: value for key, value in batches[0].items() if key != "labels"}
-    layers = find_layers(model, example, blocks)
+    layers = find_layers(model, example, blocks, option="blocks")
     config = ActCompressConfig("identity", first=len(layers) - 1, last=0, blocks=blocks, seed=seed)
     with compress_model(model, config, example_inputs=example) as handle:
         fits, left_out = _fitting(handle, codecs)

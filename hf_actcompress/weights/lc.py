@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..callback import go_first, resumed_from, save_with_checkpoints
+from ..observe.trainer import go_first, resumed_from, save_with_checkpoints
 from .learning import LearningCompression
 from .scheme import Scheme, parse_scheme
 

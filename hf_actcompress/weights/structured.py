@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..callback import go_first, save_with_checkpoints
+from ..observe.trainer import go_first, save_with_checkpoints
 from .files import INSTALL
 from .manifest import write_shapes
 

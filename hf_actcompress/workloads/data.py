@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_actcompress.workloads import embedded
+from hf_actcompress.workloads.columns import encode_labels, find_image_column, find_label_column, find_text_columns
 from hf_actcompress.workloads.hub import cached_only_when_offline
 
 if TYPE_CHECKING:
@@ -22,19 +23,6 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "dev", "test")
 HELD_OUT = 0.1
-LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
-# The text columns of the GLUE tasks, as in transformers' run_glue.py.
-GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
-    "cola": ("sentence",),
-    "mnli": ("premise", "hypothesis"),
-    "mrpc": ("sentence1", "sentence2"),
-    "qnli": ("question", "sentence"),
-    "qqp": ("question1", "question2"),
-    "rte": ("sentence1", "sentence2"),
-    "sst2": ("sentence",),
-    "stsb": ("sentence1", "sentence2"),
-    "wnli": ("sentence1", "sentence2"),
-}
 # Data whose meaning a mirror image changes: a mirrored 2 is no digit.
 _UNFLIPPABLE = ("digit", "mnist", "svhn", "letter", "char")
 
@@ -99,12 +87,10 @@ def load_text(
     Raises:
         ValueError: if the data cannot be found or reached, or if its columns are not understood.
     """
-    splits, name, source = _load(name_or_path, task, embedded.docstrings, "docstrings")
-    splits, source = _two_splits(splits, source, seed)
-    label = _find_label_column(splits["train"], label_column)
-    texts = _find_text_columns(splits["train"], name, label, text_columns)
-    splits, names = _encode_labels(splits, label)
-    train, evaluation = _subsample(splits, max_train, max_eval, seed)
+    splits, name, source = _load(name_or_path, task, embedded.docstrings, "docstrings", seed)
+    label = find_label_column(splits["train"], label_column)
+    texts = find_text_columns(splits["train"], name, label, text_columns)
+    train, evaluation, names = _prepare(splits, label, max_train, max_eval, seed)
     return TaskData(train, evaluation, name, label, names, text_columns=texts, source=source)
 
 
@@ -130,32 +116,27 @@ def load_images(
     Raises:
         ValueError: if the data cannot be found or reached, or if its columns are not understood.
     """
-    import datasets
-
-    splits, name, source = _load(name_or_path, task, embedded.digits, "digits")
-    splits, source = _two_splits(splits, source, seed)
-    train = splits["train"]
-    label = _find_label_column(train, label_column)
-    images = [column for column, kind in train.features.items() if isinstance(kind, datasets.Image)]
-    if image_column is not None:
-        _check_known(train, [image_column], "image_column")
-    elif len(images) == 1:
-        image_column = images[0]
-    else:
-        raise ValueError(
-            f"{name!r} has {len(images)} image columns among {train.column_names}; one is needed: "
-            "name it with image_column=, or use load_text for a text task."
-        )
-    splits, names = _encode_labels(splits, label)
+    splits, name, source = _load(name_or_path, task, embedded.digits, "digits", seed)
+    label = find_label_column(splits["train"], label_column)
+    image = find_image_column(splits["train"], name, image_column)
+    train, evaluation, names = _prepare(splits, label, max_train, max_eval, seed)
     if not names:
         raise ValueError(f"The label column {label!r} of {name!r} holds real numbers; load_images needs classes.")
-    train, evaluation = _subsample(splits, max_train, max_eval, seed)
     flip = not any(word in name.lower() for word in _UNFLIPPABLE)
-    return TaskData(train, evaluation, name, label, names, image_column=image_column, flip=flip, source=source)
+    return TaskData(train, evaluation, name, label, names, image_column=image, flip=flip, source=source)
 
 
-def _load(name: str, task: str | None, embedded_set: Any, embedded_task: str) -> tuple[Any, str, str]:
-    """The splits, the task's name and the source in words."""
+def _load(
+    name: str, task: str | None, embedded_set: Any, embedded_task: str, seed: int
+) -> tuple[dict[str, Any], str, str]:
+    """The splits "train" and "eval", the task's name and the source in words."""
+    splits, found, source = _find(name, task, embedded_set, embedded_task)
+    splits, source = _two_splits(splits, source, seed)
+    return splits, found, source
+
+
+def _find(name: str, task: str | None, embedded_set: Any, embedded_task: str) -> tuple[Any, str, str]:
+    """All splits, the task's name and the source in words."""
     import datasets
 
     if name == EMBEDDED:
@@ -232,7 +213,11 @@ def _two_splits(splits: Any, source: str, seed: int) -> tuple[dict[str, Any], st
     return {"train": parts["train"], "eval": parts["test"]}, f"{source} (train, a tenth of it held out)"
 
 
-def _subsample(splits: dict[str, Any], max_train: int | None, max_eval: int | None, seed: int) -> tuple[Any, Any]:
+def _prepare(
+    splits: dict[str, Any], label: str, max_train: int | None, max_eval: int | None, seed: int
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """(train, eval, classes) with the label column as classes, cut to so many rows."""
+    splits, names = encode_labels(splits, label)
     kept = []
     for argument, limit, split in (("max_train", max_train, splits["train"]), ("max_eval", max_eval, splits["eval"])):
         if limit is not None and limit < 1:
@@ -240,7 +225,7 @@ def _subsample(splits: dict[str, Any], max_train: int | None, max_eval: int | No
         if limit is not None and limit < len(split):
             split = split.shuffle(seed=seed).select(range(limit))
         kept.append(split)
-    return kept[0], kept[1]
+    return kept[0], kept[1], names
 
 
 def tokenize_splits(
@@ -262,73 +247,3 @@ def tokenize_splits(
         return split.map(tokenize, batched=True, remove_columns=drop, desc="tokenizing")
 
     return prepare(data.train), prepare(data.eval)
-
-
-# Columns: which holds the label, which the texts
-
-
-def _check_known(dataset: Any, columns: Sequence[str], argument: str) -> None:
-    unknown = [column for column in columns if column not in dataset.column_names]
-    if unknown:
-        raise ValueError(f"{argument} names unknown columns {unknown}; the data set has {dataset.column_names}.")
-
-
-def _find_label_column(dataset: Any, wanted: str | None) -> str:
-    import datasets
-
-    if wanted is not None:
-        _check_known(dataset, [wanted], "label_column")
-        return wanted
-    for name in LABEL_COLUMNS:
-        if name in dataset.column_names:
-            return name
-    classes = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
-    if len(classes) == 1:
-        return classes[0]
-    raise ValueError(
-        f"No label column among {dataset.column_names}: one of {list(LABEL_COLUMNS)} or a single ClassLabel column "
-        "is needed; name yours with label_column=."
-    )
-
-
-def _find_text_columns(dataset: Any, task: str, label: str, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    if wanted is not None:
-        if not 1 <= len(wanted) <= 2:
-            raise ValueError(f"text_columns={list(wanted)}: a tokenizer takes one text or a pair of texts.")
-        _check_known(dataset, wanted, "text_columns")
-        return tuple(wanted)
-    known = [columns for columns in (GLUE_COLUMNS.get(task), *GLUE_COLUMNS.values()) if columns]
-    # Pairs before single columns: qnli's (question, sentence) must not be read as (sentence,).
-    for columns in [*known[: task in GLUE_COLUMNS], *sorted(known, key=len, reverse=True)]:
-        if all(column in dataset.column_names for column in columns):
-            return columns
-    strings = [
-        name for name, kind in dataset.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")
-    ]
-    strings = [name for name in strings if name != label]
-    if len(strings) in (1, 2):
-        return tuple(strings)
-    raise ValueError(
-        f"{task!r} has {len(strings)} text columns ({strings}) among {dataset.column_names}; one or two are needed: "
-        "name them with text_columns=, or use load_images for images."
-    )
-
-
-def _encode_labels(splits: dict[str, Any], label: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Makes the label column a ClassLabel with the same classes in both splits; leaves a regression alone."""
-    import datasets
-
-    kind = splits["train"].features[label]
-    if isinstance(kind, datasets.ClassLabel):
-        return splits, tuple(kind.names)
-    if getattr(kind, "dtype", "").startswith("float"):
-        return splits, ()
-    values = sorted(set(splits["train"][label]) | set(splits["eval"][label]))
-    index = {value: position for position, value in enumerate(values)}
-    names = [str(value) for value in values]
-    encoded = {}
-    for name, split in splits.items():
-        column = [index[value] for value in split[label]]
-        split = split.remove_columns(label).add_column(label, column)
-        encoded[name] = split.cast_column(label, datasets.ClassLabel(names=names))
-    return encoded, tuple(names)

@@ -8,11 +8,12 @@ nothing on disk. This module knows no model and no Trainer.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,7 @@ def docstrings() -> datasets.DatasetDict:
     import datasets
 
     wanted = TRAIN_PER_CLASS + VALIDATION_PER_CLASS
-    pools: dict[str, list[str]] = {}
+    pools: dict[str, Sequence[str]] = {}
     found: dict[str, int] = {}
     for library in LIBRARIES:
         sentences = _library_sentences(library)
@@ -134,7 +135,8 @@ def docstrings() -> datasets.DatasetDict:
     return datasets.DatasetDict(splits)
 
 
-def _library_sentences(library: str) -> list[str]:
+@functools.cache  # some seconds for all libraries
+def _library_sentences(library: str) -> tuple[str, ...]:
     """The clean sentences of one library, each once, in an order that only its files decide."""
     seen: dict[str, str] = {}
     read = 0
@@ -146,7 +148,7 @@ def _library_sentences(library: str) -> list[str]:
         for text in _documentation(source):
             for sentence in clean_sentences(text):
                 seen.setdefault(_key(sentence), sentence)
-    return list(seen.values())
+    return tuple(seen.values())
 
 
 def _source_files(library: str) -> list[Path]:

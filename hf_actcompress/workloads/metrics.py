@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_actcompress.workloads.data import GLUE_COLUMNS as GLUE_TASKS
+from hf_actcompress.workloads.columns import GLUE_COLUMNS as GLUE_TASKS
 from hf_actcompress.workloads.hub import cached_only_when_offline
 
 logger = logging.getLogger(__name__)

@@ -27,9 +27,13 @@ def parse_pipeline_arguments(
     parser = HfArgumentParser([*types, PipelineArguments])
     parser.set_defaults(**defaults)
     parsed = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
-    for spec in (parsed[-1].codec, parsed[-1].grad_codec):
-        if spec not in (None, "none"):
-            parse_codec(spec)
+    for option in ("codec", "grad_codec"):
+        spec = getattr(parsed[-1], option)
+        try:
+            if spec not in (None, "none"):
+                parse_codec(spec)
+        except ValueError as error:
+            raise ValueError(f"--{option}: {error}") from None
     return parsed
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_actcompress.config import DEFAULT_CODEC, CompressionArguments
+from hf_actcompress.config import DEFAULT_CODEC, json_mapping
+from hf_actcompress.workloads.options import CompressionArguments
 from hf_actcompress.workloads.results import print_results, write_results
 
 logger = logging.getLogger(__name__)
@@ -61,19 +61,15 @@ def parse_plain(types: Sequence[type], argv: Sequence[str] | None, defaults: Map
 
 def _values(text: str, where: str, suffix: str = ".json") -> dict[str, Any]:
     if suffix == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}.") from None
-    else:
-        import yaml
+        return json_mapping(text, where)
+    import yaml
 
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{where} is not YAML: {error}.") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML ({error}).") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds a {type(values).__name__}, where a mapping of argument to value is needed.")
+        raise ValueError(f"{where} holds a {type(values).__name__}, where a mapping of name to value is needed.")
     return values
 
 

@@ -147,7 +147,7 @@ def test_a_shared_block_is_noted(run, tmp_path):
         (["inspect", "BERT", "--seq-len", 41], "No forward pass"),
         (["inspect", "BERT", "--codec", "blok"], "Did you mean 'block'"),
         (["inspect", "BERT", "--layers", "{"], "--layers '{' is not a mapping of glob to codec"),
-        (["inspect", "BERT", "--seq-len", 8, "--layers", '{"foo": "block"}'], "'foo' matches no layer"),
+        (["inspect", "BERT", "--seq-len", 8, "--layers", '{"foo": "block"}'], "--layers['foo'] matches no layer"),
         (["inspect", "BERT", "--layers", '{"x": "block:bits=99"}'], "--layers['x']: block: bits=99"),
         (["inspect", "mobilenetv2_10"], "mobilenetv2_100"),
         (["inspect", "/nowhere/at/all"], "no folder"),

@@ -114,6 +114,14 @@ def test_identity_leaves_nothing_shared_with_the_result():
     assert x.abs().sum() > 0
 
 
+def test_what_is_no_dense_tensor_of_floats_is_refused():
+    codec = parse_codec("block")
+    for x in (None, [1.0], torch.eye(3).to_sparse(), torch.zeros(3, dtype=torch.int64)):
+        for call in (codec.encode, codec.roundtrip):
+            with pytest.raises(ValueError, match=r"^block:bits=4 got a .*; codecs compress dense floating"):
+                call(x)
+
+
 def damages(payload):
     """(what, the payload with one thing wrong) for everything that it holds."""
 

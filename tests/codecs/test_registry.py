@@ -132,11 +132,16 @@ ERRORS = {
     "block:bits=4,bits=5": ["'block:bits=4,bits=5'", "bits twice"],
     "": ["got ''", "block:bits=4"],
     "  ": ["got '  '", "block:bits=4"],
-    "ef+": ["got ''"],
-    "topk|": ["got ''"],
     "uniform|block": ["uniform leaves only integer codes", "nothing is left for block", "topk, lowrank or identity"],
     "sort|uniform": ["sort leaves only integer codes", "nothing is left for uniform"],
     "topk|uniform|block": ["uniform leaves only integer codes", "nothing is left for block"],
+    "block|": ["'block|': a codec is missing", "each side of |", "topk:ratio=0.1|uniform:bits=8"],
+    "|block": ["'|block': a codec is missing"],
+    "ef+": ["'ef+': a codec is missing", "after ef+, as in ef+block:bits=4"],
+    "ef+topk|": ["'topk|': a codec is missing"],
+    "delta+": ["'delta+': delta stands before the codec of the changes"],
+    "ef": ["There is no codec 'ef'", "write ef+ before a codec, such as ef+block:bits=4"],
+    "none": ["There is no codec 'none'", "write identity"],
     "ef+ef+topk": ["error feedback is applied once", "write ef+topk"],
 }
 

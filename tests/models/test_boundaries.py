@@ -73,7 +73,7 @@ def test_match_layers(bert_layers):
     assert [e.index for e in match_layers(bert_layers, "*")] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"did you mean bert\.encoder\.layer\..*Candidates: bert.encoder.layer.0, "):
         match_layers(bert_layers, "encoder.layers.3")
-    with pytest.raises(ValueError, match="'3' matches no layer"):
+    with pytest.raises(ValueError, match=r"layers\['3'\] matches no layer"):
         match_layers(bert_layers, "3")
     blocks = match_layers(find_layers(timm.create_model("mobilenetv2_100", pretrained=False)), "blocks.*")
     assert len(blocks) == 17

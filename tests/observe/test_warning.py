@@ -5,10 +5,11 @@ import logging
 import pytest
 from helpers.trainers import make_trainer
 
-from hf_actcompress import ActCompressCallback, ActCompressConfig
+from hf_actcompress import ActCompressCallback, ActCompressConfig, parse_codec
 from hf_actcompress.observe.warning import WARN_ERROR, warning_of
 
-CODECS = {(name, way): "uniform:bits=4" for name in ("a", "b") for way in ("forward", "backward")}
+PLACES = [(name, way) for name in ("a", "b") for way in ("forward", "backward")]
+CODECS = dict.fromkeys(PLACES, parse_codec("uniform:bits=4"))
 
 
 def errors(forward, backward=(0.0, 0.0)):
@@ -20,7 +21,7 @@ def test_the_worst_place_decides_and_is_named():
     assert warning_of(errors((0.1, WARN_ERROR), (0.2, 0.0)), WARN_ERROR, CODECS) is None
     words = warning_of(errors((0.1, 0.4), (0.3, 0.1)), WARN_ERROR, CODECS)
     assert "activations after b have a relative error of 0.40 with uniform:bits=4. Above 0.25" in words
-    assert "codec='rotated:bits=4' at the same bytes" in words and "auto:ratio=8" in words
+    assert "codec='rotated:bits=4' at the same bits" in words and "auto:ratio=8" in words
     words = warning_of(errors((0.3, 0.0), (1.5, 0.9)), WARN_ERROR, CODECS)
     assert "gradients after a have a relative error of 1.50" in words and "grad_codec='block:bits=8'" in words
 
@@ -30,11 +31,15 @@ def test_nothing_to_say(metrics, limit):
     assert warning_of(metrics, limit, CODECS) is None
 
 
-def test_remedies_without_bits_and_of_rotated_codecs():
-    top = {key: "topk:ratio=0.1" for key in CODECS}
-    assert "codec='rotated:bits=4'" in warning_of(errors((0.9, 0.9)), 0.19, top)
-    turned = {key: "rotated:bits=2" for key in CODECS}
-    assert "more bits, codec='block:bits=4'" in warning_of(errors((0.9, 0.9)), 0.19, turned)
+@pytest.mark.parametrize(("spec", "remedy"), [
+    ("topk:ratio=0.1", "Use codec='rotated:bits=4'"), ("rotated:bits=2", "Use more bits, codec='block:bits=4'"),
+    ("ef+trellis:bits=3", "Use more bits, codec='block:bits=6'"), ("kmeans", "Use codec='rotated:bits=4' at the same"),
+    ("block:bits=12", "Use codec='rotated:bits=8' at the same"),
+])  # fmt: skip
+def test_the_remedy_fits_the_codec(spec, remedy):
+    words = warning_of(errors((0.9, 0.9)), 0.19, dict.fromkeys(PLACES, parse_codec(spec)))
+    assert remedy in words
+    parse_codec(words.partition("codec='")[2].partition("'")[0])
 
 
 @pytest.mark.parametrize(("codec", "options", "count"), [

@@ -61,6 +61,7 @@ def test_docstrings_are_balanced_unique_and_deterministic(docstring_task):
     assert np.bincount(validation["label"]).tolist() == [150] * classes
     keys = [embedded._key(sentence) for split in (train, validation) for sentence in split["sentence"]]
     assert len(set(keys)) == len(keys)
+    embedded._library_sentences.cache_clear()
     again = docstrings()
     assert again["train"].to_dict() == train.to_dict() and again["validation"].to_dict() == validation.to_dict()
 
