@@ -23,6 +23,7 @@ from .models.layers import Layer, check_model, find_layers, match_layers, select
 from .observe.auto import AutoCodec
 from .observe.events import Listener
 from .observe.meter import Meter
+from .observe.nonfinite import check
 from .observe.probe import Probe
 from .ops.cpu.malloc import KeptMemory
 from .saved.budget import CODEC, Budget
@@ -96,6 +97,11 @@ class Handle:
             for site in self.sites:
                 stack.enter_context(site.isolated(*listeners))
             yield
+
+    def check_finite(self) -> None:
+        """With nonfinite="raise", FloatingPointError where NaN or Inf came up since the last check.  Waits for a GPU."""
+        channels = [channel for name in self.boundaries for _, channel in self.channels(name)]
+        check([site.found for site in (*channels, *([] if self.saved is None else [self.saved]))])
 
     def set_epoch(self, epoch: int) -> bool:
         """Switch codecs as `schedule` says; returns whether any changed."""
@@ -240,6 +246,7 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
         for channel in boundary.channels.values():
             handle.meters[channel.name] = Meter(config.meter_every)
             channel.listeners.append(handle.meters[channel.name])
+            passes.found.append(channel.found)
         handle.boundaries[layer.name] = boundary
         handle.cuts[layer.name] = layer
         if layer.module in named:

@@ -143,7 +143,10 @@ class ActCompressCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.handle is None or logs is None or "loss" not in logs:
+        if self.handle is None or logs is None:
+            return
+        self.handle.check_finite()
+        if "loss" not in logs:
             return
         extra = self._metrics()
         if not self._warned and (message := warning_of(extra, self.config.warn_error, self._line.codecs())):
@@ -175,7 +178,7 @@ class ActCompressCallback(TrainerCallback):
             if self.handle.budget is not None:
                 table = self.handle.budget.table()
                 (folder / ALLOTMENT_NAME).write_text(json.dumps(table, indent=1) + "\n")
-        meters = {name: vars(meter) for name, meter in self.handle.meters.items()}
+        meters = {name: meter.state_dict() for name, meter in self.handle.meters.items()}
         save_states(folder / _state_file(), self.handle.state_dict(), meters=meters)
 
     def _record_analysis(self, args: TrainingArguments, state: TrainerState) -> None:

@@ -6,8 +6,10 @@ This file knows codecs and tensors, not models or trainers.  Who counts or measu
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,20 +17,22 @@ from torch import Tensor
 
 from ..codecs import Codec, CodecState, raw_nbytes
 from ..observe.events import Event, Listener
+from ..observe.nonfinite import Nonfinite
 from ..ops.layout import dense
-from ..ops.reductions import representable, strided_sample
+from ..ops.reductions import strided_sample
 
 
 class Channel:
     """Replaces a tensor by what a receiver would decode of it.
 
     layer, direction: of the boundary; they and `seed` decide about random numbers.
-    nonfinite: "pass" lets tensors with NaN, Inf or a magnitude above 2**48 through uncompressed; "raise" raises
-        FloatingPointError.
+    nonfinite: what happens where NaN or Inf is in a tensor, of which its group becomes NaN (codecs/base.py): "pass"
+        counts it; "raise" also raises FloatingPointError, at once on a CPU, elsewhere when `found` is checked.
     """
 
     def __init__(self, layer: str, direction: str, codec: Codec, *, seed: int = 0, nonfinite: str = "pass") -> None:
-        self.layer, self.direction, self.seed, self.nonfinite = layer, direction, seed, nonfinite
+        self.layer, self.direction, self.seed = layer, direction, seed
+        self.found = Nonfinite(self.name, nonfinite == "raise")
         self.listeners: list[Listener] = []
         self.set_codec(codec)
 
@@ -40,7 +44,7 @@ class Channel:
         """Use another codec from now on, with fresh state."""
         self.codec = codec
         self.state = codec.init_state(self.name, self.seed)
-        self._replays: dict[tuple, CodecState] = {}
+        self._replays = Replays(2 if codec.traits.keeps_tensors else 32)
 
     def __call__(self, x: Tensor, training: bool = True) -> Tensor:
         """What a receiver would decode of `x`; strides are kept.
@@ -54,54 +58,39 @@ class Channel:
             self._tell(x, y, 0, 0)
             return y
         x = dense(x)
-        if not representable(x):
-            return self._pass_on(x)
-        codec, state = (self.codec, self._state_for(x)) if training else self.codec.for_evaluation(self.state)
-        y = roundtrip(codec, x, state)
+        if training and self.state is not None:
+            # A recomputation sees the same input; the state it needs is the one before this call.
+            self._replays.add(x, self.state.snapshot())
+        codec, state = (self.codec, self.state) if training else self.codec.for_evaluation(self.state)
+        y = roundtrip(codec, x, state, self.found)
         seconds = time.perf_counter() - began
         nbytes = codec.sent_nbytes(tuple(x.shape), x.dtype, state)
         self._tell(x, y, raw_nbytes(x.shape, x.dtype), nbytes, seconds=seconds)
+        self.found.check_at_once(x)
         return y
 
     def replay(self, x: Tensor) -> Tensor:
         """The value of an earlier call again, for a forward pass that activation checkpointing recomputes."""
         x = dense(x)
-        state = self._replays.get(_fingerprint(x)) or self.state
-        return roundtrip(self.codec, x, None if state is None else state.snapshot(), check=True)
+        state = self._replays.find(x) or self.state
+        return roundtrip(self.codec, x, None if state is None else state.snapshot())
 
     @contextlib.contextmanager
     def isolated(self, *listeners: Listener) -> Iterator[None]:
         """While the context lasts, the channel works on a copy of its state and tells these listeners only."""
-        before = self.state, self._replays, self.listeners
+        before = self.state, self._replays, self.listeners, self.found
         self.state = None if self.state is None else self.state.snapshot()
-        self._replays, self.listeners = dict(self._replays), list(listeners)
+        self._replays, self.listeners, self.found = copy.copy(self._replays), list(listeners), Nonfinite(self.name)
         try:
             yield
         finally:
-            self.state, self._replays, self.listeners = before
-
-    def _pass_on(self, x: Tensor) -> Tensor:
-        y, raw = x.clone(), raw_nbytes(x.shape, x.dtype)
-        self._tell(x, y, raw, raw, nonfinite=True)
-        if self.nonfinite == "raise":
-            raise FloatingPointError(
-                f"{self.name}: NaN, Inf or a magnitude above 2**48 among the {x.numel()} values of a tensor of "
-                f"shape {tuple(x.shape)}. With nonfinite='pass' it would be passed on uncompressed and counted."
-            )
-        return y
+            self.state, self._replays, self.listeners, self.found = before
 
     def _tell(self, x: Tensor, y: Tensor, raw: int, payload: int, **more: Any) -> None:
-        event = Event("boundary", self.layer, self.direction, raw, payload, self.codec, x, lambda: y, **more)
+        event = Event("boundary", self.layer, self.direction, raw, payload, self.codec, x, lambda: y,
+                      nonfinite=self.found, **more)  # fmt: skip
         for listener in self.listeners:
             listener(event)
-
-    def _state_for(self, x: Tensor) -> CodecState | None:
-        if self.state is not None:
-            # A recomputation sees the same input; the state it needs is the one before this call.
-            self._replays[_fingerprint(x)] = self.state.snapshot()
-            while len(self._replays) > (2 if self.codec.traits.keeps_tensors else 32):
-                del self._replays[next(iter(self._replays))]
-        return self.state
 
 
 class Candidate(Channel):
@@ -118,7 +107,7 @@ class Candidate(Channel):
         if self.codec is None or x.numel() == 0:
             return x.clone()
         x = dense(x)
-        y = roundtrip(self.codec, x, self.codec.init_state(self.name, self.seed), check=True)
+        y = roundtrip(self.codec, x, self.codec.init_state(self.name, self.seed), self.found)
         shape = tuple(x.shape)
         self._tell(x, y, raw_nbytes(shape, x.dtype), self.codec.payload_nbytes(shape, x.dtype))
         return y
@@ -127,13 +116,59 @@ class Candidate(Channel):
         return self(x)
 
 
-def roundtrip(codec: Codec, x: Tensor, state: CodecState | None, check: bool = False) -> Tensor:
-    """codec.roundtrip of a dense tensor, with its strides.  check: x may hold NaN or Inf."""
-    y = codec.roundtrip(x, state, check=check)
+class Replays:
+    """The states before the last calls, for a forward pass that activation checkpointing recomputes.
+
+    Which call is computed again is told by its input.  On a GPU reading about 64 values would make each step wait, so
+    they stay there, and are read only where more than one call of that shape has not been computed again since: with a
+    forward and a backward pass in turn there is one.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._calls: list[_Call] = []
+
+    def __copy__(self) -> Replays:
+        other = Replays(self.limit)
+        other._calls = [copy.copy(call) for call in self._calls]
+        return other
+
+    def add(self, x: Tensor, state: CodecState) -> None:
+        self._calls = [*self._calls, _Call(tuple(x.shape), _sampled(x), state)][-self.limit :]
+
+    def find(self, x: Tensor) -> CodecState | None:
+        """The state before the call with this input."""
+        calls = [call for call in reversed(self._calls) if call.shape == tuple(x.shape)]
+        if x.device.type != "cpu":
+            calls = [call for call in calls if call.open] or calls
+        found = calls[0] if x.device.type != "cpu" and len(calls) == 1 else _same(calls, x)
+        if found is None:
+            return None
+        found.open = False
+        return found.state
+
+
+@dataclass
+class _Call:
+    shape: tuple[int, ...]
+    sample: Tensor  # of its input
+    state: CodecState
+    open: bool = True  # not computed again yet
+
+
+def _same(calls: list[_Call], x: Tensor) -> _Call | None:
+    """The one with the input `x`; waits for the device."""
+    own = _sampled(x).tolist()
+    return next((call for call in calls if call.sample.tolist() == own), None)
+
+
+def _sampled(x: Tensor) -> Tensor:
+    """The bits of about 64 values: two different activations of a training run do not share them."""
+    return strided_sample(x.detach(), 64).view(torch.int32).clone()
+
+
+def roundtrip(codec: Codec, x: Tensor, state: CodecState | None, found: Nonfinite | None = None) -> Tensor:
+    """codec.roundtrip of a dense tensor, with its strides."""
+    y = codec.roundtrip(x, state, nonfinite=None if found is None else found.on(x.device))
     # Convolutions choose their algorithm, and so their last bits, by memory format.
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
-
-
-def _fingerprint(x: Tensor) -> tuple:
-    """A key that two different activations of a training run do not share: shape and about 64 values."""
-    return (tuple(x.shape), *strided_sample(x.detach(), 64).tolist())

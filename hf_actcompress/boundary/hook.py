@@ -21,21 +21,26 @@ from ..codecs.payload import FLOAT_DTYPES
 from ..models.hooks import outside_of_graphs
 from ..models.layers import first_tensor, replace_first_tensor
 from ..observe.events import Listener
+from ..observe.nonfinite import Nonfinite, check
 from .channel import Candidate, Channel
 
 
 class Passes:
     """A forward pre-hook and forward hook of the whole model: whether the pass that is running records gradients.
 
+    found: what the sites have found of NaN and Inf, which is checked when a pass begins: once a step, so that no site
+        waits for a GPU.
     It is noted when the pass begins, because reentrant activation checkpointing runs layers of a training pass under
     `torch.no_grad`.
     """
 
     def __init__(self) -> None:
+        self.found: list[Nonfinite] = []
         self._running: list[bool] = []
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
         if not output:
+            check(self.found)
             self._running.append(torch.is_grad_enabled())
         elif self._running:
             self._running.pop()
@@ -109,7 +114,6 @@ class Boundary:
         # A layer may be kept in eval mode inside a model that trains (frozen batch norms).
         trains = recorded and (module.training or x.requires_grad)
         return replace_first_tensor(output, _Compress.apply(x, self, trains))
-
 
     def _misfit(self, output: Any, x: Tensor | None) -> str:
         if x is None or not x.is_floating_point():

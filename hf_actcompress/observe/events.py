@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..codecs import Codec
+from .nonfinite import Nonfinite
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Event:
     x: the tensor; None for an event about no tensor.
     decode: returns what a receiver would decode, of the shape and strides of `x`.
     seconds: taken by encoding and decoding, where the site measures them.
-    nonfinite: NaN, Inf or a magnitude above 2**48 was found in `x`, which passed uncompressed.
+    nonfinite: how many groups or tensors with NaN or Inf the site has found so far, counted on the device.
     calls: how many calls of the site the event stands for.  All tensors that are saved in one forward pass are one
         call: its first event, which has no tensor, counts 1 and the others 0.
     """
@@ -39,7 +40,7 @@ class Event:
     x: Tensor | None = None
     decode: Callable[[], Tensor] | None = None
     seconds: float = 0.0
-    nonfinite: bool = False
+    nonfinite: Nonfinite | None = None
     calls: int = 1
 
 

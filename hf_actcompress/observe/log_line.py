@@ -5,13 +5,12 @@ It gets the handle handed in, and knows no trainer.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 
 from ..codecs import Codec
-from .meter import Meter
+from .meter import Counts
 
 
 class LogLine:
@@ -22,14 +21,14 @@ class LogLine:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
-        self._last: dict[str, Meter] = {}  # copies of the meters as of the last line
+        self._last: dict[str, Counts] = {}  # of the meters as of the last line
 
     def restore(self, meters: dict[str, dict[str, Any]]) -> None:
         """Go on from the meters of a checkpoint, which were logged then."""
         for name, values in meters.items():
             if (meter := self.handle.meters.get(name)) is not None:
-                vars(meter).update({**values, "every": meter.every})
-                self._last[name] = copy.copy(meter)
+                meter.load_state_dict(values)
+                self._last[name] = meter.counts()
 
     def metrics(self) -> dict[str, float]:
         """Ratio, error and cosine of every boundary and direction since this was last asked for, MB saved since the
@@ -56,12 +55,11 @@ class LogLine:
         return {(name, direction): channel.codec for name in self.handle.boundaries
                 for direction, channel in self.handle.channels(name)}  # fmt: skip
 
-    def _since_last(self, name: str) -> Meter:
-        meter = self.handle.meters[name]
-        earlier, self._last[name] = self._last.get(name, Meter()), copy.copy(meter)
-        return meter.since(earlier)
+    def _since_last(self, name: str) -> Counts:
+        earlier, self._last[name] = self._last.get(name, Counts()), self.handle.meters[name].counts()
+        return self._last[name] - earlier
 
-    def _of_saved(self, found: Meter) -> dict[str, float]:
+    def _of_saved(self, found: Counts) -> dict[str, float]:
         result: dict[str, float] = {}
         if found.calls:
             result["compress/saved/plain_mb"] = round(found.raw_bytes / found.calls / 1e6, 3)

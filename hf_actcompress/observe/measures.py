@@ -6,7 +6,7 @@ Pure functions of tensors: they know no codec, module or file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +34,55 @@ def pick(x: Tensor, size: int = FEW) -> Tensor:
     return flat[:: (flat.numel() // size) | 1].float()
 
 
-def distance(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """(|y - x| / |x|, cosine) of two 1-D tensors in double precision; (0, 1) where both are zero."""
+def read(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The numbers in 1-D tensors of one length and dtype; waits once for each device."""
+    found: list[list[float]] = [[]] * len(tensors)
+    for device in dict.fromkeys(t.device for t in tensors):
+        own = [i for i, t in enumerate(tensors) if t.device == device]
+        for i, values in zip(own, torch.stack([tensors[i] for i in own]).tolist(), strict=True):
+            found[i] = values
+    return found
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    """fp64 [2] of two 1-D tensors: |y - x| / |x| and their cosine, 0 and 1 where both are zero, NaN where one holds NaN
+    or Inf.  Nothing waits for the device."""
     x, y = x.double(), y.double()
-    xx, yy, xy = (float(v) for v in (x @ x, y @ y, x @ y))
-    if xx == 0:
-        return (0.0, 1.0) if yy == 0 else (math.inf, 0.0)
-    error = float(torch.linalg.vector_norm(y - x)) / math.sqrt(xx)
-    return error, xy / math.sqrt(xx * yy) if yy > 0 else 0.0
+    xx, yy, xy = x @ x, y @ y, x @ y
+    same = (yy == 0).double()
+    error = torch.where(xx == 0, 1 / same - 1, torch.linalg.vector_norm(y - x) / xx.sqrt())
+    return torch.stack([error, torch.where(xx == 0, same, torch.where(yy == 0, 0.0, xy / (xx * yy).sqrt()))])
+
+
+def sketch(x: Tensor, y: Tensor) -> Tensor:
+    """fp64 [16]: what `described` makes the measures of.  Nothing waits for the device."""
+    if not x.numel():
+        return x.new_full((16,), math.nan, dtype=torch.float64)
+    extremes = [value.double() for t in (x, y) for value in torch.aminmax(t.detach())]
+    a, b = pick(x, SAMPLE).double(), pick(y, SAMPLE).double()
+    error, (_, _, bottom, top) = b - a, extremes
+    spread, mean = torch.var_mean(a, correction=0)
+    return torch.stack([
+        *extremes, error.square().mean(), a.square().mean(), b.square().mean(), (a @ b) / a.numel(),
+        ((a != 0) & (b == 0)).double().mean(), ((a > top) | (a < bottom)).double().mean(),
+        spread, mean, (a - mean).pow(4).mean(), torch.full_like(mean, a.numel()), *torch.var_mean(error, correction=0),
+    ])  # fmt: skip
+
+
+def described(values: Sequence[float]) -> dict[str, float | None]:
+    """All of MEASURES from the numbers of a sketch; see `compare`."""
+    low, high, bottom, top, noise, power, own, dot, zeroed, saturated, spread, mean, fourth, n, *error = values
+    if not all(map(math.isfinite, (low, high, bottom, top))):
+        return dict.fromkeys(MEASURES)
+    return {
+        **_apart(noise, power, own, dot),
+        "bias": _bias(*error, n),
+        "zeroed": zeroed,
+        "saturated": saturated,
+        "outlier": max(high - mean, mean - low) / math.sqrt(spread) if spread > 0 else None,
+        "kurtosis": fourth / spread**2 if spread > 0 else None,
+        "effective_bits": 0.5 * math.log2(spread / noise) if spread > 0 and noise > 0 else None,
+    }
 
 
 def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
@@ -50,25 +91,7 @@ def compare(x: Tensor, y: Tensor) -> dict[str, float | None]:
     None stands for what is not defined: all of them for an empty tensor and where there is NaN or Inf; decibels and
     bits of an exact copy; outlier, kurtosis and bits of a constant tensor.
     """
-    none = dict.fromkeys(MEASURES)
-    if x.numel() == 0:
-        return none
-    (low, high), (bottom, top) = (tuple(float(v) for v in torch.aminmax(t.detach())) for t in (x, y))
-    if not all(map(math.isfinite, (low, high, bottom, top))):
-        return none
-    a, b = pick(x, SAMPLE).double(), pick(y, SAMPLE).double()
-    error = b - a
-    noise, power = float(error.square().mean()), float(a.square().mean())
-    spread, mean = (float(v) for v in torch.var_mean(a, correction=0))
-    return {
-        **_apart(noise, power, float(b.square().mean()), float(a @ b) / a.numel()),
-        "bias": _bias(error),
-        "zeroed": float(((a != 0) & (b == 0)).double().mean()),
-        "saturated": float(((a > top) | (a < bottom)).double().mean()),
-        "outlier": max(high - mean, mean - low) / math.sqrt(spread) if spread > 0 else None,
-        "kurtosis": float((a - mean).pow(4).mean()) / spread**2 if spread > 0 else None,
-        "effective_bits": 0.5 * math.log2(spread / noise) if spread > 0 and noise > 0 else None,
-    }
+    return described(sketch(x, y).tolist())
 
 
 @dataclass(frozen=True)
@@ -93,18 +116,19 @@ class Sums:
 
 
 def sums_of(exact: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> list[Sums]:
-    """The sums of each pair of tensors; None counts as zeros."""
-    result = []
+    """The sums of each pair of tensors; None counts as zeros.  Waits once for the device."""
+    found: list[Tensor | None] = []
     for a, b in zip(exact, other, strict=True):
         if a is None and b is None:
-            result.append(Sums())
+            found.append(None)
             continue
         a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
         b = torch.zeros_like(a) if b is None else b
         a, b = a.detach().float().reshape(-1), b.detach().float().reshape(-1)
         error = b - a
-        result.append(Sums(_dot(error, error), _dot(a, a), _dot(b, b), _dot(a, b)))
-    return result
+        found.append(torch.stack([_dot(error, error), _dot(a, a), _dot(b, b), _dot(a, b)]))
+    numbers = iter(read([values for values in found if values is not None]))
+    return [Sums() if values is None else Sums(*next(numbers)) for values in found]
 
 
 def rms_error(parts: Iterable[Sums]) -> float | None:
@@ -116,12 +140,12 @@ def rms_error(parts: Iterable[Sums]) -> float | None:
     return math.sqrt(sum(part.noise / part.power for part in parts) / len(parts)) if parts else 0.0
 
 
-def _dot(x: Tensor, y: Tensor) -> float:
-    """The dot product: chunks in fp32, which is fast, and their sum in double precision."""
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """The dot product, fp64: chunks in fp32, which is fast, and their sum in double precision."""
     if x.numel() == 0:
-        return 0.0
+        return x.new_zeros((), dtype=torch.float64)
     chunks = [a @ b for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True)]
-    return float(torch.stack(chunks).double().sum())
+    return torch.stack(chunks).double().sum()
 
 
 def _apart(noise: float, power: float, own: float, dot: float) -> dict[str, float | None]:
@@ -134,11 +158,8 @@ def _apart(noise: float, power: float, own: float, dot: float) -> dict[str, floa
     }
 
 
-def _bias(error: Tensor) -> float | None:
+def _bias(spread: float, mean: float, n: float) -> float | None:
     """The mean error over its standard error: about normal with deviation 1 where rounding is unbiased."""
-    spread, mean = (float(v) for v in torch.var_mean(error, correction=0))
     if spread == 0:
         return 0.0 if mean == 0 else None
-    return mean / math.sqrt(spread / error.numel())
-
-
+    return mean / math.sqrt(spread / n)

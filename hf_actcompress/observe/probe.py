@@ -23,7 +23,7 @@ from ..codecs import raw_nbytes
 from ..models.hooks import outside_of_graphs
 from ..models.replay import few_rows, gradients, loss_of, on_the_side, undisturbed
 from .events import Event
-from .measures import Sums, compare, sums_of
+from .measures import Sums, described, read, sketch, sums_of
 from .records import row
 from .sensitivity import by_layer
 
@@ -74,17 +74,17 @@ class Probe:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for _, p in named]
 
-        def run() -> tuple[float, list[Tensor | None]]:
+        def run() -> tuple[Tensor, list[Tensor | None]]:
             with undisturbed(model):
                 loss = loss_of(module(*args, **kwargs))
-                return float(loss.detach()), gradients(loss, parameters)
+                return loss.detach(), gradients(loss, parameters)
 
         with self.handle.disabled():
             plain_loss, exact = run()
         tensors = TensorRows({name: layer.index for name, layer in self.handle.cuts.items()})
         with self.handle.isolated(tensors):
             loss, found = run()
-        rows, sums = tensors.rows, sums_of(exact, found)
+        rows, sums = tensors.rows(), sums_of(exact, found)
         groups = [(None, list(range(len(named)))), *by_layer(self.handle.layers, [name for name, _ in named])]
         measured = [sum((sums[i] for i in chosen), Sums()).measures() for _, chosen in groups]
         for (layer, chosen), values in zip(groups, measured, strict=True):
@@ -94,8 +94,9 @@ class Probe:
                 "numel": sum(parameters[i].numel() for i in chosen), **values,
             })  # fmt: skip
         about = {
-            "model": self.model, "step": self.step, "epoch": self.epoch, "loss": loss, "plain_loss": plain_loss,
-            "grad_cosine": measured[0]["cosine"], "grad_error": measured[0]["rel_error"],
+            "model": self.model, "step": self.step, "epoch": self.epoch, "loss": float(loss),
+            "plain_loss": float(plain_loss), "grad_cosine": measured[0]["cosine"],
+            "grad_error": measured[0]["rel_error"],
         }  # fmt: skip
         return [row(**about, **values) for values in rows]
 
@@ -108,20 +109,24 @@ class TensorRows:
 
     def __init__(self, layers: dict[str, int]) -> None:
         self.layers = layers
-        self.rows: list[dict[str, Any]] = []
+        self._found: list[tuple[dict[str, Any], Tensor]] = []
         self._calls: Counter[tuple[str, str, str]] = Counter()
 
     def __call__(self, event: Event) -> None:
         if event.codec is None or event.x is None:
             return
         place, raw = (event.site, event.name, event.direction), raw_nbytes(event.x.shape, event.x.dtype)
-        self.rows.append({
+        self._found.append(({
             "site": event.site, "layer": self.layers.get(event.name) if event.site == "boundary" else None,
             "name": event.name, "direction": event.direction, "call": self._calls[place], "codec": str(event.codec),
             "numel": event.x.numel(), "ratio": raw / event.payload_bytes if event.payload_bytes else None,
-            **compare(event.x, event.decode()),
-        })  # fmt: skip
+        }, sketch(event.x, event.decode())))  # fmt: skip
         self._calls[place] += 1
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Waits once for the device."""
+        numbers = read([values for _, values in self._found])
+        return [about | described(values) for (about, _), values in zip(self._found, numbers, strict=True)]
 
 
 def identity_of(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ All are packed in rows of COLS elements (packing.py), the last row up to a multi
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -94,6 +95,20 @@ def _decode_table_fake(codes: Tensor, table: Tensor, shape: list[int], bits: int
     return table.new_empty(shape)
 
 
+@functools.lru_cache(256)
+def _table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept: making it anew would copy from the host, and so wait for the device."""
+    return torch.tensor(levels, dtype=dtype, device=device)
+
+
+def _decode_levels(codes: Tensor, levels: list[float], shape: list[int], dtype: torch.dtype, bits: int) -> Tensor:
+    return decode_table(codes, _table(tuple(levels), dtype, codes.device), shape, bits)
+
+
+def _decode_levels_fake(codes, levels, shape, dtype, bits):  # noqa: ANN001, ANN202
+    return codes.new_empty(shape, dtype=dtype)
+
+
 # x (any shape; float, bool or uint8) -> uint8: a bit for each value above `low` (and below `high`).  NaN counts as
 # above `low`, as in torch's gradient of ReLU.
 pack_flags = operator("pack_flags(Tensor x, float low, float? high) -> Tensor", _flags, _flags_fake,
@@ -109,4 +124,9 @@ encode_slopes = operator(
 decode_table = operator(
     "decode_table(Tensor codes, Tensor table, SymInt[] shape, int bits) -> Tensor",
     _decode_table, _decode_table_fake, cpu=forms.decode_table, triton="bitmaps:decode_table",
+)  # fmt: skip
+# The same with the entries of the table as numbers, which are the same in every call.
+decode_levels = operator(
+    "decode_levels(Tensor codes, float[] levels, SymInt[] shape, ScalarType dtype, int bits) -> Tensor",
+    _decode_levels, _decode_levels_fake,
 )  # fmt: skip

@@ -104,17 +104,16 @@ def two_valued(bits: Tensor, shape: tuple[int, ...], low: float, high: float, dt
     return Packed(bits, partial(unpack_flags, shape=shape, low=low, high=high, dtype=dtype))
 
 
-def slopes(x: Tensor, function: str, bits: int, state: CodecState | None) -> Packed | None:
-    """The input of an activation function as the function's slope there; None where NaN or Inf is in it."""
-    codes = encode_slopes(x, function, bits, state)
-    if codes is None:
-        return None
+def slopes(x: Tensor, function: str, bits: int, state: CodecState | None, nonfinite: Tensor | None = None) -> Packed:
+    """The input of an activation function as the function's slope there."""
+    codes = encode_slopes(x, function, bits, state, nonfinite)
     return Packed(codes, partial(decode_slopes, shape=tuple(x.shape), dtype=x.dtype, name=function, bits=bits), bits)
 
 
 def integers(x: Tensor) -> Packed | None:
-    """Integers in the smallest dtype that holds them; None if that is their own."""
-    narrow = narrowest(x)
+    """Integers in the smallest dtype that holds them; None if that is their own, and on a GPU, which would have to be
+    waited for to find out."""
+    narrow = narrowest(x) if x.device.type == "cpu" else None
     return None if narrow is None else Packed(x.to(narrow), partial(_widened, dtype=x.dtype))
 
 
@@ -155,4 +154,3 @@ def narrowest(x: Tensor) -> torch.dtype | None:
         if info.min <= low and high <= info.max:
             return dtype if dtype.itemsize < x.dtype.itemsize else None
     return None
-

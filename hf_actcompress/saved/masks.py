@@ -7,10 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops.bitmaps import decode_table, pack_flags
+from ..ops import bitmaps
+from ..ops.bitmaps import decode_levels
 from ..ops.cpu.forms import two_valued
 
-__all__ = ["pack_flags", "pack_two_values", "unpack_flags"]
+
+def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
+    """Bitmap uint8 of where `x` (bool or floating point) lies above `low` and, if given, below `high`.
+
+    Without `high` NaN counts as above, as in the gradient of a ReLU.
+    """
+    return bitmaps.pack_flags(x, low, high)
 
 
 def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
@@ -32,7 +39,6 @@ def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
 
 def unpack_flags(bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> Tensor:
     """`high` where a bit is set and `low` elsewhere, in `dtype` (bool: True and False)."""
-    kind = torch.uint8 if dtype == torch.bool else dtype
-    table = torch.tensor([low, high], dtype=kind, device=bits.device)
-    found = decode_table(bits, table, shape, 1)
-    return found.view(torch.bool) if dtype == torch.bool else found
+    if dtype == torch.bool:
+        return decode_levels(bits, [low, high], shape, torch.uint8, 1).view(torch.bool)
+    return decode_levels(bits, [low, high], shape, dtype, 1)

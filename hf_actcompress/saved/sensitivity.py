@@ -20,6 +20,7 @@ from ..codecs import Codec
 from ..models.replay import few_rows, has_batch_norm, undisturbed
 from ..observe.events import Event
 from ..observe.gradients import ExactPass
+from ..observe.nonfinite import Nonfinite
 from .rules import weight_of
 
 REFERENCE = 4  # bits at which errors are measured
@@ -81,12 +82,11 @@ class Trial:
         self.slots: dict[str, Slot] = {}
         self.fixed: Counter[str] = Counter()  # bytes of what no codec takes
         self.raw = 0
-        self.nonfinite = False  # a tensor could not be coded, so nothing can be said about errors
+        self.found = Nonfinite("saved")  # where there is any, nothing can be said about errors
         self.rounded: dict[str, int] = {}  # bits of what is rounded in the next backward pass
         self._users: dict[str, list[nn.Module | None]] = {}  # the modules that saved a slot's tensor
 
     def __call__(self, event: Event) -> None:
-        self.nonfinite |= event.nonfinite
         self.raw += int(event.raw_bytes * self.scale)
         if event.payload_bytes and event.name not in self.slots:
             self.fixed[event.name] += int(event.payload_bytes * self.scale)
@@ -150,7 +150,7 @@ def measure(handle: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any], 
     parameters = [p for p in model.parameters() if p.requires_grad]
     with handle.disabled(), handle.saved.trying(trial), undisturbed(model):
         exact = ExactPass(model, args, kwargs, parameters)
-        if trial.nonfinite:
+        if trial.found.total():
             return None
         power = exact.power or 1.0
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.rounding import RoundingState, next_key
-from ..ops.bitmaps import decode_table
+from ..ops.bitmaps import decode_levels
 from ..ops.bitmaps import encode_slopes as operator
 
 LARGEST = 8  # bits
@@ -80,5 +80,4 @@ def encode_slopes(
 
 def decode_slopes(codes: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str, bits: int) -> Tensor:
     """x' with f'(x') = the level that f'(x) was rounded to."""
-    table = torch.tensor(places(name, bits), dtype=dtype, device=codes.device)
-    return decode_table(codes, table, shape, bits)
+    return decode_levels(codes, places(name, bits), shape, dtype, bits)

@@ -5,7 +5,7 @@
 
 Forward values stay exact; gradients are computed from x'.  Values are rounded stochastically, so a gradient that is
 linear in what was saved is right on average.  Masks and indices are kept exactly: a mask in one bit an element, an
-index in the fewest bytes.  Of the input of GELU and SiLU only the slope is kept.
+index in the fewest bytes (on a GPU as it is: finding out how many are needed would wait for it).  Of the input of GELU and SiLU only the slope is kept.
 Sources: ActNN (Chen et al., 2021), GACT (Liu et al., 2022), Mesa (Pan et al., 2021).
 This file knows codecs and modules, not trainers.  Who counts or measures is a listener (observe/events.py).
 """
@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..codecs import Codec, raw_nbytes
 from ..observe.events import Event, Listener
+from ..observe.nonfinite import Nonfinite, check
 from ..ops.memory import Pool
 from .forms import Encoded, Packed, Passthrough, Sharded, Shared, flatten, integers, slopes, two_valued
 from .masks import pack_flags, pack_two_values
@@ -47,13 +48,15 @@ class SavedTensors:
     codec: for floating point activations, rounded stochastically unless it names a rounding.
     bits: of each tensor by name, for a codec whose bits a budget chooses (budget.py).
     seed: of stochastic rounding.
-    nonfinite: "pass" keeps tensors with NaN or Inf exactly; "raise" raises FloatingPointError.
+    nonfinite: what happens where NaN or Inf is in a tensor, of which its group becomes NaN (codecs/base.py): "pass"
+        counts it; "raise" also raises FloatingPointError, at once on a CPU, elsewhere at the next forward pass.
     """
 
     def __init__(
         self, codec: Codec, bits: Mapping[str, int] | None = None, *, seed: int = 0, nonfinite: str = "pass"
     ) -> None:
-        self.codec, self.bits, self.nonfinite = codec.for_saved(), bits, nonfinite
+        self.codec, self.bits = codec.for_saved(), bits
+        self.found = Nonfinite("saved", nonfinite == "raise")
         self.state = self.codec.init_state("saved", seed)
         self.enabled = True
         self.listeners: list[Listener] = []
@@ -81,23 +84,24 @@ class SavedTensors:
     @contextlib.contextmanager
     def isolated(self, *listeners: Listener) -> Iterator[None]:
         """While the context lasts, codecs work on a copy of their state, and only these listeners are told."""
-        before = self.state, self.listeners
+        before = self.state, self.listeners, self.found
         self.state, self.listeners = None if self.state is None else self.state.snapshot(), list(listeners)
+        self.found = Nonfinite("saved")
         try:
             yield
         finally:
-            self.state, self.listeners = before
+            self.state, self.listeners, self.found = before
 
     @contextlib.contextmanager
     def trying(self, trial: Any) -> Iterator[None]:
         """While the context lasts, `trial` (sensitivity.py) keeps the tensors that a codec would take, and is the only
         listener.  The site is enabled."""
-        before = self.listeners, self.enabled
-        self.listeners, self.enabled, self._trial = [trial], True, trial
+        before = self.listeners, self.enabled, self.found
+        self.listeners, self.enabled, self._trial, self.found = [trial], True, trial, trial.found
         try:
             yield
         finally:
-            self.listeners, self.enabled = before
+            self.listeners, self.enabled, self.found = before
             self._trial = None
 
     # -- around a forward pass ----------------------------------------------------------------------------------
@@ -113,6 +117,7 @@ class SavedTensors:
         self._entered.append(False)
         if not first:
             return
+        check([self.found])
         self._stored.clear()
         self._counts.clear()
         self._buffers = {_address(t) for t in model.buffers()}
@@ -201,7 +206,7 @@ class SavedTensors:
         return Passthrough(x)
 
     def _tell(self, name: str, raw: int = 0, payload: int = 0, calls: int = 0, **more: Any) -> None:
-        event = Event("saved", name, "saved", raw, payload, calls=calls, **more)
+        event = Event("saved", name, "saved", raw, payload, calls=calls, nonfinite=self.found, **more)
         for listener in self.listeners:
             listener(event)
 
@@ -221,18 +226,19 @@ class SavedTensors:
         if found is not None:
             return two_valued(found[0], shape, 0.0, found[1], dtype)
         if self._trial is not None:
-            return self._trial.keep(slot, run, lambda codec: self._by_codec(slot, codec, run, user))
+            return self._trial.keep(slot, run, lambda codec: self._by_codec(codec, run, user))
         codec = self.codec if self.bits is None else self.codec.with_bits(self.bits[slot])
-        return self._by_codec(slot, codec, run, user)
+        return self._by_codec(codec, run, user)
 
-    def _by_codec(self, slot: str, codec: Codec, run: Tensor, user: nn.Module | None) -> Encoded | Packed | None:
+    def _by_codec(self, codec: Codec, run: Tensor, user: nn.Module | None) -> Encoded | Packed | None:
+        nonfinite = self.found.on(run.device)
         function, bits = slopes_of(user), codec.traits.bits
         if function is not None and bits is not None and run.dtype != torch.float64:
             # A slope at 3 bits has the error of a value at 4: the backward pass multiplies it by nothing.
             bits = 3 if bits == 4 and self.bits is None else min(bits, LARGEST)
-            packed = slopes(run, function, bits, self.state)
-            if packed is not None:
-                return packed
+            packed = slopes(run, function, bits, self.state, nonfinite)
+            self.found.check_at_once(run)
+            return packed
         raw = raw_nbytes(tuple(run.shape), run.dtype)
         try:
             nbytes = codec.payload_nbytes(tuple(run.shape), run.dtype)
@@ -240,16 +246,9 @@ class SavedTensors:
             return None
         if nbytes >= raw:
             return None
-        payload = codec.encode(run, self.state)
-        if not payload.raw:
-            return Encoded(codec, payload)
-        self._tell(slot, x=run, nonfinite=True)
-        if self.nonfinite == "raise" and self._trial is None:
-            raise FloatingPointError(
-                f"saved: NaN, Inf or a magnitude above 2**48 in a saved tensor of shape {tuple(run.shape)}. With "
-                "nonfinite='pass' it would be kept as it is and counted."
-            )
-        return None
+        payload = codec.encode(run, self.state, nonfinite=nonfinite)
+        self.found.check_at_once(run)
+        return Encoded(codec, payload)
 
 
 def unpack(packed: Passthrough | Shared | Sharded) -> Tensor:

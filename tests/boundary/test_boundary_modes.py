@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import batch_of, build, loss_of, points, stack
-from helpers.boundaries import SPECS, STATEFUL, attach, meter, values
+from helpers.boundaries import STATEFUL, attach, meter, values
 from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
@@ -90,27 +90,37 @@ def test_a_layer_kept_in_eval_mode_still_learns_its_state():
 # NaN and Inf
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38 * 2])
-@pytest.mark.parametrize("spec", SPECS)
-def test_nonfinite_values_pass_uncompressed_and_are_counted(bad, spec):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("spec", ["identity", "uniform:bits=3", "block:bits=4,group=16", "float8"])
+def test_nan_and_inf_come_out_as_nan_and_are_counted(bad, spec):
     layer = nn.Identity().train()
     boundary = attach(layer, spec, spec)
-    twin = attach(nn.Identity(), spec, spec)
     x, g = values(4, 16), values(4, 16, seed=1)
     x[1, 2], g[3, 1] = bad, bad
     leaf = x.clone().requires_grad_()
     y = layer(leaf)
     y.backward(g)
-    assert torch.equal(y.detach().nan_to_num(nan=7), x.nan_to_num(nan=7))
-    assert torch.equal(leaf.grad.nan_to_num(nan=7), g.nan_to_num(nan=7))
+    rows = 1 if spec.startswith("block") else 4  # a group is a row
+    for found, given, row in ((y.detach(), x, 1), (leaf.grad, g, 3)):
+        if spec == "identity":
+            assert torch.equal(found.nan_to_num(nan=7), given.nan_to_num(nan=7))
+        else:
+            assert found[row].isnan().all() and found.isnan().all(1).sum() == rows and found.isnan().sum() == 16 * rows
     for channel in (boundary.forward, boundary.backward):
-        assert (meter(channel).nonfinite, meter(channel).calls) == (1, 1)
-        assert meter(channel).raw_bytes == meter(channel).payload_bytes == 256
-        assert meter(channel).samples == 0
-    # The state has not seen it: the next value is that of a fresh boundary.
-    x = values(4, 16, seed=2)
-    assert torch.equal(boundary.forward(x), twin.forward(x))
-    assert meter(boundary.forward).nonfinite == 1
+        counts = meter(channel).counts()
+        assert (counts.nonfinite, counts.calls, counts.samples) == (1, 1, 0)
+        assert counts.payload_bytes == channel.codec.payload_nbytes((4, 16), torch.float32)
+    assert not boundary.forward(values(4, 16, seed=2)).isnan().any()
+    assert meter(boundary.forward).counts().nonfinite == 1
+
+
+def test_what_a_measurement_finds_is_not_counted():
+    layer = nn.Identity().train()
+    boundary, bad = attach(layer, "block:bits=4", nonfinite="raise"), values(4, 16) * float("nan")
+    with boundary.isolated():
+        layer(bad)
+    assert meter(boundary.forward).counts().nonfinite == 0
+    layer(values(4, 16))
 
 
 def test_nonfinite_raise_names_the_layer_and_the_direction():

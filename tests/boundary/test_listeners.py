@@ -68,7 +68,7 @@ def test_metering_changes_no_value(spec):
         return outputs, meter(boundary.forward)
 
     (never, silent), (always, loud) = run(0), run(1)
-    assert (silent.samples, loud.samples) == (0, 3)
+    assert (silent.counts().samples, loud.counts().samples) == (0, 3)
     assert silent.payload_bytes == loud.payload_bytes
     assert all(torch.equal(a, b) for a, b in zip(never, always, strict=True))
 

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from hf_actcompress.observe.events import Event
 from hf_actcompress.observe.measures import FEW, distance, pick
 from hf_actcompress.observe.meter import Meter
+from hf_actcompress.observe.nonfinite import Nonfinite
 
 
 def test_a_meter_without_calls_has_no_ratio_and_no_error():
@@ -46,20 +48,42 @@ def test_errors_are_means_over_the_samples():
     assert meter.record()["cosine"] == pytest.approx(cosine / 2)
 
 
-def test_since_gives_the_interval():
-    meter = Meter(every=3)
+def test_nan_is_counted_and_not_sampled():
+    found = Nonfinite()
+    meter = Meter()
+    for x in (torch.tensor([3.0, 4.0]), torch.tensor([math.nan, 4.0])):
+        for y in (x, torch.tensor([math.inf, 1.0])):
+            meter.sample(x, y)
+    found.on(torch.device("cpu")).add_(2)
+    meter(Event("boundary", "x", "forward", nonfinite=found))
+    counts = meter.counts()
+    assert (counts.samples, counts.error, counts.cosine, counts.nonfinite) == (1, 0, 1, 2)
+
+
+def test_differences_are_those_of_the_interval():
+    meter, found = Meter(every=3), Nonfinite()
     meter.count(10, 5, 1.0)
     meter.sample(torch.ones(2), torch.zeros(2))
-    earlier = Meter(**vars(meter))
-    meter.count(20, 4, 0.5)
-    meter.nonfinite += 1
+    earlier = meter.counts()
+    meter(Event("boundary", "x", "forward", 20, 4, seconds=0.5, nonfinite=found))
+    found.on(torch.device("cpu")).add_(1)
     meter.sample(torch.ones(2), torch.ones(2))
-    between = meter.since(earlier)
-    assert (between.every, between.calls, between.raw_bytes, between.payload_bytes) == (3, 1, 20, 4)
+    between = meter.counts() - earlier
+    assert (between.calls, between.raw_bytes, between.payload_bytes, between.seconds) == (1, 20, 4, 0.5)
     assert (between.nonfinite, between.samples) == (1, 1)
     assert between.record()["rel_error"] == 0
     assert between.record()["ratio"] == 5
-    assert meter.since(Meter()).record()["calls"] == 2
+
+
+def test_a_meter_goes_on_from_the_counts_of_a_checkpoint():
+    meter, other = Meter(), Meter()
+    meter.count(10, 5, 1.0)
+    meter.sample(torch.ones(2), torch.zeros(2))
+    other.load_state_dict({**meter.state_dict(), "every": 7, "nonfinite": 3})  # version 0.1 wrote `every`
+    assert other.every == 10 and other.state_dict() == {**meter.state_dict(), "nonfinite": 3}
+    other.count(1, 1, 1.0)
+    other.sample(torch.ones(2), torch.ones(2))
+    assert (other.record()["calls"], other.record()["rel_error"]) == (2, 0.5)
 
 
 @pytest.mark.parametrize(("x", "y", "error", "cosine"), [
@@ -71,7 +95,7 @@ def test_since_gives_the_interval():
     ([2e30, 0.0], [1e30, 0.0], 0.5, 1.0),
 ])  # fmt: skip
 def test_distance(x, y, error, cosine):
-    assert distance(torch.tensor(x), torch.tensor(y)) == pytest.approx((error, cosine))
+    assert distance(torch.tensor(x), torch.tensor(y)).tolist() == pytest.approx([error, cosine])
 
 
 def test_pick_takes_all_of_a_small_tensor_and_an_even_sample_of_a_large_one():

@@ -5,18 +5,17 @@ import math
 import pytest
 import torch
 
-from hf_actcompress.saved import masks
+from hf_actcompress.ops.packing import COLS
 from hf_actcompress.saved.masks import pack_flags, pack_two_values, unpack_flags
 
 SHAPES = [(1,), (7,), (128,), (3, 5, 43), (1000, 129), (2, 70_000)]
-# Compiling takes seconds for each dtype.
-WAYS = [("0", torch.float32), ("0", torch.bfloat16), ("0", torch.float16), ("1", torch.float32)]
+WAYS = [("0", torch.float32), ("0", torch.bfloat16), ("0", torch.float16), ("1", torch.float32), ("1", torch.bfloat16), ("1", torch.float16)]
 
 
 @pytest.mark.parametrize(("policy", "dtype"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flags_come_back(shape, dtype, policy, monkeypatch):
-    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+    monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", policy)
     x = torch.randn(shape).to(dtype) * 3
     x.view(-1)[0] = math.nan
     bits = pack_flags(x)
@@ -36,7 +35,7 @@ def test_bools_come_back(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("value", [1.0, -2.0, 1 / 0.9])
 def test_masks_of_two_values_are_found(shape, value, dtype, policy, monkeypatch):
-    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+    monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", policy)
     x = ((torch.rand(shape) > 0.1).float() * value).to(dtype)
     x.view(-1)[-1] = value
     bits, found = pack_two_values(x)
@@ -45,7 +44,7 @@ def test_masks_of_two_values_are_found(shape, value, dtype, policy, monkeypatch)
 
 @pytest.mark.parametrize("policy", ["0", "1"])
 def test_other_tensors_are_not(policy, monkeypatch):
-    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+    monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", policy)
     for values in ([0.0, 2.0, 1.0], [0.0] * 4, [2.0, -2.0], [math.inf, 0.0], [math.nan, 1.0]):
         assert pack_two_values(torch.tensor(values)) is None
     many = torch.zeros(100_000)
@@ -62,4 +61,4 @@ def test_bits_are_those_of_other_codes():
     bits = pack_flags(x).view(2, 16)
     for i in range(8):
         assert torch.equal((bits >> i) & 1, (x.view(2, 8, 16)[:, i] > 0).to(torch.uint8))
-    assert masks.COLS == 128
+    assert COLS == 128

@@ -103,7 +103,7 @@ def test_frozen_weights_under_autocast_pass():
 
 
 def test_what_is_decoded_shares_memory_that_goes_with_the_graph(monkeypatch):
-    monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", "1")
+    monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", "1")
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.ReLU6(), nn.BatchNorm1d(256)) for _ in range(4)))
     x, pools, plain = torch.randn(2048, 256), {}, memory.Pool.take

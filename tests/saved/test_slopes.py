@@ -55,10 +55,10 @@ def test_a_slope_comes_back_as_a_neighbouring_level_and_on_average_as_itself(nam
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_compiled_and_eager_differ_in_hardly_a_code(name, monkeypatch):
+def test_kernels_and_plain_torch_differ_in_hardly_a_code(name, monkeypatch):
     """Libraries of functions differ in their last bits, and a slope may lie at the edge of two codes."""
     x, found = torch.randn(300, 1000) * 2, []
     for policy in ("0", "1"):
-        monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", policy)
+        monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", policy)
         found.append(encode_slopes(x, name, 8, RoundingState("here")))
     assert (found[0] != found[1]).float().mean() < 1e-3
