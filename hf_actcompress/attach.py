@@ -99,7 +99,10 @@ class Handle:
             yield
 
     def check_finite(self) -> None:
-        """With nonfinite="raise", FloatingPointError where NaN or Inf came up since the last check.  Waits for a GPU."""
+        """With nonfinite="raise": raises FloatingPointError where NaN or Inf came up since the last check.
+
+        Waits for a GPU.
+        """
         channels = [channel for name in self.boundaries for _, channel in self.channels(name)]
         check([site.found for site in (*channels, *([] if self.saved is None else [self.saved]))])
 

@@ -45,8 +45,8 @@ def read(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
-    """fp64 [2] of two 1-D tensors: |y - x| / |x| and their cosine, 0 and 1 where both are zero, NaN where one holds NaN
-    or Inf.  Nothing waits for the device."""
+    """fp64 [2] of two 1-D tensors: |y - x| / |x| and their cosine, 0 and 1 where both are zero, NaN where one holds
+    NaN or Inf.  Nothing waits for the device."""
     x, y = x.double(), y.double()
     xx, yy, xy = x @ x, y @ y, x @ y
     same = (yy == 0).double()

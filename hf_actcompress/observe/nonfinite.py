@@ -1,7 +1,7 @@
 """How many groups or tensors with NaN or Inf a site has found.
 
-Codecs count on the device of each tensor (codecs/base.py).  Reading a count waits for a GPU, so that is left to whoever
-writes a log line or a record, and to a check once a step.
+Codecs count on the device of each tensor (codecs/base.py).  Reading a count waits for a GPU, so that is left to
+whoever writes a log line or a record, and to a check once a step.
 """
 
 from __future__ import annotations

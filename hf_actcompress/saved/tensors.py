@@ -5,7 +5,8 @@
 
 Forward values stay exact; gradients are computed from x'.  Values are rounded stochastically, so a gradient that is
 linear in what was saved is right on average.  Masks and indices are kept exactly: a mask in one bit an element, an
-index in the fewest bytes (on a GPU as it is: finding out how many are needed would wait for it).  Of the input of GELU and SiLU only the slope is kept.
+index in the fewest bytes (on a GPU as it is: to find out how many are needed would wait for it).  Of the input of GELU
+and SiLU only the slope is kept.
 Sources: ActNN (Chen et al., 2021), GACT (Liu et al., 2022), Mesa (Pan et al., 2021).
 This file knows codecs and modules, not trainers.  Who counts or measures is a listener (observe/events.py).
 """

@@ -9,7 +9,7 @@ from hf_actcompress.ops.packing import COLS
 from hf_actcompress.saved.masks import pack_flags, pack_two_values, unpack_flags
 
 SHAPES = [(1,), (7,), (128,), (3, 5, 43), (1000, 129), (2, 70_000)]
-WAYS = [("0", torch.float32), ("0", torch.bfloat16), ("0", torch.float16), ("1", torch.float32), ("1", torch.bfloat16), ("1", torch.float16)]
+WAYS = [(kernels, dtype) for kernels in "01" for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 @pytest.mark.parametrize(("policy", "dtype"), WAYS)
