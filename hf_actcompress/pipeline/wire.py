@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, CodecState, Payload, raw_nbytes
+from ..codecs.identity import Identity
 
 MAGIC = b"hfac"
 VERSION = 1
@@ -24,9 +25,10 @@ VERSION = 1
 # so that the tensors behind it are aligned.
 LAYOUT = struct.Struct("<4sHHIIQI")
 HEADER = 64
-NOT_FINITE = 1  # flag: the sender's tensor held NaN, Inf or magnitudes above 2**48, and there is no body
+NOT_FINITE = 1  # flag: the sender's tensor held NaN or Inf, which decodes to NaN
 NOT_FINITE_TEXT = (
-    "the tensor holds NaN, Inf or magnitudes above 2**48. Lower the learning rate, or look for the cause there."
+    "the tensor holds NaN, Inf or values that the codec cannot represent. Lower the learning rate, or look for the "
+    "cause there."
 )
 
 
@@ -91,7 +93,7 @@ class WireFormat:
     def encode(self, x: Tensor, state: CodecState | None, buffer: Tensor, number: int = 0) -> bool:
         """Encode `x` into `buffer` as message `number`; returns whether the tensor was finite.
 
-        For a tensor with NaN, Inf or magnitudes above 2**48 only a header that says so is written.
+        The header says so where it was not; `identity` sends any tensor as it is.
         Raises ValueError for another shape or dtype.
         """
         if tuple(x.shape) != self.shape or x.dtype != self.dtype:
@@ -99,28 +101,27 @@ class WireFormat:
                 f"The link was set up for tensors of shape {self.shape} and {self.dtype}; got {tuple(x.shape)} and "
                 f"{x.dtype}. Pipelines have fixed shapes: pad the last batch, or drop it."
             )
-        return self.write(self.codec.encode(x, state), buffer, number)
+        found = None if isinstance(self.codec, Identity) else torch.zeros(1, dtype=torch.int64, device=x.device)
+        payload = self.codec.encode(x, state, nonfinite=found)
+        # The buffer is filled from here, so nothing is lost by waiting for the device.
+        finite = found is None or not int(found)
+        self.write(payload, buffer, number, finite)
+        return finite
 
-    def write(self, payload: Payload, buffer: Tensor, number: int = 0) -> bool:
-        """Write `payload` into `buffer`; False for the payload of a tensor that was not finite."""
-        # A payload of `identity` says raw, too, but then so does the template.
-        not_finite = payload.raw and not self._template.raw
-        if not not_finite:
-            tensors = dict(_tensors(payload))
-            for field in self._fields:
-                tensor = tensors[field.path]
-                if tuple(tensor.shape) != field.shape or tensor.dtype != field.dtype:
-                    raise ValueError(
-                        f"{self.codec}: '{'/'.join(field.path)}' is {tuple(tensor.shape)} {tensor.dtype}, expected "
-                        f"{field.shape} {field.dtype}: the payload belongs to another codec or shape."
-                    )
-                self._view(buffer, field).copy_(tensor)
-        total = self._sum(buffer) if self.checksum and not not_finite else 0
-        head = LAYOUT.pack(
-            MAGIC, VERSION, NOT_FINITE if not_finite else 0, self.fingerprint, number, self.nbytes - HEADER, total
-        )
+    def write(self, payload: Payload, buffer: Tensor, number: int = 0, finite: bool = True) -> None:
+        """Write `payload` into `buffer`.  Raises ValueError for the payload of another codec or shape."""
+        tensors = dict(_tensors(payload))
+        for field in self._fields:
+            tensor = tensors[field.path]
+            if tuple(tensor.shape) != field.shape or tensor.dtype != field.dtype:
+                raise ValueError(
+                    f"{self.codec}: '{'/'.join(field.path)}' is {tuple(tensor.shape)} {tensor.dtype}, expected "
+                    f"{field.shape} {field.dtype}: the payload belongs to another codec or shape."
+                )
+            self._view(buffer, field).copy_(tensor)
+        flags, total = 0 if finite else NOT_FINITE, self._sum(buffer) if self.checksum else 0
+        head = LAYOUT.pack(MAGIC, VERSION, flags, self.fingerprint, number, self.nbytes - HEADER, total)
         buffer[:HEADER] = torch.frombuffer(bytearray(head.ljust(HEADER, b"\0")), dtype=torch.uint8)
-        return not not_finite
 
     def read(self, buffer: Tensor, number: int = 0, where: str = "link") -> Payload:
         """The payload in `buffer`, as views of it.

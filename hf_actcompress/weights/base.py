@@ -28,19 +28,23 @@ class Compression:
     needs_mu: bool = False  # whether it weighs a penalty against mu / 2 times the squared error
 
     def compress(
-        self, tensors: Sequence[Tensor], mu: float | None = None, start: CompressedForm | None = None
-    ) -> CompressedForm:
+        self, tensors: Sequence[Tensor], mu: float | None = None, start: CompressedForm | None = None,
+        names: Sequence[str] = (),
+    ) -> CompressedForm:  # fmt: skip
         """The compressed form nearest to the tensors (any shapes and floating dtypes).
 
         mu: with a penalty C(Theta), the minimum of C + mu / 2 * squared error is found.
         start: an earlier result, from which alternating minimisations go on.
+        names: of the tensors, for errors.
         Raises ValueError for NaN and Inf, and without mu where there is a penalty.
         """
         if self.needs_mu and not mu:
             raise ValueError(f"{self} weighs a penalty against mu/2 times the squared error: give mu > 0.")
         tensors = [t.detach().float() for t in tensors]
-        if not all(torch.isfinite(t).all() for t in tensors):
-            raise ValueError(f"{self}: the weights hold NaN or Inf. Lower the learning rate or mu.")
+        bad = [i for i, t in enumerate(tensors) if not torch.isfinite(t).all()]
+        if bad:
+            which = ", ".join(names[i] if names else f"tensor {i + 1} of {len(tensors)}" for i in bad)
+            raise ValueError(f"{self}: the weights hold NaN or Inf: {which}. Lower the learning rate or mu.")
         if self.joint or len(tensors) == 1:
             return self._compress(tensors, mu, start)
         return Several(tuple(self._compress([t], mu, None) for t in tensors))

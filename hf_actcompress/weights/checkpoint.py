@@ -77,7 +77,7 @@ def save_compressed(
     if isinstance(compressed, Sequence) and not isinstance(compressed, str):
         learned = [(tuple(names), form) for names, form in compressed]
     else:
-        learned = [(t.names, t.compression.compress([model.get_parameter(n) for n in t.names], mu))
+        learned = [(t.names, t.compression.compress([model.get_parameter(n) for n in t.names], mu, names=t.names))
                    for t in find_tasks(model, compressed)]  # fmt: skip
     tensors, aliases = _distinct(model)
     index = {name: i for i, name in enumerate(tensors)}

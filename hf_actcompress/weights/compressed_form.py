@@ -218,7 +218,7 @@ def _store_payload(payload: Payload, out: Writer) -> dict[str, Any]:
     for tensor in payload.tensors.values():
         out.put(tensor)
     return {
-        "codec": payload.codec, "shape": list(payload.shape), "dtype": name_of(payload.dtype), "raw": payload.raw,
+        "codec": payload.codec, "shape": list(payload.shape), "dtype": name_of(payload.dtype),
         "tensors": {k: [name_of(t.dtype), *t.shape] for k, t in payload.tensors.items()},
         "parts": {k: _store_payload(part, out) for k, part in payload.parts.items()},
     }  # fmt: skip

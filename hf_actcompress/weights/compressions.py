@@ -141,7 +141,14 @@ class Encode(Compression):
             raise ValueError(f"{self.codec} cannot compress weights: {self.codec.traits.unfit['weights']}")
 
     def _compress(self, tensors: list[Tensor], mu: float | None, start: CompressedForm | None) -> CompressedForm:
-        return Coded(shapes_of(tensors), self.codec.encode(tensors[0].cpu().contiguous()))
+        lost = torch.zeros(1, dtype=torch.int64)
+        payload = self.codec.encode(tensors[0].cpu().contiguous(), nonfinite=lost)
+        if lost:
+            raise ValueError(
+                f"{self}: the codec cannot represent all values of a tensor of shape {tuple(tensors[0].shape)}, whose "
+                f"largest magnitude is {float(tensors[0].abs().max()):.3g}. Leave it out of the scheme."
+            )
+        return Coded(shapes_of(tensors), payload)
 
     def __str__(self) -> str:
         text = str(self.codec)

@@ -171,7 +171,7 @@ class LearningCompression:
         forms, self.delta = [], {}
         for i, task in enumerate(self.tasks):
             now = [self.parameters[n].float() - self.multipliers[n] / self.mu for n in task.names]
-            form = task.compression.compress(now, self.mu, self.forms[i] if self.forms else None)
+            form = task.compression.compress(now, self.mu, self.forms[i] if self.forms else None, task.names)
             forms.append(form)
             self._decompress(task, form)
         self.forms = forms

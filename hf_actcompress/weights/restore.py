@@ -85,7 +85,7 @@ def _check_payload(payload: Payload) -> None:
     """Decoders trust the sizes of what they decode, so these have to be the ones that the codec itself makes."""
     codec = parse_codec(payload.codec)
     example = torch.randn(payload.shape, generator=torch.Generator().manual_seed(0)).to(payload.dtype)
-    expected = {"raw": (payload.shape, payload.dtype)} if payload.raw else _layout(codec.encode(example))
+    expected = _layout(codec.encode(example))
     if _layout(payload) != expected:
         raise ValueError(f"codec: the payload holds {_layout(payload)}, and {codec} makes {expected}")
 
@@ -98,12 +98,16 @@ def _layout(payload: Payload, path: str = "") -> dict[str, tuple[tuple[int, ...]
 
 
 def _restore_payload(stored: Any, source: Reader) -> Payload:
-    if not isinstance(stored, dict) or set(stored) != {"codec", "shape", "dtype", "raw", "tensors", "parts"}:
+    fields = {"codec", "shape", "dtype", "tensors", "parts"}
+    if not isinstance(stored, dict) or set(stored) - {"raw"} != fields:
         raise ValueError("codec: the payload's description is not complete")
     tensors = {}
     for name, (dtype, *sizes) in stored["tensors"].items():
         shape = _shape(sizes, f"codec: {name}")
         tensors[name] = source.take(math.prod(shape), dtype).view(shape)
     parts = {name: _restore_payload(part, source) for name, part in stored["parts"].items()}
-    shape = _shape(stored["shape"], "codec: shape")
-    return Payload(stored["codec"], shape, dtype_of(stored["dtype"]), tensors, parts, stored["raw"] is True)
+    shape, codec = _shape(stored["shape"], "codec: shape"), stored["codec"]
+    if stored.get("raw") is True:
+        # Version 0.1 kept tensors that it could not code, and those of identity, as they were.
+        codec, tensors = "identity", {"values" if name == "raw" else name: t for name, t in tensors.items()}
+    return Payload(codec, shape, dtype_of(stored["dtype"]), tensors, parts)

@@ -81,13 +81,15 @@ def test_other_peers_are_named():
         wire.read(buffer, 3)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_cannot_be_coded_stop_the_receiver(value):
     x = tensor()
     x[1, 2, 3] = value
     wire, buffer = sent(x=x)
     with pytest.raises(WireError, match="on the sender's side the tensor holds NaN, Inf"):
         wire.read(buffer, 3)
+    wire, buffer = sent("identity", x)
+    assert torch.equal(wire.decode(buffer, 3).nan_to_num(nan=7), x.nan_to_num(nan=7))
 
 
 def test_another_shape_is_refused_by_the_sender():

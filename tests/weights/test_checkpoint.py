@@ -227,7 +227,7 @@ def test_another_safetensors_file(saved):
     (lambda stored: stored.update(codec="block:bits=2"), "codec: the payload holds"),
     (lambda stored: stored.update(codec="nobody"), "Unknown codec 'nobody'"),
     (lambda stored: stored.update(dtype="load"), "dtype 'load' is unknown"),
-    (lambda stored: stored.pop("raw"), "not complete"),
+    (lambda stored: stored.pop("parts"), "not complete"),
 ])  # fmt: skip
 def test_a_payload_that_its_codec_would_not_make(tmp_path, lenet, change, message):
     save_compressed(lenet, tmp_path, {"fc1": "block:bits=4"})
@@ -236,12 +236,30 @@ def test_a_payload_that_its_codec_would_not_make(tmp_path, lenet, change, messag
         load_compressed(tmp_path)
 
 
-def test_what_a_codec_passes_on_uncompressed(tmp_path):
-    net = nn.Linear(4, 4)
-    with torch.no_grad():
-        net.weight[0, 0] = 2.0**50
-    save_compressed(net, tmp_path, "block:bits=4")
-    assert torch.equal(load_compressed(tmp_path)["weight"], net.weight)
+def test_payloads_of_version_01(tmp_path):
+    """They say whether they are raw: then the tensor itself is there, whatever the codec."""
+    net = nn.Linear(40, 40)
+    for spec, raw in (("block:bits=4", False), ("identity", True)):
+        save_compressed(net, tmp_path, spec)
+        expected = load_compressed(tmp_path)["weight"]
+
+        def as_before(about, raw=raw):
+            payload = about["c"][0][1][1]
+            payload["raw"] = raw
+            if raw:
+                payload.update(codec="block:bits=4", tensors={"raw": payload["tensors"].pop("values")})
+
+        changed(tmp_path, as_before)
+        assert torch.equal(load_compressed(tmp_path)["weight"], expected)
+    assert torch.equal(expected, net.weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_their_name(tmp_path, lenet, bad):
+    net = copy.deepcopy(lenet)
+    net.fc1.weight.data[0, 0] = bad
+    with pytest.raises(ValueError, match="hold NaN or Inf: fc1.weight"):
+        save_compressed(net, tmp_path, {"fc*": "block:bits=4"})
 
 
 def test_a_codec_from_outside(tmp_path, lenet, monkeypatch):
