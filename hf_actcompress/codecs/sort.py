@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops.packing import MAX_BITS
-from ..ops.quantize import decode_table, sort_decode, sort_encode, sort_roundtrip
-from ..ops.reductions import extremes, ranked, strided_sample
-from ..ops.rows import codes_nbytes, decode_parts, encode_parts, join, roundtrip_parts
+from ..ops.groups import codes_nbytes
+from ..ops.packing import COLS, MAX_BITS
+from ..ops.ranges import tensor_scale
 from ..ops.scales import flushed, usable
+from ..ops.tables import dequantize_sorted, quantile_scales, quantize_sorted, roundtrip_sorted, sorted_sample
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .registry import register_codec
 
 SAMPLE = 1 << 15
-FEW_SPLITS = 3  # up to here a chain of choices takes less time than a table
 
 
 @register_codec("sort")
@@ -36,6 +36,7 @@ class Sort(Codec):
     sample of a batch only, and code 0 of group 0 was never decoded.
     """
 
+    counts_nonfinite: ClassVar[bool] = True
     bits: int = 8
     splits: int | None = None
     quantiles: str = "sample"
@@ -52,49 +53,32 @@ class Sort(Codec):
                 f"a group; bits is the total per element. Use splits from 1 to {self.bits - 1}."
             )
 
-    def _groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _groups(self, x: Tensor, nonfinite: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inner thresholds fp32 [G - 1] and scales fp32 [G, 2] (minimum, step)."""
+        scale = tensor_scale(x, 4.0, False, nonfinite)
+        if self.quantiles == "sample":
+            return quantile_scales(sorted_sample(x, SAMPLE), scale, self.bits, self.splits)
         count, top = 2**self.splits, 2 ** (self.bits - self.splits) - 1
-        exact = self.quantiles == "exact"
-        values = x.float().reshape(-1).sort().values if exact else ranked(strided_sample(x, SAMPLE))
-        first = torch.arange(count, device=x.device) * values.numel() // count
-        lo = values[first]
-        if exact:
-            # A group holds the values from its threshold up to below the next distinct threshold.
-            stop = torch.searchsorted(values, lo[1:]) - 1
-            hi = torch.cat([values[stop.clamp_min(0)], values[-1:]])
-            hi = torch.maximum(hi, lo)
-        else:
-            least, most = extremes(x)
-            lo = torch.cat([least[None], lo[1:]])
-            hi = torch.cat([lo[1:], most[None]])
-        return lo[1:].contiguous(), torch.stack([flushed(lo), usable(hi / top - lo / top)], 1)
+        values = sorted_sample(x, x.numel()).float()
+        lo = values[torch.arange(count, device=x.device) * values.numel() // count]
+        # A group holds the values from its threshold up to below the next distinct threshold.
+        stop = torch.searchsorted(values, lo[1:].contiguous()) - 1
+        hi = torch.maximum(torch.cat([values[stop.clamp_min(0)], values[-1:]]), lo)
+        scales = torch.stack([flushed(lo), usable(hi / top - lo / top)], 1)
+        return lo[1:].contiguous(), torch.where(scale[1].isnan(), torch.nan, scales)
 
-    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        edges, scales = self._groups(x)
-        offsets = torch.arange(scales.shape[0], device=x.device).float() * 2 ** (self.bits - self.splits)
-        shared = [edges, scales, 1 / scales[:, 1], offsets]
-        codes = encode_parts(sort_encode, x, shared, **self._static())
-        return self._payload(x, {"codes": join(codes), "scales": scales})
+    def _encode(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Payload:
+        edges, scales = self._groups(x, nonfinite)
+        codes = quantize_sorted(x, edges, scales, self.bits, self.splits)
+        return self._payload(x, {"codes": codes, "scales": scales})
 
     def _decode(self, payload: Payload) -> Tensor:
-        n, dtype = math.prod(payload.shape), payload.dtype
-        forms = {"codes": codes_nbytes(n, self.bits), "scales": (2**self.splits, 2, torch.float32)}
-        codes, scales = self._sized(payload, **forms)
-        if self.splits <= FEW_SPLITS:
-            static = {"bits": self.bits, "splits": self.splits, "dtype": dtype}
-            return decode_parts(sort_decode, codes, payload.shape, self.bits, [scales], **static)
-        q = torch.arange(2 ** (self.bits - self.splits), device=scales.device)
-        table = (scales[:, :1] + q * scales[:, 1:]).view(-1).to(dtype)
-        return decode_table(codes, payload.shape, table, self.bits)
+        size = codes_nbytes(math.prod(payload.shape), COLS, self.bits)
+        codes, scales = self._sized(payload, codes=size, scales=(2**self.splits, 2, torch.float32))
+        return dequantize_sorted(codes, scales, payload.shape, payload.dtype, self.bits, self.splits)
 
-    def _roundtrip(self, x: Tensor, state: CodecState | None) -> Tensor:
-        edges, scales = self._groups(x)
-        return roundtrip_parts(sort_roundtrip, x, [edges, scales, 1 / scales[:, 1]], **self._static())
-
-    def _static(self) -> dict[str, int | bool]:
-        # A chain of comparisons is as long as there are groups.
-        return {"bits": self.bits, "splits": self.splits, "compilable": self.splits <= 5}
+    def _roundtrip(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Tensor:
+        return roundtrip_sorted(x, *self._groups(x, nonfinite), self.bits, self.splits)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return codes_nbytes(math.prod(shape), self.bits) + 8 * 2**self.splits
+        return codes_nbytes(math.prod(shape), COLS, self.bits) + 8 * 2**self.splits

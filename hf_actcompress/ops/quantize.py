@@ -1,4 +1,4 @@
-"""Values to packed codes and back: by groups, by one scale, by quantiles, by a table, as 8-bit floats.
+"""Steps of kernels: to whole numbers, by edges, by a table.
 
 Pure functions of tensors, for `compiled.Kernel`.
 
@@ -12,10 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compiled import Kernel
-from .packing import code_dtype, pack, unpack_parts
 from .rounding import noise
-from .rows import decode_parts
 
 SELECTED = 4  # bits up to which a table is looked up by choices
 
@@ -48,48 +45,6 @@ def chosen(x: Tensor, edges: Tensor, right: bool, *columns: Tensor) -> list[Tens
     return found
 
 
-def _sort_encode(
-    x: Tensor, edges: Tensor, scales: Tensor, inverse: Tensor, offsets: Tensor, *, bits: int, splits: int
-) -> tuple[Tensor]:
-    """Values to groups by edges fp32 [G - 1], then in steps of scales fp32 [G, 2]; offsets: fp32 code of each group's
-    first value."""
-    y = x.float()
-    lo, inv, offset = chosen(y, edges, True, scales[:, 0], inverse, offsets)
-    inner = torch.round((y - lo) * inv).clamp(0, 2 ** (bits - splits) - 1)
-    return (pack((inner + offset).to(code_dtype(bits)), bits),)
-
-
-def _sort_roundtrip(
-    x: Tensor, edges: Tensor, scales: Tensor, inverse: Tensor, *, bits: int, splits: int
-) -> tuple[Tensor]:
-    y = x.float()
-    lo, step, inv = chosen(y, edges, True, scales[:, 0], scales[:, 1], inverse)
-    inner = torch.round((y - lo) * inv).clamp(0, 2 ** (bits - splits) - 1)
-    return ((lo + inner * step).to(x.dtype),)
-
-
-def _sort_decode(codes: Tensor, scales: Tensor, *, bits: int, splits: int, dtype: torch.dtype) -> tuple[Tensor]:
-    """Codes of a group (high bits) and of a step in it, by scales fp32 [G, 2] (minimum, step)."""
-    inner, out = bits - splits, []
-    for _, run in unpack_parts(codes, bits, codes.shape[-1] * 8 // bits):
-        group, step = run.int() >> inner, (run.int() & (2**inner - 1)).float()
-        lo, width = scales[0, 0], scales[0, 1]
-        for g in range(1, 2**splits):
-            above = group >= g
-            lo, width = torch.where(above, scales[g, 0], lo), torch.where(above, scales[g, 1], width)
-        out.append((lo + step * width).to(dtype))
-    return (joined(out),)
-
-
-def _nearest_encode(x: Tensor, edges: Tensor, ranks: Tensor, *, bits: int) -> tuple[Tensor]:
-    """Codes by edges fp32 [k - 1] between neighbouring centroids; ranks: 0, 1, ... as fp32 [k]."""
-    return (pack(chosen(x.float(), edges, False, ranks)[0].to(code_dtype(bits)), bits),)
-
-
-def _nearest_roundtrip(x: Tensor, edges: Tensor, table: Tensor) -> tuple[Tensor]:
-    return (chosen(x.float(), edges, False, table)[0].to(x.dtype),)
-
-
 def looked_up(table: Tensor, codes: Tensor, bits: int) -> Tensor:
     """table[codes]"""
     if bits > SELECTED or not torch.compiler.is_compiling():
@@ -100,19 +55,3 @@ def looked_up(table: Tensor, codes: Tensor, bits: int) -> Tensor:
         there = (codes >> k) & 1 != 0
         left = [torch.where(there, left[i + 1], left[i]) for i in range(0, len(left), 2)]
     return left[0]
-
-
-def _table_decode(codes: Tensor, table: Tensor, *, bits: int) -> tuple[Tensor]:
-    """table [2**bits] in the dtype of the result."""
-    runs = unpack_parts(codes, bits, codes.shape[-1] * 8 // bits)
-    return (joined([looked_up(table, run, bits) for _, run in runs]),)
-
-
-sort_encode, sort_decode, sort_roundtrip = Kernel(_sort_encode), Kernel(_sort_decode), Kernel(_sort_roundtrip)
-nearest_encode, nearest_roundtrip = Kernel(_nearest_encode), Kernel(_nearest_roundtrip)
-table_decode = Kernel(_table_decode)
-
-
-def decode_table(codes: Tensor, shape: tuple[int, ...], table: Tensor, bits: int) -> Tensor:
-    """table[codes] as a tensor of that shape; codes in rows of COLS, table [2**bits] in the dtype of the result."""
-    return decode_parts(table_decode, codes, shape, bits, [table], bits=bits)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import KMeans
-from hf_actcompress.codecs.kmeans import lloyd, optimal_codebook
+from hf_actcompress.ops.codebooks import lloyd, optimal_codebook
 
 
 def best_error(values, k):

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in (
     "native.cpp", "native_decode.cpp", "native_selection.cpp", "native_slopes.cpp",
+    "native_tables.cpp",
 )]  # fmt: skip
 HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
@@ -39,6 +40,7 @@ SIGNATURES: dict[str, tuple] = {  # name: result, arguments
     "select_largest": (None, _p, _i, _n, _n, _p, _p, _i),
     "keep_largest": (None, _p, _i, _n, _n, _p),
     "place_values": (None, _p, _n, _i, _p, _n, _p),
+    "sorted_codes": (None, _p, _i, _n, _p, _p, _p, _p, _i, _i, _p, _p),
     "slope_encode": (_n, _p, _i, _i, _i, _n, _f, _f, _u, _p),
     "group_values": (None, _p, _i, _p, _i, _i, _p, _p, _n, _n, _i, _i, _p),
     "table_values": (None, _p, _i, _n, _i, _p, _i, _p),

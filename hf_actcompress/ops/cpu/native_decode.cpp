@@ -145,6 +145,17 @@ void table_of(const Group& all, const float* table, T* out) {
     });
 }
 
+// The same for 9 to 16 bits: a plane of the upper 8, then the others.
+template <typename T, int LOW>
+void wide_table_of(const Group& all, const float* table, T* out) {
+    each_group(all, out, [&](int64_t g, int cols, T* own) {
+        const uint8_t* in = all.codes + g * (all.cols * (8 + LOW) / 8);
+        uint8_t low[LARGEST];
+        unpack<LOW>(in + cols, cols, low);
+        each(cols, [&](int c) { store(own + c, table[in[c] << LOW | low[c]]); });
+    });
+}
+
 // call(number of bits)
 template <typename Call>
 INLINE void by_bits(int bits, Call call) {
@@ -180,15 +191,20 @@ extern "C" void group_values(const uint8_t* codes, int bits, const void* scales,
     });
 }
 
-// table [2**bits] fp32: out [n] = table[code], of a kind or (kind 3) in bytes.
+// table [2**bits] fp32: out [n] = table[code], of a kind or (kind 3, up to 8 bits) in bytes.
 extern "C" void table_values(const uint8_t* codes, int bits, int64_t n, int cols, const float* table, int kind,
                              void* out) {
     const Group all{codes, nullptr, nullptr, 1, n, cols};
-    by_bits(bits, [&](auto width) {
+    by_bits(bits > 8 ? bits - 8 : bits, [&](auto width) {
         constexpr int BITS = decltype(width)::value;
-        if (kind == FP32) table_of<float, BITS>(all, table, static_cast<float*>(out));
-        else if (kind == BF16) table_of<uint16_t, BITS>(all, table, static_cast<uint16_t*>(out));
-        else if (kind == FP16) table_of<Half, BITS>(all, table, static_cast<Half*>(out));
+        const auto run = [&](auto* own) {
+            using T = std::remove_pointer_t<decltype(own)>;
+            if (bits > 8) wide_table_of<T, BITS>(all, table, own);
+            else table_of<T, BITS>(all, table, own);
+        };
+        if (kind == FP32) run(static_cast<float*>(out));
+        else if (kind == BF16) run(static_cast<uint16_t*>(out));
+        else if (kind == FP16) run(static_cast<Half*>(out));
         else table_of<uint8_t, BITS>(all, table, static_cast<uint8_t*>(out));
     });
 }

@@ -1,0 +1,75 @@
+"""Groups with sorted limits, in every form."""
+
+import pytest
+import torch
+from helpers.forms import forms_agree
+
+from hf_actcompress.ops.groups import codes_nbytes
+from hf_actcompress.ops.tables import dequantize_sorted, quantile_scales, quantize_sorted, sorted_sample
+
+FORMS = ["cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def data(n, seed=0):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    x[::50] *= 30
+    x[1::70] = 0
+    x[2::90] *= 1e-42
+    return x
+
+
+def limits(splits, bits, sample):
+    """Edges that some values hit, and scales."""
+    lo = sample.float().sort().values[torch.arange(2**splits) * sample.numel() // 2**splits]
+    step = torch.rand(2**splits, generator=torch.Generator().manual_seed(1)) / 2 ** (bits - splits) + 1e-6
+    return lo[1:].contiguous(), torch.stack([lo, step], 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bits, splits", [(2, 1), (4, 1), (4, 3), (5, 2), (8, 2), (8, 7), (9, 2), (12, 3), (16, 4),
+                                          (1, 1), (3, 3), (4, 4), (8, 8)])  # fmt: skip
+def test_forms_agree(form, bits, splits):
+    for dtype in DTYPES:
+        for n in (1, 13, 129, 5003):
+            x = data(n).to(dtype)
+            edges, scales = limits(splits, bits, x)
+            scales = scales[:, 0].contiguous() if splits == bits else scales
+            codes = forms_agree(form, "quantize_sorted", x, edges, scales, bits, splits)
+            assert codes.numel() == codes_nbytes(n, 128, bits)
+            y = forms_agree(form, "dequantize_sorted", codes, scales, [n], dtype, bits, splits)
+            assert torch.equal(forms_agree(form, "roundtrip_sorted", x, edges, scales, bits, splits), y)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_views_and_scales_that_are_not_finite(form):
+    x = data(6000)
+    edges, scales = limits(2, 8, x)
+    for view in (x.view(60, 100).T, x.view(2, 10, 10, 30).permute(0, 3, 1, 2), x[::2]):
+        forms_agree(form, "quantize_sorted", view, edges, scales, 8, 2)
+        y = forms_agree(form, "roundtrip_sorted", view, edges, scales, 8, 2)
+        assert y.stride() == torch.empty_like(view).stride()
+    for bad in (scales * torch.nan, scales.index_fill(0, torch.tensor([0]), torch.nan)):
+        codes = forms_agree(form, "quantize_sorted", x, edges, bad, 8, 2)
+        assert not codes.any()
+        assert forms_agree(form, "roundtrip_sorted", x, edges, bad, 8, 2).isnan().all()
+        assert forms_agree(form, "dequantize_sorted", codes, bad, [6000], torch.float32, 8, 2).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_sorted_sample(dtype):
+    x = data(9000).to(dtype)
+    x[7], x[21] = torch.nan, torch.inf
+    for view in (x, x.view(90, 100).T, x[:50]):
+        for size in (100, 9000):
+            found = forms_agree("cpu", "sorted_sample", view, size)
+            stride = 1 if view.numel() // size <= 1 else view.numel() // size | 1
+            expected = view.reshape(-1)[::stride].sort().values
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_quantiles_of_values_that_use_all_of_fp32():
+    x = torch.linspace(-1, 1, 1001) * 3e38
+    edges, scales = quantile_scales(sorted_sample(x, 1001), torch.stack([x.min(), x.max() / 4 - x.min() / 4]), 8, 2)
+    y = dequantize_sorted(quantize_sorted(x, edges, scales, 8, 2), scales, [1001], torch.float32, 8, 2)
+    assert torch.allclose(y, x, rtol=0, atol=3e38 / 250)
