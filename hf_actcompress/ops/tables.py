@@ -4,7 +4,8 @@
     code = group << (bits - splits) | round((x - minimum) / step)
 
 With splits == bits a group is one number, its centroid.  Codes are packed in rows of COLS elements, the last one
-filled with its last value up to a multiple of 8.  Where scales are NaN, NaN is decoded; where the first is, codes are 0.
+filled with its last value up to a multiple of 8.  Where scales are NaN, NaN is decoded; codes are 0
+ where the first is.
 """
 
 from __future__ import annotations
