@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cpu import forms
-from .groups import codes_nbytes, tiles
+from .groups import codes_nbytes, rows, tiles
 from .library import operator
 from .packing import COLS, code_dtype, pack, unpack
 from .rounding import noise
@@ -21,25 +21,17 @@ FUNCTIONS = ("gelu", "gelu_tanh", "silu")
 FLAT = 40.0  # beyond, the slope of each function has reached its limit
 
 
-def _rows(flat: Tensor, first: int, count: int, width: int, filling: float | None = None) -> Tensor:
-    """Rows [count, width] of COLS elements; a short one is filled with `filling`, or with its last value."""
-    run = flat[first * COLS : first * COLS + count * width]
-    missing = count * width - run.numel()
-    if missing:
-        last = run[-1:] if filling is None else run.new_full((1,), filling)
-        run = torch.cat([run, last.expand(missing)])
-    return run.view(count, width)
-
-
 def _flags(x: Tensor, low: float, high: float | None) -> Tensor:
     flat, out = x.reshape(-1), x.new_empty(codes_nbytes(x.numel(), COLS, 1), dtype=torch.uint8)
     flat = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
     for first, count, width in tiles(flat.numel(), COLS, x.device):
-        above = ~(_rows(flat, first, count, width, low) <= low)  # NaN counts, as in torch's gradient of ReLU
+        run = flat[first * COLS : first * COLS + count * width]
+        above = ~(run <= low)  # NaN counts, as in torch's gradient of ReLU
         if high is not None:
-            above &= _rows(flat, first, count, width, low) < high
+            above &= run < high
+        padded = torch.nn.functional.pad(above.to(torch.uint8), (0, count * width - run.numel()))
         begin = first * COLS // 8
-        out[begin : begin + count * width // 8] = pack(above.to(torch.uint8), 1).view(-1)
+        out[begin : begin + count * width // 8] = pack(padded.view(count, width), 1).view(-1)
     return out
 
 
@@ -64,7 +56,7 @@ def _encode_slopes(
     flat, top = x.reshape(-1), 2**bits - 1
     out = _encode_slopes_fake(x, function, least, most, bits, key, nonfinite)
     for first, count, width in tiles(flat.numel(), COLS, x.device):
-        y = _rows(flat, first, count, width).float()
+        y = rows(flat, first, count, width, COLS).float()
         index = torch.arange(first * COLS, first * COLS + y.numel(), device=x.device)
         counters = (index & 0xFFFFFFFF).to(torch.int32).view(y.shape)
         y = (_slope(y.clamp(-FLAT, FLAT), function) - least) * (top / (most - least))

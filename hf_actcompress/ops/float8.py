@@ -55,7 +55,7 @@ def _roundtrip(x: Tensor, scale: Tensor, format: str) -> Tensor:
 
 
 def _roundtrip_fake(x: Tensor, scale: Tensor, format: str) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
 # x (any shape), scale fp32 (the last number is what 1.0 stands for) -> bytes uint8 [n]; format: "e4m3" or "e5m2".

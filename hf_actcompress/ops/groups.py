@@ -79,7 +79,7 @@ def group_scales(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     lo, hi = y.amin(-1), y.amax(-1)
     lo = floor16(flushed(lo))
     # Not hi - lo, which could overflow; not a division, which takes longer than all the rest of a group.
-    return finite_scale(lo, usable(ceil16(hi * (1 / top) - lo * (1 / top))))
+    return finite_scale(lo, usable(ceil16(hi * (1 / top) - lo * (1 / top))), top)
 
 
 def _coded(
@@ -162,7 +162,7 @@ def _roundtrip(
 
 
 def _roundtrip_fake(x, features, inner, scale, cols, bits, key, nonfinite):  # noqa: ANN001, ANN202
-    return torch.empty_like(x)
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
 _ARGUMENTS = (

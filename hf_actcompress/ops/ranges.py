@@ -19,7 +19,7 @@ def _of_range(lo: Tensor, hi: Tensor, levels: float, symmetric: bool, nonfinite:
         least, step = torch.zeros_like(lo), usable(torch.maximum(-lo, hi) / levels)
     else:
         least, step = flushed(lo), usable(hi / levels - lo / levels)  # hi - lo could overflow
-    scale = torch.stack(finite_scale(least, step))
+    scale = torch.stack(finite_scale(least, step, levels))
     if nonfinite is not None:
         nonfinite += scale[1].isnan()
     return scale

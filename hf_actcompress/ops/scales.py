@@ -35,9 +35,10 @@ def safe_inverse(step: Tensor) -> Tensor:
     return torch.where(step >= tiny, 1.0 / step.clamp_min(tiny), torch.zeros_like(step))
 
 
-def finite_scale(lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Both NaN where one is NaN or Inf: nothing can be told of the values then."""
-    good = (lo.abs() <= torch.finfo(lo.dtype).max) & (step <= torch.finfo(step.dtype).max)
+def finite_scale(lo: Tensor, step: Tensor, steps: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Both NaN where one is NaN or Inf, or where so many steps reach beyond fp32: values could not be told apart."""
+    most = torch.finfo(torch.float32).max
+    good = (lo.abs() <= most) & (step * steps <= most)
     return torch.where(good, lo, torch.nan), torch.where(good, step, torch.nan)
 
 

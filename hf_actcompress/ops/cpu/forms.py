@@ -22,6 +22,17 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _packed_nbytes(n: int, bits: int) -> int:
+    """Of codes in rows of ROW."""
+    return (n // ROW * ROW + -(-(n % ROW) // 8) * 8) * bits // 8
+
+
+def _check(what: str, have: int, needed: int) -> None:
+    """No pointer is handed out to less than the library reads."""
+    if have != needed:
+        raise ValueError(f"{what}: {have} bytes or numbers where {needed} are needed: the payload is damaged.")
+
+
 def _takes(cols: int, bits: int) -> bool:
     return bits <= 8 and cols % 16 == 0 and cols <= LARGEST
 
@@ -88,7 +99,7 @@ def roundtrip_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # 
         out = _flat(x.numel(), x.dtype)
         _group_codes(x.contiguous(), features, inner, scale, cols, bits, key, nonfinite, None, None, out)
         out = out.view(x.shape)
-        return out if out.stride() == torch.empty_like(x, device="meta").stride() else torch.empty_like(x).copy_(out)
+        return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
     out = _flat(x.numel(), x.dtype)
     if scale is not None and key is None:  # one scale, no counter: the order makes no difference
         _group_codes(lying, None, 1, scale, cols, bits, key, nonfinite, None, None, out)
@@ -111,6 +122,10 @@ def dequantize_groups(codes, scales, features, inner, shape, dtype, cols, bits):
         return NotImplemented
     if (library := library_for(n)) is None:
         return NotImplemented
+    full, rest = divmod(n, cols)
+    _check("codes", codes.numel() * codes.element_size(), (full * cols + -(-rest // 8) * 8) * bits // 8)
+    if scales.numel() != 2:
+        _check("scales", scales.numel(), 2 * -(-n // cols))
     codes, scales, out = codes.contiguous(), scales.contiguous(), _flat(n, dtype)
     tables = _Tables(features, inner, n, cols)
     library.group_values(
@@ -142,7 +157,7 @@ def pack_flags(x, low, high):  # noqa: ANN001, ANN201
     if x.dtype not in KINDS or not x.numel() or (library := library_for(x.numel())) is None:
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    bits = torch.empty((n // ROW * ROW + -(-(n % ROW) // 8) * 8) // 8, dtype=torch.uint8)
+    bits = torch.empty(_packed_nbytes(n, 1), dtype=torch.uint8)
     limits = low, 0.0 if high is None else high, high is not None
     library.flags(x.data_ptr(), KINDS[x.dtype], n, *limits, bits.data_ptr())
     return bits
@@ -154,7 +169,7 @@ def two_valued(x: Tensor, value: float) -> Tensor | None:
     if library is None:
         there = x != 0
         return torch.ops.actcompress.pack_flags(there, 0.0, None) if bool((~there | (x == value)).all()) else None
-    bits = torch.empty((x.numel() // ROW * ROW + -(-(x.numel() % ROW) // 8) * 8) // 8, dtype=torch.uint8)
+    bits = torch.empty(_packed_nbytes(x.numel(), 1), dtype=torch.uint8)
     strange = library.two_flags(x.data_ptr(), KINDS[x.dtype], x.numel(), value, bits.data_ptr())
     return None if strange else bits
 
@@ -163,7 +178,7 @@ def encode_slopes(x, function, least, most, bits, key, nonfinite):  # noqa: ANN0
     if x.dtype not in FLOATS or bits > 8 or not x.numel() or (library := library_for(x.numel())) is None:
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    codes = torch.empty((n // ROW * ROW + -(-(n % ROW) // 8) * 8) * bits // 8, dtype=torch.uint8)
+    codes = torch.empty(_packed_nbytes(n, bits), dtype=torch.uint8)
     count = library.slope_encode(
         x.data_ptr(), KINDS[x.dtype], FUNCTIONS.index(function), bits, n, least, (2**bits - 1) / (most - least),
         key & 0xFFFFFFFF, codes.data_ptr(),
@@ -176,6 +191,8 @@ def decode_table(codes, table, shape, bits):  # noqa: ANN001, ANN201
     n = math.prod(shape)
     if table.dtype not in KINDS or bits > 8 or not n or (library := library_for(n)) is None:
         return NotImplemented
+    _check("codes", codes.numel() * codes.element_size(), _packed_nbytes(n, bits))
+    _check("table", table.numel(), 2**bits)
     codes, values, out = codes.contiguous(), table.float().contiguous(), _flat(n, table.dtype)
     library.table_values(codes.data_ptr(), bits, n, ROW, values.data_ptr(), KINDS[table.dtype], out.data_ptr())
     return out.view(shape)

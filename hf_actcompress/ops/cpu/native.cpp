@@ -45,8 +45,8 @@ struct Scale {
     float lo, step, unit;
 };
 
-INLINE Scale finite(float lo, float step) {
-    const bool good = std::fabs(lo) <= FLT_MAX && step <= FLT_MAX;
+INLINE Scale finite(float lo, float step, float steps = 1.0f) {
+    const bool good = std::fabs(lo) <= FLT_MAX && step * steps <= FLT_MAX;
     return {good ? lo : NAN, good ? step : NAN, good ? 1.0f / step : 0.0f};
 }
 
@@ -54,7 +54,7 @@ template <int TOP>
 INLINE Scale scale_of(float lo, float hi) {
     lo = floor16(std::fabs(lo) < FLT_MIN ? 0.0f : lo);
     const float step = -floor16(lo * static_cast<float>(1.0 / TOP) - hi * static_cast<float>(1.0 / TOP));
-    return finite(lo, step < FLT_MIN ? FLT_MIN : step);
+    return finite(lo, step < FLT_MIN ? FLT_MIN : step, TOP);
 }
 
 // Values of group `g` in y, and its minimum and step.  A short group is filled with its last value up to `width`.

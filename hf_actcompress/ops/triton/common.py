@@ -42,9 +42,9 @@ def floor16(x):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def finite_scale(lo, step):  # noqa: ANN001, ANN201
-    """Minimum, step and its inverse; NaN, NaN and 0 where one is not finite."""
-    good = (tl.abs(lo) <= MAX) & (step <= MAX)
+def finite_scale(lo, step, steps):  # noqa: ANN001, ANN201
+    """Minimum, step and its inverse; NaN, NaN and 0 where one, or what so many steps reach, is not finite."""
+    good = (tl.abs(lo) <= MAX) & (step * steps <= MAX)
     inverse = tl.div_rn(1.0, tl.where(good, step, 1.0))
     return tl.where(good, lo, float("nan")), tl.where(good, step, float("nan")), tl.where(good, inverse, 0.0)
 
@@ -54,7 +54,7 @@ def group_scale(lo, hi, strange, TOP: tl.constexpr):  # noqa: ANN001, ANN201, N8
     lo = floor16(tl.where(tl.abs(lo) < TINY, 0.0, lo))
     step = -floor16(lo * (1.0 / TOP) - hi * (1.0 / TOP))
     step = tl.where(step < TINY, TINY, step)
-    return finite_scale(tl.where(strange, float("nan"), lo), step)
+    return finite_scale(tl.where(strange, float("nan"), lo), step, TOP * 1.0)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def _scale_of(y, scale, TOP: tl.constexpr, GIVEN: tl.constexpr):  # noqa: ANN001
     if GIVEN:
         zero = tl.sum(y * 0.0, axis=1, keep_dims=True) * 0.0
         zero = tl.where(zero == 0.0, zero, 0.0)
-        return finite_scale(zero + tl.load(scale), zero + tl.load(scale + 1))
+        return finite_scale(zero + tl.load(scale), zero + tl.load(scale + 1), 1.0)
     strange = tl.max((~(tl.abs(y) <= 3.4028234663852886e38)).to(tl.int32), axis=1, keep_dims=True) > 0
     return group_scale(
         tl.min(y, axis=1, keep_dims=True), tl.max(y, axis=1, keep_dims=True), strange, TOP

@@ -79,7 +79,7 @@ def _tensor_scale(  # noqa: ANN202
             least = tl.where(tl.abs(lo) < TINY, 0.0, lo)
             step = tl.div_rn(hi, levels) - tl.div_rn(lo, levels)
         step = tl.where(step < TINY, TINY, step)
-        least, step, _ = finite_scale(tl.where(strange, float("nan"), least), step)
+        least, step, _ = finite_scale(tl.where(strange, float("nan"), least), step, levels)
         tl.store(out, least)
         tl.store(out + 1, step)
         if COUNT:
