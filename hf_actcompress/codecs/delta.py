@@ -115,7 +115,7 @@ class Delta(Codec):
             parts["full"] = self.first.encode(rows, getattr(state, "full", None))
         if plan.seen:
             rows = x if not plan.new else x[torch.tensor(plan.seen, device=x.device)]
-            tensors["check"] = state.check(plan.slots)
+            tensors["check"] = state.check(plan.slots, x.device)
             change = rows.float() - state.read(plan.slots, x)
             parts["change"] = self.inner.encode(change, state.inner)
         payload = self._payload(x, tensors, parts)
@@ -151,8 +151,8 @@ class Delta(Codec):
                 if (part.shape, part.dtype) != (shape, dtype):
                     raise self._damaged(f"'{name}' has {part.shape} and {part.dtype}, and needs {shape} and {dtype}")
         if plan.seen:
-            own = state.check(plan.slots)
-            if int(own) != int(self._sized(payload, check=(1, torch.int64))[0]):
+            check, = self._sized(payload, check=(1, torch.int64))
+            if int(state.check(plan.slots, check.device)) != int(check):  # what comes over a link is waited for anyway
                 raise ValueError(
                     f"{self}: the caches of the two sides differ. Resume both from the same step, and use the same "
                     "kind of device and version on both sides."

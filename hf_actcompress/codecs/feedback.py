@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.reductions import representable
 from .base import Codec, CodecState, Payload, Traits
 
 
@@ -89,15 +88,15 @@ class Feedback(Codec):
             return x, None
         if state.error is not None and state.error.shape == x.shape:
             corrected = x + state.error.to(x.device, x.dtype)
-            # An overflow by the correction must not turn a finite tensor into a raw one.
-            return (corrected if representable(corrected) else x), state.inner
+            # An overflow by the correction must not lose a finite value.
+            return torch.where(corrected.isfinite(), corrected, x), state.inner
         return x, state.inner
 
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         corrected, inner = self._corrected(x, state)
         payload = self.inner.encode(corrected, inner)
         if isinstance(state, FeedbackState):
-            state.error = corrected - self.inner.decode(payload)
+            state.error = _lost(corrected, self.inner.decode(payload))
         return payload
 
     def _decode(self, payload: Payload) -> Tensor:
@@ -107,8 +106,13 @@ class Feedback(Codec):
         corrected, inner = self._corrected(x, state)
         y = self.inner.roundtrip(corrected, inner)
         if isinstance(state, FeedbackState):
-            state.error = corrected - y
+            state.error = _lost(corrected, y)
         return y
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return self.inner.payload_nbytes(shape, dtype)
+
+
+def _lost(x: Tensor, y: Tensor) -> Tensor:
+    """x - y; nothing where that is not finite, so that the next tensor is as finite as it was."""
+    return (x - y).nan_to_num_(0.0, 0.0, 0.0)

@@ -10,12 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.reductions import extremes
+from ..ops.ranges import tensor_scale
 from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, site_hash
 from .registry import register_codec
 
 PART = 1 << 20  # elements of a tensor of another dtype that are taken to fp32 at once
-WORST = 1e-2  # smallest eigenvalue of the products of unit columns up to which fp32 sums are trusted
 
 
 class BasisState(CodecState):
@@ -32,13 +31,14 @@ class LowRank(Codec):
     """Folds the tensor to a matrix [m, n] (features last; [B, C, H, W] to [B*H*W, C]) and keeps rank-r factors.
 
     rank: at most the number of features n; a batch with fewer rows than that is kept at rank m.
-    method: "power" (block power iteration, warm-started at each site) or "svd".
+    method: "power" (block power iteration, warm-started at each site) or "svd", which waits for the device on a GPU.
     iters: power iterations per call; a cold start runs at least 4.
 
     Payload: fp32 factors, 4 * r * (m + n) bytes.
     Sources: PowerSGD (Vogels et al., 2019) for the warm start; Eckart and Young, 1936.
     """
 
+    counts_nonfinite: ClassVar[bool] = True
     rank: int = 8
     method: str = "power"
     iters: int = 1
@@ -65,45 +65,44 @@ class LowRank(Codec):
             )
         return m, n, min(self.rank, m)
 
-    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
+    def _encode(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Payload:
         m, n, r = self._matrix_shape(tuple(x.shape))
         matrix = Folded(x, m, n)
-        # Norms of values near 2**48 would overflow, so the factors are found at a scale of one; the scale is a
-        # power of two, which is exact, and both factors carry a part of it.
-        lo, hi = extremes(x)
-        exponent = math.floor(math.log2(max(-float(lo), float(hi), 2.0**-126)))
+        # Products of large or tiny values would leave the range of fp32, so the factors are found at a scale of one.
+        # It is a power of two, which is exact, in two parts: each factor carries one.  NaN where x is not finite.
+        one, two = _parts_of_two(tensor_scale(x, 1.0, True, nonfinite)[1])
         if self.method == "svd":
-            u, s, vh = torch.linalg.svd(matrix.dense() * 2.0**-exponent, full_matrices=False)
+            finite = (matrix.dense() / one / two).nan_to_num(0.0, 0.0, 0.0)
+            u, s, vh = torch.linalg.svd(finite, full_matrices=False)  # on a GPU this waits for the device
             left, right = u[:, :r] * s[:r], vh[:r].T
         else:
-            left, right = self._power(matrix, 2.0**-exponent, r, state)
-        left, right = left * 2.0 ** (exponent // 2), right * 2.0 ** (exponent - exponent // 2)
-        return self._payload(x, {"left": left.contiguous(), "right": right.contiguous()})
+            left, right = self._power(matrix, one, two, r, state)
+        return self._payload(x, {"left": (left * one).contiguous(), "right": (right * two).contiguous()})
 
-    def _power(self, matrix: "Folded", unit: float, r: int, state: CodecState | None) -> tuple[Tensor, Tensor]:
+    def _power(
+        self, matrix: "Folded", one: Tensor, two: Tensor, r: int, state: CodecState | None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         state = state if isinstance(state, BasisState) else BasisState()
         basis = state.basis
         warm = basis is not None and basis.shape == (matrix.n, r)
         if not warm:
             generator = torch.Generator("cpu").manual_seed(state.seed)
             basis = torch.randn(matrix.n, r, generator=generator, dtype=torch.float32, device="cpu")
-        right = basis.to(matrix.device)
+        right = basis = basis.to(matrix.device)
         for _ in range(self.iters if warm else max(self.iters, 4)):
-            left = matrix.times(right) * unit
-            # Columns along the last step's singular vectors are nearly orthogonal already: then a correction by
-            # their r x r products gives what an orthogonalisation of the tall factor would.
-            inverse = _inverse_products(left) if warm else None
-            if inverse is None:
-                left, inverse = torch.linalg.qr(left).Q, None
-            right = matrix.transposed_times(left) * unit
-            right = right if inverse is None else right @ inverse
+            left = torch.linalg.qr(matrix.times(right / one) / two).Q
+            right = matrix.transposed_times(left / one) / two
         # Strides, too, decide the last bits of a product: a basis that comes back from a checkpoint is contiguous.
-        state.basis = torch.linalg.qr(right).Q.contiguous()
+        turned = torch.linalg.qr(right).Q
+        state.basis = torch.where(turned.isfinite().all() & one.isfinite(), turned, basis).contiguous()
         return left, right
 
     def _decode(self, payload: Payload) -> Tensor:
         m, n, r = self._matrix_shape(payload.shape)
         return self._unfold(*self._sized(payload, left=(m, r, torch.float32), right=(n, r, torch.float32)), payload)
+
+    def _roundtrip(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Tensor:
+        return self._decode(self._encode(x, state, nonfinite))
 
     def _unfold(self, left: Tensor, right: Tensor, payload: Payload) -> Tensor:
         if len(payload.shape) == 4:
@@ -158,13 +157,9 @@ class Folded:
             yield slice(start * images, (start + part.shape[0]) * images), part
 
 
-def _inverse_products(left: Tensor) -> Tensor | None:
-    """(left^T left)^-1 [r, r], or None if the columns of `left` are too far from orthogonal to trust it."""
-    norms = torch.linalg.vector_norm(left, dim=0).double()
-    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    products = (left.T @ left).double() / norms[:, None] / norms
-    products.diagonal().clamp_min_(1)  # a column of zeros
-    values, vectors = torch.linalg.eigh(products)
-    if float(values[0]) < WORST:
-        return None
-    return ((vectors / values) @ vectors.T / norms[:, None] / norms).float()
+def _parts_of_two(size: Tensor) -> tuple[Tensor, Tensor]:
+    """Two powers of two whose product is the largest that is not above `size` (fp32 [], normal); NaN for NaN."""
+    exponent = (size.view(torch.int32) >> 23) - 127
+    half = exponent >> 1
+    one, two = ((part + 127 << 23).view(torch.float32) for part in (half, exponent - half))
+    return torch.where(size.isnan(), size, one), two

@@ -58,7 +58,8 @@ class SampleCache(CodecState):
 
     codec: the `delta` codec whose state this is (its `cache` in MiB, `evict`, and the states of its two codecs).
 
-    It is large, so unlike other states it is changed in place; a snapshot holds copies of the batch's rows only.
+    It is large, so unlike other states it is changed in place; a snapshot holds copies of the batch's rows only.  It
+    lies on the device of the activations, so that nothing waits for it.
     """
 
     def __init__(self, codec: Any, site: str, seed: int) -> None:
@@ -127,43 +128,50 @@ class SampleCache(CodecState):
 
     # -- the values ----------------------------------------------------------------------------------------------
     def read(self, slots: list[int], like: Tensor) -> Tensor:
-        """fp32 [k, *shape]"""
-        index = torch.tensor(slots)
-        codes, scales = self.codes[index], self.scales[index]
+        """fp32 [k, *shape] on the device of `like`."""
+        codes, scales = self._rows(slots, like.device)
         rows = codes.view(len(slots), -1, GROUP).float() * scales[..., 1:] + scales[..., :1]
         width = math.prod(self.shape)
-        return rows.view(len(slots), -1)[:, :width].reshape(len(slots), *self.shape).to(like.device)
+        return rows.view(len(slots), -1)[:, :width].reshape(len(slots), *self.shape)
 
-    def check(self, slots: list[int]) -> Tensor:
+    def _rows(self, slots: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Codes and scales of those slots; the cache moves to that device."""
+        self.codes, self.scales = self.codes.to(device), self.scales.to(device)
+        index = torch.tensor(slots, device=device)
+        return self.codes[index], self.scales[index]
+
+    def check(self, slots: list[int], device: torch.device) -> Tensor:
         """int64 [1]: differs, all but surely, where the caches of the two sides do, in codes or scales."""
-        index = torch.tensor(slots)
-        words = [t[index].view(len(slots), -1).view(torch.int64) for t in (self.codes, self.scales)]
+        words = [t.view(len(slots), -1).view(torch.int64) for t in self._rows(slots, device)]
         words = torch.cat(words, 1).view(-1)
-        weights = (2 * torch.arange(words.numel()) + 1) * 0x9E3779B97F4A7C1  # odd, so that no word is lost
+        # Odd, so that no word is lost.
+        weights = (2 * torch.arange(words.numel(), device=device) + 1) * 0x9E3779B97F4A7C1
         return (words * weights).sum(dim=0, keepdim=True)  # modulo 2**64
 
     def write(self, slots: list[int], rows: Tensor) -> None:
-        """Keep fp32 `rows` [k, *shape] in 8 bits."""
+        """Keep fp32 `rows` [k, *shape] in 8 bits; groups whose range is not finite stay as they were."""
         if not slots or self.frozen:
             return
-        flat = rows.reshape(len(slots), -1).cpu()
+        flat = rows.reshape(len(slots), -1)
         # The last group is filled up with values of its own row.
         filled = torch.nn.functional.pad(flat[:, None], (0, -flat.shape[1] % GROUP), mode="replicate")[:, 0]
         groups = filled.view(len(slots), -1, GROUP)
         low, high = groups.aminmax(dim=-1, keepdim=True)
         step = (high - low) / 255
-        codes = ((groups - low) / step.clamp_min(1e-30)).round_().clamp_(0, 255).to(torch.uint8)
+        codes = ((groups - low) / step.clamp_min(1e-30)).round_().clamp_(0, 255).nan_to_num_(0.0).to(torch.uint8)
         self._grow(max(slots) + 1, groups.shape[1])
-        index = torch.tensor(slots)
-        self.codes[index] = codes.view(len(slots), -1)
-        self.scales[index] = torch.cat([low, step], dim=-1)
+        before, scales = self._rows(slots, rows.device)
+        good = step.isfinite()
+        index = torch.tensor(slots, device=rows.device)
+        self.codes[index] = torch.where(good, codes, before.view(codes.shape)).view(len(slots), -1)
+        self.scales[index] = torch.where(good, torch.cat([low, step], dim=-1), scales)
 
     def _grow(self, slots: int, groups: int) -> None:
         have = len(self.codes)
         if slots > have:
             size = min(self.capacity, max(slots, 2 * have, 64))
-            codes = torch.zeros(size, groups * GROUP, dtype=torch.uint8)
-            scales = torch.zeros(size, groups, 2)
+            codes = self.codes.new_zeros(size, groups * GROUP)
+            scales = self.scales.new_zeros(size, groups, 2)
             if have:
                 codes[:have], scales[:have] = self.codes, self.scales
             self.codes, self.scales = codes, scales
@@ -178,7 +186,7 @@ class SampleCache(CodecState):
         copy.ids = self.ids if self.frozen else _ids.get()
         copy.frozen, copy.current = True, None
         known = [i for i in dict.fromkeys(copy.ids or ()) if i in self.slots]
-        index = torch.tensor([self.slots[i] for i in known], dtype=torch.int64)
+        index = torch.tensor([self.slots[i] for i in known], dtype=torch.int64, device=self.codes.device)
         copy.slots = OrderedDict((i, k) for k, i in enumerate(known))
         copy.codes, copy.scales = self.codes[index], self.scales[index]
         return copy

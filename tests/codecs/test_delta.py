@@ -240,3 +240,13 @@ def test_a_cache_smaller_than_a_batch_gives_no_place_twice():
         plans = [state.plan(ids, (4, *shape)) for state in states]
         assert plans[0] == plans[1] and states[0].capacity == 2
         assert len(set(plans[0].slots + plans[0].places)) == len(plans[0].slots + plans[0].places)
+
+
+def test_what_is_not_finite_leaves_the_cache_as_it_was():
+    codec = parse_codec("delta+block:bits=8")
+    states, ids = both(codec), [3, 4]
+    x = activations(ids, 0)
+    for bad in (x, x.index_fill(0, torch.tensor([1]), float("nan")), x):
+        _, y = passed(codec, states, bad, ids)
+        assert torch.isfinite(y).all() == torch.isfinite(bad).all()
+    assert torch.allclose(y, x, atol=0.1) and torch.equal(states[0].codes, states[1].codes)

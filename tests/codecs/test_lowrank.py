@@ -151,3 +151,24 @@ def test_a_half_precision_tensor_is_multiplied_in_parts(monkeypatch):
         monkeypatch.setattr(lowrank, "PART", 100)
         torch.testing.assert_close(LowRank(3).roundtrip(x), whole)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("codec", [LowRank(3), LowRank(3, method="svd")])
+def test_what_is_not_finite_comes_out_as_nan_and_is_forgotten(codec):
+    x = matrix(60, 20)
+    for warm in (False, True):
+        state = codec.init_state("s")
+        if warm:
+            codec.roundtrip(x, state)
+        for bad in (float("nan"), float("inf")):
+            assert codec.roundtrip(x.index_fill(0, torch.tensor([7]), bad), state).isnan().all()
+        errors = [error(codec.roundtrip(x, state), x) for _ in range(4)]  # a first basis has not been improved yet
+        assert errors[-1] < 1.2 * least_error(x, 3)
+
+
+@pytest.mark.parametrize("codec", [LowRank(3), LowRank(3, method="svd")])
+def test_values_that_use_all_of_fp32(codec):
+    x = matrix(60, 20)
+    x = x / x.abs().max()
+    for size in (3e38, 1e-35):
+        assert error(codec.roundtrip(x * size) / size, x) < 1.2 * least_error(x, 3)
