@@ -9,19 +9,7 @@ from hf_actcompress.codecs import Identity, Payload, TopK, parse_codec, raw_nbyt
 from hf_actcompress.codecs.base import check_choice, check_int, site_hash
 from hf_actcompress.codecs.lowrank import BasisState
 from hf_actcompress.codecs.rounding import RoundingState
-from hf_actcompress.ops.reductions import LARGEST, representable, strided_sample
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_representable(dtype):
-    x = torch.zeros(3, 5, dtype=dtype)
-    top = min(LARGEST, torch.finfo(dtype).max)
-    x[0, 1], x[2, 4] = top, -top
-    assert representable(x) and representable(x.t()) and representable(x[0, 1])
-    for bad in (float("nan"), float("inf"), float("-inf"), 2.5 * LARGEST, -2.5 * LARGEST):
-        y = x.clone()
-        y[1, 3] = bad
-        assert not representable(y)
+from hf_actcompress.ops.reductions import strided_sample
 
 
 def test_nbytes_counts_the_parts_of_parts():
@@ -147,11 +135,10 @@ def damages(payload):
         yield "no parts", but(parts={})
     yield "tensors None", but(tensors=None)
     yield "parts None", but(parts=None)
-    for shape in (None, list(payload.shape), -1, (-1, 12), (0, 12), (2.0, 12), (True,), (2**40, 2**40)):
+    for shape in (None, list(payload.shape), -1, (-1, 12), (2.0, 12), (True,), (2**40, 2**40)):
         yield f"shape {shape}", but(shape=shape)
     for dtype in (None, "float32", torch.int32):
         yield f"dtype {dtype}", but(dtype=dtype)
-    yield "raw", but(raw=True)
     yield "None", None
 
 

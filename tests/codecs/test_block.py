@@ -115,17 +115,20 @@ def test_finite_fp16_stays_finite():
         assert torch.isfinite(codec.roundtrip(x)).all() and torch.isfinite(codec.decode(codec.encode(x))).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -(2.0**49), 2.0**47.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("codec", [
-    Block(4), Block(4, round="stochastic"), Block(4, equalize="none"), Block(4, dim="channel"), Rotated(4), Trellis(2),
+    Block(4), Block(4, round="stochastic"), Block(4, equalize="none"), Rotated(4), Trellis(2),
 ], ids=str)  # fmt: skip
-def test_one_value_that_cannot_be_coded_passes_the_tensor_on(value, codec):
-    """The scales tell; where they leave a doubt, a pass over the tensor does."""
+def test_one_value_that_is_not_finite_takes_its_group_along(value, codec):
     x = sample((700, 128))
     x[333, 77] = value
-    state, fresh = codec.init_state("s"), codec.init_state("s")
-    payload = codec.encode(x, state)
-    assert payload.raw == (not abs(value) <= 2**48)
-    if payload.raw:
-        assert torch.equal(codec.decode(payload), x) or value != value
-        assert state is None or state.step == fresh.step
+    count = torch.zeros(1, dtype=torch.int64)
+    y = codec.decode(codec.encode(x, codec.init_state("s"), nonfinite=count))
+    assert y[333].isnan().all() and y.isnan().sum() == 128 and int(count) == 1
+
+
+@pytest.mark.parametrize("codec", [Block(4), Block(4, dim="channel"), Block(4, equalize="none")], ids=str)
+def test_large_values_are_values_like_others(codec):
+    x = sample((700, 128))
+    y = codec.roundtrip(x * 2.0**100)
+    assert y.isfinite().all() and ((y / 2.0**100 - x).norm() - (codec.roundtrip(x) - x).norm()).abs() < 0.02 * x.norm()
