@@ -44,14 +44,27 @@ def read(tensors: Sequence[Tensor]) -> list[list[float]]:
     return found
 
 
-def distance(x: Tensor, y: Tensor) -> Tensor:
-    """fp64 [2] of two 1-D tensors: |y - x| / |x| and their cosine, 0 and 1 where both are zero, NaN where one holds
-    NaN or Inf.  Nothing waits for the device."""
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """fp64 [4] of two 1-D tensors: |y - x|**2, |x|**2, |y|**2 and x . y, as in `Sums`."""
     x, y = x.double(), y.double()
-    xx, yy, xy = x @ x, y @ y, x @ y
-    same = (yy == 0).double()
-    error = torch.where(xx == 0, 1 / same - 1, torch.linalg.vector_norm(y - x) / xx.sqrt())
-    return torch.stack([error, torch.where(xx == 0, same, torch.where(yy == 0, 0.0, xy / (xx * yy).sqrt()))])
+    error = y - x
+    return torch.stack([error @ error, x @ x, y @ y, x @ y])
+
+
+def distances(found: Tensor) -> Tensor:
+    """products [..., 4] -> [..., 2]: |y - x| / |x| and the cosine; 0 and 1 where both are zero, NaN where one holds NaN
+    or Inf."""
+    noise, power, own, dot = found.unbind(-1)
+    same = (own == 0).double()
+    error = torch.where(power == 0, 1 / same - 1, (noise / power).sqrt())
+    cosine = torch.where(power == 0, same, torch.where(own == 0, 0.0, dot / (power * own).sqrt()))
+    return torch.stack([error, cosine], -1)
+
+
+def distance(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(|y - x| / |x|, cosine) of two 1-D tensors in double precision, as `distances`."""
+    error, cosine = distances(products(x, y)).tolist()
+    return error, cosine
 
 
 def sketch(x: Tensor, y: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .events import Event
-from .measures import distance, pick
+from .measures import distances, pick, products
 from .nonfinite import Nonfinite
+
+MANY = 64  # samples that wait to be added up
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Meter:
     def __init__(self, every: int = 10) -> None:
         self.every = every
         self.calls, self.raw_bytes, self.payload_bytes, self.seconds = 0, 0, 0, 0.0
-        self._before = Counts()  # what was restored, or came from another device
+        self._before = Counts()  # of a checkpoint
+        self._sampled: list[Tensor] = []  # products, on the device
         self._sums: Tensor | None = None  # fp64 [3]: samples, errors, cosines
         self._found: Nonfinite | None = None
 
@@ -82,12 +85,22 @@ class Meter:
     def sample(self, x: Tensor, y: Tensor) -> None:
         """Relative error |y - x| / |x| and cosine of two 1-D samples of the same places.  Those with NaN or Inf do not
         count."""
-        found = distance(x, y)
-        found = torch.where(found.isnan().any(), 0.0, torch.cat([torch.ones_like(found[:1]), found]))
-        self._sums = found if self._sums is None else self._sums + found.to(self._sums.device)
+        self._sampled.append(products(x, y))
+        if len(self._sampled) == MANY:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Of many samples at once, which takes few kernels."""
+        if self._sampled:
+            found = distances(torch.stack(self._sampled))
+            found = torch.cat([torch.ones_like(found[:, :1]), found], 1)
+            own = torch.where(found.isnan().any(1, keepdim=True), 0.0, found).sum(0)
+            self._sums = own if self._sums is None else self._sums + own
+            self._sampled.clear()
 
     def counts(self) -> Counts:
         """All counts so far.  Waits for the device."""
+        self._add_up()
         samples, error, cosine = (0, 0.0, 0.0) if self._sums is None else self._sums.tolist()
         before = self._before
         return Counts(
@@ -108,6 +121,7 @@ class Meter:
         before = Counts(**{name: value for name, value in values.items() if name in known})  # 0.1 wrote `every`, too
         self.calls, self.raw_bytes, self.payload_bytes = before.calls, before.raw_bytes, before.payload_bytes
         self.seconds, self._before, self._sums = before.seconds, before, None
+        self._sampled.clear()
 
 
 def _values(counts: Counts) -> list[Any]:

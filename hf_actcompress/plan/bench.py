@@ -55,7 +55,7 @@ def measure(codec: Codec, x: Tensor, repeats: int, tick: Callable[[], None] = la
         decode, y = timed(lambda payload=payload: codec.decode(payload))
         roundtrip, _ = timed(lambda: codec.roundtrip(x, states[1]))
         if repeat < 0:  # warms up: fills caches
-            error, cosine = distance(x.reshape(-1), y.reshape(-1)).tolist()
+            error, cosine = distance(x.reshape(-1), y.reshape(-1))
             size = {"payload_bytes": payload.nbytes, "ratio": payload.ratio}
         else:
             for name, value in zip(seconds, (clone, encode, decode, roundtrip), strict=True):

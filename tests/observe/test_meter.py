@@ -95,7 +95,7 @@ def test_a_meter_goes_on_from_the_counts_of_a_checkpoint():
     ([2e30, 0.0], [1e30, 0.0], 0.5, 1.0),
 ])  # fmt: skip
 def test_distance(x, y, error, cosine):
-    assert distance(torch.tensor(x), torch.tensor(y)).tolist() == pytest.approx([error, cosine])
+    assert distance(torch.tensor(x), torch.tensor(y)) == pytest.approx((error, cosine))
 
 
 def test_pick_takes_all_of_a_small_tensor_and_an_even_sample_of_a_large_one():

@@ -1,0 +1,95 @@
+"""Counts what a GPU would be given to do, without a GPU, and refuses what would wait for one.
+
+Code runs eagerly on tensors without values (FakeTensorMode) whose device says "cuda"; a dispatch mode sees each
+operation that would start a kernel.
+"""
+
+import contextlib
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Kernels of our operators' Triton forms; all that is not named here has one.
+KERNELS = {}
+NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "device")
+
+
+class Waits(AssertionError):
+    """A value was read back, or copied from the host."""
+
+
+class Launches(TorchDispatchMode):
+    """The names of operations that start kernels, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        space, _, name = func._schema.name.partition("::")
+        devices = {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor) and t.dim()}
+        if devices == {"cpu", "cuda"}:
+            raise Waits(f"{func} copies between the host and the device")
+        if "cuda" in devices or "cuda" in _devices(args, kwargs, result):
+            if space == "actcompress":
+                self.names += [name] * KERNELS.get(name, 1)
+            elif name not in NO_KERNEL and not _is_view(func):
+                self.names.append(name)
+        return result
+
+
+def _devices(*trees):
+    return {t.device.type for t in tree_leaves(trees) if isinstance(t, torch.Tensor)}
+
+
+def _is_view(func):
+    infos = [r.alias_info for r in func._schema.returns]
+    return bool(infos) and all(info is not None and not info.is_write for info in infos)
+
+
+@contextlib.contextmanager
+def no_values():
+    """New tensors have no values; those of "cuda" need no GPU.  Reading one raises DataDependentOutputException."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@contextlib.contextmanager
+def launches():
+    """A list that gets the name of each kernel that is started while the context lasts."""
+    mode = Launches()
+    with mode:
+        yield mode.names
+
+
+@torch.no_grad()
+def backward(loss):
+    """`loss.backward()` node by node: autograd's engine asks for a GPU's streams, which are not there."""
+    waiting, nodes = {}, [loss.grad_fn]
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if node is not None:
+                if node not in waiting:
+                    nodes.append(node)
+                waiting[node] = waiting.get(node, 0) + 1
+    gradients, ready = {loss.grad_fn: {loss.output_nr: torch.ones_like(loss)}}, [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        own = gradients.pop(node, None)
+        call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+        found = None if own is None else call(*(own.get(i) for i in range(len(node._input_metadata))))
+        found = found if isinstance(found, tuple) else (found,) * len(node.next_functions)
+        for (following, place), gradient in zip(node.next_functions, found, strict=False):
+            if following is None:
+                continue
+            if gradient is not None:
+                shape = following._input_metadata[place].shape
+                gradient = gradient if gradient.shape == shape else gradient.sum_to_size(shape)
+                before = gradients.setdefault(following, {})
+                before[place] = gradient if place not in before else before[place] + gradient
+            waiting[following] -= 1
+            if not waiting[following]:
+                ready.append(following)

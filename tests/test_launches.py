@@ -1,0 +1,116 @@
+"""Kernels that a GPU would be given, and nothing for which the host would wait for it: counted without a GPU."""
+
+import pytest
+import torch
+from helpers.launches import Waits, backward, launches, no_values
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_actcompress import ActCompressConfig, compress_model
+from hf_actcompress.codecs import codec_names, parse_codec
+from hf_actcompress.saved import tensors as saved_tensors
+
+# Kernels of a first encode and of its decode.
+CODECS = {
+    "identity": (0, 1), "float8": (2, 1), "float8:format=e5m2": (2, 1), "uniform:bits=8": (3, 1),
+    "uniform:bits=4,round=stochastic": (3, 1), "block:bits=4": (2, 1), "block:bits=2,round=stochastic": (2, 1),
+    "block:bits=4,equalize=none": (1, 1), "rotated:bits=2": (2, 1), "rotated:bits=4": (2, 1), "kmeans:bits=4": (5, 2),
+    "sort:bits=8": (5, 2), "topk:ratio=0.1": (8, 3), "topk:ratio=0.01": (8, 3), "trellis:bits=2": (8, 4),
+    "lowrank:rank=8": (60, 4), "ef+block:bits=4": (8, 1), "ef+topk:ratio=0.1": (16, 3),
+    "topk:ratio=0.1|uniform:bits=8": (11, 4), "sign": (22, 22),
+}  # fmt: skip
+NOT_YET = {"rotated:bits=2", "rotated:bits=4", "trellis:bits=2", "lowrank:rank=8"}  # those that still wait for the device, or have more kernels
+# Kernels more than the plain step has; in a step whose tensors are sampled for the log as well.
+STEPS = {
+    "identity boundaries": (ActCompressConfig("identity"), 8, 48),
+    "block boundaries": (ActCompressConfig("block:bits=4"), 24, 64),
+    "saved block": (ActCompressConfig(first=0, last=0, saved="block:bits=4"), 150, 160),
+}
+
+
+@pytest.mark.parametrize("spec", sorted(CODECS.keys() - NOT_YET))
+def test_a_codec(spec):
+    codec, budget = parse_codec(spec), CODECS[spec]
+    with no_values():
+        x, nonfinite = torch.empty(32, 128, 384, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+        with launches() as encoding:
+            payload = codec.encode(x, codec.init_state("here"), nonfinite=nonfinite)
+        with launches() as decoding:
+            y = codec.decode(payload)
+        with launches():
+            codec.roundtrip(x, codec.init_state("here"), nonfinite=nonfinite)
+    assert y.shape == x.shape and payload.nbytes == codec.payload_nbytes((32, 128, 384), torch.float32)
+    encoding = [name for name in encoding if name != "count_nonfinite"]  # what sites ask for besides
+    assert len(encoding) <= budget[0] and len(decoding) <= budget[1], (encoding, decoding)
+
+
+def test_every_codec_has_a_budget():
+    assert {name for name in codec_names()} == {spec.partition(":")[0].partition("+")[0] for spec in CODECS} - {"ef"}
+
+
+def step(config=None):
+    """Kernels of a first training step, and of a second one."""
+    with no_values(), torch.device("cuda"):
+        model = BertForSequenceClassification(BertConfig(
+            vocab_size=1000, hidden_size=384, num_hidden_layers=2, num_attention_heads=12, intermediate_size=1536,
+            num_labels=2,
+        )).train()  # fmt: skip
+        ids = torch.zeros(32, 128, dtype=torch.int64)
+        batch = {"input_ids": ids, "attention_mask": ids + 1, "labels": ids[:, 0].clone()}
+        handle, found = None if config is None else compress_model(model, config), []
+        for _ in range(2):
+            model.zero_grad()
+            with launches() as names:
+                backward(model(**batch).loss)
+            found.append(names)
+    return found, handle
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return step()[0]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step(name, plain, monkeypatch):
+    monkeypatch.setattr(saved_tensors, "Tensor", FakeTensor)  # other subclasses are left alone
+    config, budget, sampled = STEPS[name]
+    found, handle = step(config)
+    assert len(handle.boundaries) == (0 if config.saved else 2)
+    first, second = (len(names) - len(exact) for names, exact in zip(found, plain, strict=True))
+    assert 8 <= second <= budget and second <= first <= sampled
+    assert all(meter.calls == 2 for meter in handle.meters.values())
+
+
+def test_what_is_counted_and_refused():
+    with no_values(), launches() as names:
+        x = torch.empty(4, 6, device="cuda")
+        y = x.view(6, 4).t()[1:].detach()
+        assert names == []
+        y.add_(1)
+        (y + torch.zeros((), device="cuda")).contiguous()
+        assert names == ["add_", "zeros", "add", "clone"]
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with pytest.raises(DataDependentOutputException):
+            bool((x > 0).any())
+        for copy in (lambda: x.cpu(), lambda: torch.tensor([1.0, 2.0], device="cuda"), lambda: torch.ones(3).to("cuda")):
+            with pytest.raises(Waits):
+                copy()
+
+
+def test_backward_is_that_of_the_engine():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.LayerNorm(4))
+    x = torch.randn(3, 4)
+
+    def loss():
+        y = model(x) + model[0].bias
+        return (y * y.exp()).sum() + model[0].weight.sum()
+
+    loss().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    backward(loss())
+    for p, exact in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, exact)
