@@ -35,7 +35,7 @@ class Sign(Codec):
         flat = x.float().reshape(-1)
         rows = torch.nn.functional.pad(flat, (0, -flat.numel() % self.group)).view(-1, self.group)
         count = torch.full((len(rows),), float(self.group), device=x.device)
-        count[-1] = flat.numel() - (len(rows) - 1) * self.group
+        count[-1:] = flat.numel() - (len(rows) - 1) * self.group
         scales = (rows.abs().sum(1) / count).bfloat16()
         return self._payload(x, {"codes": pack((rows >= 0).to(torch.uint8), 1), "scales": scales})
 

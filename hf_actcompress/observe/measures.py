@@ -52,8 +52,8 @@ def products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def distances(found: Tensor) -> Tensor:
-    """products [..., 4] -> [..., 2]: |y - x| / |x| and the cosine; 0 and 1 where both are zero, NaN where one holds NaN
-    or Inf."""
+    """products [..., 4] -> [..., 2]: |y - x| / |x| and the cosine; 0 and 1 where both are zero, NaN where one holds
+    NaN or Inf."""
     noise, power, own, dot = found.unbind(-1)
     same = (own == 0).double()
     error = torch.where(power == 0, 1 / same - 1, (noise / power).sqrt())

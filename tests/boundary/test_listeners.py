@@ -93,7 +93,7 @@ def test_isolated_works_on_copies_and_tells_other_listeners(spec):
 
     (plain, counted, _), (measured, other, events) = run(False), run(True)
     assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
-    assert counted.calls == other.calls == 3 and counted.error == other.error
+    assert counted.calls == other.calls == 3 and counted.counts().error == other.counts().error
     assert [(e.site, e.name, e.direction) for e in events[:2]] == [
         ("boundary", "the.layer", "forward"), ("boundary", "the.layer", "backward"),
     ]  # fmt: skip

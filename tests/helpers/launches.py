@@ -30,19 +30,17 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
-        devices = {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor) and t.dim()}
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        # A number on the host is handed to a kernel as it is, unless it is to be copied.
+        devices = {t.device.type for t in tensors if t.dim() or name in ("_to_copy", "copy_")}
         if devices == {"cpu", "cuda"}:
             raise Waits(f"{func} copies between the host and the device")
-        if "cuda" in devices or "cuda" in _devices(args, kwargs, result):
+        if any(t.device.type == "cuda" for t in tensors):
             if space == "actcompress":
                 self.names += [name] * KERNELS.get(name, 1)
             elif name not in NO_KERNEL and not _is_view(func):
                 self.names.append(name)
         return result
-
-
-def _devices(*trees):
-    return {t.device.type for t in tree_leaves(trees) if isinstance(t, torch.Tensor)}
 
 
 def _is_view(func):
