@@ -27,7 +27,7 @@ from harness import Kept
 from tqdm import tqdm
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.ops.compiled import VARIABLE
+from hf_actcompress.ops.library import VARIABLE
 from hf_actcompress.plan.bench import measure, sample
 
 SIZES = ("16K", "256K", "1M", "16M", "64M", "256M", "1G")
@@ -174,22 +174,21 @@ print(time.perf_counter() - began)
 
 
 def compilation(args: argparse.Namespace, results: Kept) -> None:
-    """The first encode and decode in a new process: eager, compiled with a cold cache, with a warm one; and 50 calls
-    under each policy."""
-    def run(policy: str, cache: str, calls: int, rows: int = 2048) -> float:
-        env = {**os.environ, VARIABLE: policy, "TORCHINDUCTOR_CACHE_DIR": cache}
+    """The first encode and decode in a new process: in plain torch, with the C++ library to be compiled, and with it
+    at hand; and 50 calls of each."""
+    def run(kernels: str, cache: str, calls: int, rows: int = 2048) -> float:
+        env = {**os.environ, VARIABLE: kernels, "XDG_CACHE_HOME": cache}
         command = [sys.executable, "-c", FIRST_CALL, "block:bits=4", str(rows), str(calls)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         return float(done.stdout.split()[-1])
 
     def make() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as cache:
-            found = {"eager, first call": run("0", cache, 1), "compiled, cold cache": run("1", cache, 1),
-                     "compiled, warm cache": run("1", cache, 1)}  # fmt: skip
-        for policy, name in (("0", "eager"), ("auto", "auto (default)"), ("1", "compiled at once")):
-            with tempfile.TemporaryDirectory() as cache:
-                found[f"50 calls, {name}"] = run(policy, cache, 50)
-        return found
+            return {
+                "plain torch, first call": run("0", cache, 1), "C++, to be compiled": run("1", cache, 1),
+                "C++, first call": run("1", cache, 1), "50 calls, plain torch": run("0", cache, 50),
+                "50 calls, C++": run("1", cache, 50),
+            }  # fmt: skip
 
     for name, seconds in results("block:bits=4, 6 MiB", make, "compilation").items():
         print(f"{name:32s} {seconds:7.2f} s")
@@ -209,7 +208,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, help="default: results/codecs.json, on a GPU codecs_cuda.json")
     args = parser.parse_args()
-    os.environ.setdefault(VARIABLE, "1")
     name = "codecs" if args.device == "cpu" else f"codecs_{args.device.partition(':')[0]}"
     results = Kept(args.results or harness.RESULTS / f"{name}.json", "codecs.py", args.force)
     for part in args.parts:

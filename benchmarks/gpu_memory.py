@@ -12,7 +12,6 @@ Writes benchmarks/results/gpu_memory.json after every model; what is there is ke
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +20,6 @@ import harness
 import memory
 import torch
 from tqdm import tqdm
-
-from hf_actcompress.ops.compiled import VARIABLE
 
 MODELS: dict[str, tuple[Callable[[], Any], int]] = {
     "minilm 256x128": (lambda: memory.minilm(128), 256),
@@ -143,7 +140,6 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device here; on a CPU use benchmarks/memory.py.")
-    os.environ.setdefault(VARIABLE, "1")
     keep = harness.Kept(args.results, "gpu_memory.py", args.force)
     for name in tqdm(args.models, desc="models"):
         key = f"{name} {'fp32' if args.fp32 else 'bf16'}"

@@ -1,4 +1,4 @@
-"""What a new tensor costs beside the work on it, and kernels written by hand beside compiled ones.
+"""What a new tensor costs beside the work on it, and operators in C++ beside the same in plain torch.
 
     python benchmarks/kernels.py
 
@@ -11,30 +11,27 @@ import json
 import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import harness
 import torch
 from harness import median_ms
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.ops.compiled import VARIABLE
-from hf_actcompress.ops.cpu import native
+from hf_actcompress.ops.library import VARIABLE
 from hf_actcompress.ops.memory import fresh
 from hf_actcompress.saved.slopes import encode_slopes
 
 
-def compiled(call: Callable[[], Any]) -> Callable[[], Any]:
+def with_kernels(choice: str, call: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
-        with mock.patch.object(native, "_ready", lambda *args: None):
-            return call()
+        os.environ[VARIABLE] = choice
+        return call()
 
     return run
 
 
 def main() -> None:
     harness.arguments(__doc__).parse_args()
-    os.environ.setdefault(VARIABLE, "1")
     large, out, cpu = torch.randn(1 << 24), torch.empty(1 << 24), torch.device("cpu")
     pages = median_ms({
         "x.clone()": large.clone,
@@ -46,7 +43,9 @@ def main() -> None:
         "groups of block, 4 bits, stochastic": lambda: codec.encode(x),
         "slopes of GELU, 3 bits": lambda: encode_slopes(x, "gelu", 3, None),
     }
-    kernels = {name: median_ms({"by hand": call, "compiled": compiled(call)}) for name, call in calls.items()}
+    ways = {"C++": "1", "plain torch": "0"}
+    kernels = {name: median_ms({way: with_kernels(choice, call) for way, choice in ways.items()})
+               for name, call in calls.items()}  # fmt: skip
     harness.save("kernels", pages_ms=pages, kernels_ms=kernels)
     print(json.dumps({"pages_ms": pages, "kernels_ms": kernels}, indent=1))
 

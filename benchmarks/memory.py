@@ -40,7 +40,6 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
-from hf_actcompress.ops.compiled import VARIABLE as COMPILE
 from hf_actcompress.workloads import load_image_model, load_text_model
 
 Batch = dict[str, torch.Tensor]
@@ -349,7 +348,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ.setdefault(COMPILE, "1")
     if args.one:
         if args.malloc == "kept" and not keep_freed_memory():
             raise SystemExit("keep_freed_memory() does nothing here: malloc is not glibc's, or is set already.")

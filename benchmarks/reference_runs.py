@@ -93,7 +93,7 @@ def losses_of(name: str, data: str) -> list[str]:
             arguments = [word.replace(place, path) for word in arguments]
         out = Path(folder) / "losses.json"
         variables = {
-            **os.environ, "HF_ACTCOMPRESS_COMPILE": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT), "REFERENCE_OUT": str(out), "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
         command = [sys.executable, __file__, "--child", script, *arguments]

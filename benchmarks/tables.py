@@ -214,7 +214,6 @@ def throughput(table: str, budget: str, args: argparse.Namespace) -> None:
         return
     codecs = dict.fromkeys(canonical(row.codec) for row in TABLES[table].rows if row.codec != "none")
     options = argparse.Namespace(rounds=args.rounds, steps=2, device=args.device, codecs=list(codecs))
-    os.environ.setdefault(training.VARIABLE, "0" if budget == "smoke" else "1")
     rows = training.measure(MODEL[budget], options, *first_last)
     record = {"model": MODEL[budget], "first": first_last[0], "last": first_last[1], "rows": rows}
     harness.write(path, {**record, **harness.about(f"tables.py --table {table} --budget {budget} --throughput")})

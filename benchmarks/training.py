@@ -11,7 +11,6 @@ last.  Writes benchmarks/results/training.json after each model, with --device c
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,6 @@ import torch
 from tqdm import tqdm
 
 from hf_actcompress import ActCompressConfig, compress_model
-from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.workloads import load_image_model, load_text_model
 
 CODECS = (
@@ -98,7 +96,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, help="default: results/training.json, on a GPU training_cuda.json")
     args = parser.parse_args()
-    os.environ.setdefault(VARIABLE, "1")
     name = "training" if args.device == "cpu" else "training_cuda"
     command = "training.py" + ("" if args.device == "cpu" else f" --device {args.device}")
     keep = harness.Kept(args.results or harness.RESULTS / f"{name}.json", command, force=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shlex
 import statistics
@@ -24,7 +23,6 @@ import memory
 import torch
 
 from hf_actcompress.ops import memory as pools
-from hf_actcompress.ops.compiled import VARIABLE
 from hf_actcompress.saved import tensors as site
 
 KINDS = ("pool", "malloc")
@@ -69,7 +67,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps counted in each")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ.setdefault(VARIABLE, "1")
     if args.one:
         print(json.dumps(measure(args.models[0], args.one, args.repeats)))
         return

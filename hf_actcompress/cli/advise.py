@@ -34,9 +34,8 @@ def add_parser(commands: Any) -> None:
         description="Predicts the time of a training step for each codec, and says which to take, or to send "
         "uncompressed. Measures codecs and, with --model, forward and backward of every stage on this machine (with "
         "OMP_NUM_THREADS threads), then simulates a step event by event. Nothing is sent and no weights are "
-        "downloaded. HF_ACTCOMPRESS_COMPILE=1 times compiled codecs, as a long training runs them, and compiles them "
-        f"first. Of codecs within {100 * NEAR:.0f} % of the fastest, the most faithful is taken: the first in the "
-        "list.",
+        f"downloaded. Of codecs within {100 * NEAR:.0f} % of the fastest, the most faithful is taken: the first in "
+        "the list.",
         epilog=EXAMPLES, formatter_class=Help,
     )  # fmt: skip
     add = parser.add_argument

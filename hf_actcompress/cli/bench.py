@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -22,8 +21,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench", help=what, description=f"Measures {what}. Each repeat times x.clone(), encode, decode and roundtrip "
         "in turn, so that other load on the machine slows all of them alike. Times are medians, in milliseconds and "
-        "as multiples of the clone, with the 10th to the 90th percentile of the multiple. Large tensors are timed "
-        "with compiled codecs, as a long training runs them; HF_ACTCOMPRESS_COMPILE=0 measures them eager.",
+        "as multiples of the clone, with the 10th to the 90th percentile of the multiple. HF_ACTCOMPRESS_KERNELS=0 "
+        "measures codecs in plain torch, without C++ and Triton.",
     )  # fmt: skip
     add = parser.add_argument
     add("codecs", nargs="*", metavar="CODEC", help="specs such as block:bits=4 (default: a set with every codec)")
@@ -41,7 +40,6 @@ def _bench(args: argparse.Namespace) -> None:
     import torch
 
     from ..codecs import codec_names
-    from ..ops.compiled import SMALLEST, VARIABLE
     from ..plan.bench import measure, sample
 
     known = {spec.partition(":")[0] for spec in BENCH_CODECS}
@@ -51,8 +49,6 @@ def _bench(args: argparse.Namespace) -> None:
         x = sample(args.shape, getattr(torch, DTYPES[args.dtype]), args.distribution, args.device)
     except (RuntimeError, AssertionError) as error:  # torch's ways of refusing a device
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if x.numel() >= SMALLEST:
-        os.environ.setdefault(VARIABLE, "1")
     rows = []
     with make_progress() as progress:
         task = progress.add_task("", total=len(codecs) * args.repeats)
