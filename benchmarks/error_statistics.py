@@ -1,0 +1,80 @@
+"""Whether codecs err as they did in an earlier version: finished accuracy runs stay valid where they do.
+
+    python benchmarks/error_statistics.py --version 0.2
+
+Every codec codes the same 200 tensors (hidden states with outlier features, feature maps, gradients with heavy tails,
+uniform and Gaussian values; fp32 and bf16).  Written under the version's name to
+benchmarks/results/error_statistics.json: mean, deviation and worst of the relative squared error |y - x|^2 / |x|^2,
+and the payloads' bytes.  What is there of other versions stays and is compared.  To measure an earlier version, run
+this file with that version's package on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+
+import harness
+import torch
+from torch import Tensor
+
+from hf_actcompress import parse_codec
+
+SPECS = [
+    "uniform:bits=8", "uniform:bits=4", "uniform:bits=4,round=stochastic", "block:bits=8", "block:bits=4",
+    "block:bits=2", "block:bits=4,round=stochastic", "block:bits=4,equalize=none", "block:bits=2,round=stochastic",
+    "rotated:bits=4", "rotated:bits=2", "rotated:bits=2,prototypes=3", "trellis:bits=2", "sort:bits=8", "sort:bits=4",
+    "kmeans:bits=4", "kmeans:bits=2", "topk:ratio=0.1", "topk:ratio=0.2", "float8", "lowrank:rank=8",
+]  # fmt: skip
+COUNT = 200
+
+
+def example(i: int) -> Tensor:
+    g = torch.Generator().manual_seed(i)
+    if i % 5 == 0:  # hidden states: few features are large
+        x = torch.randn(16, 32, 96, generator=g) * (1 + 20 * (torch.rand(96, generator=g) > 0.95))
+        x = x + torch.randn(96, generator=g)
+    elif i % 5 == 1:  # feature maps, smooth in space
+        x = torch.nn.functional.interpolate(torch.randn(8, 24, 4, 4, generator=g), size=16, mode="bilinear")
+        x = x + 0.1 * torch.randn(8, 24, 16, 16, generator=g)
+    elif i % 5 == 2:  # gradients
+        x = torch.randn(512, 80, generator=g) ** 3 * 1e-4
+    elif i % 5 == 3:
+        x = torch.rand(300, 64, generator=g)
+    else:
+        x = torch.randn(700, 50, generator=g)
+    return x if i % 2 else x.bfloat16()
+
+
+def measure(spec: str) -> dict[str, float]:
+    errors, nbytes = [], 0
+    codec = parse_codec(spec)
+    for i in range(COUNT):
+        x = example(i)
+        payload = codec.encode(x, codec.init_state("a", seed=i))
+        y = codec.decode(payload)
+        errors.append(float((y.double() - x.double()).square().sum() / x.double().square().sum()))
+        nbytes += payload.nbytes
+    found = torch.tensor(errors, dtype=torch.float64)
+    return {"mean": float(found.mean()), "deviation": float(found.std()), "worst": float(found.max()), "bytes": nbytes}
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__, results="error_statistics")
+    parser.add_argument("--version", default="0.2", help="name of what is measured (default 0.2)")
+    options = parser.parse_args()
+    every = json.loads(options.results.read_text()) if options.results.exists() else {}
+    own = every[options.version] = {}
+    others = [name for name in every if name != options.version]
+    print(f"{'codec':34}{'mean':>11}{'deviation':>11}{'worst':>11}" + "".join(f"{'over ' + o:>24}" for o in others))
+    for spec in SPECS:
+        found = own[spec] = measure(spec)
+        ratios = ""
+        for name in others:
+            if before := every[name].get(spec):
+                ratios += "  " + " ".join(f"{found[k] / before[k]:.3f}" for k in ("mean", "deviation", "worst", "bytes"))
+        print(f"{spec:34}{found['mean']:11.4g}{found['deviation']:11.4g}{found['worst']:11.4g}{ratios}", flush=True)
+    options.results.write_text(json.dumps(every, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
