@@ -71,7 +71,7 @@ def main() -> None:
         ratios = ""
         for name in others:
             if before := every[name].get(spec):
-                ratios += "  " + " ".join(f"{found[k] / before[k]:.3f}" for k in ("mean", "deviation", "worst", "bytes"))
+                ratios += "  " + " ".join(f"{found[k] / before[k]:.3f}" for k in found)
         print(f"{spec:34}{found['mean']:11.4g}{found['deviation']:11.4g}{found['worst']:11.4g}{ratios}", flush=True)
     options.results.write_text(json.dumps(every, indent=1) + "\n")
 
