@@ -30,7 +30,7 @@ from torch.distributed import TCPStore  # noqa: E402
 
 from helpers import build, trainers  # noqa: E402, F401
 
-DEADLINE = 200.0
+DEADLINE = 240.0
 
 
 def child(order: dict[str, Any], rank: int, port: int, output: str) -> None:
@@ -42,7 +42,7 @@ def child(order: dict[str, Any], rank: int, port: int, output: str) -> None:
         for number in (1, 2):
             os.dup2(target, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        faulthandler.dump_traceback_later(DEADLINE - 10, file=2)  # where it hangs, if it does
+        faulthandler.enable(file=2)  # says where it hangs; without a thread, as scripts may fork too
         if order["processes"] > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["processes"]), MASTER_ADDR="127.0.0.1",
@@ -91,6 +91,8 @@ def wait(pid: int, until: float) -> int | None:
         if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
+    os.kill(pid, signal.SIGABRT)
+    time.sleep(1)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
