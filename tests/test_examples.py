@@ -90,6 +90,11 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
     arguments, script = folder / "arguments.json", folder / "as_main.py"
     values = {**TEXT, "use_cpu": True, "codec": "kmeans:bits=4", "layers": {"encoder.layer.2": "float8"}}
+    values["dataset"] = str(folder / "data")  # the embedded sentences take each process some seconds
+    (folder / "data").mkdir()
+    for split in ("train", "validation"):
+        lines = [{"sentence": f"this is {('good', 'bad')[k % 2]} number {k}", "label": k % 2} for k in range(16)]
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments.write_text(json.dumps({**values, "output_dir": str(folder / "out")}))
     script.write_text(AS_MAIN)
     return folder, torchrun(script, GLUE, arguments).stdout

@@ -175,17 +175,20 @@ def compiled_trace(model, batches, backend, config=None):
     return trace
 
 
-@pytest.mark.parametrize(("backend", "codec"), [("eager", "identity"), ("aot_eager", "kmeans:bits=2")])
-def test_compiled_models(backend, codec):
+@pytest.mark.parametrize(("make", "batch", "backend", "codec"), [
+    (lambda: build("bert"), lambda seed: batch_of("bert", seed), "eager", "identity"),
+    (stack, lambda seed: points(seed=seed), "aot_eager", "kmeans:bits=2"),
+], ids=["bert-eager-identity", "stack-aot_eager-kmeans:bits=2"])  # fmt: skip
+def test_compiled_models(make, batch, backend, codec):
     """Dropout draws the same numbers in these backends, so the model that is not compiled is the measure."""
-    batches, config = [batch_of("bert", seed) for seed in range(2)], ActCompressConfig(codec, first=2, last=1)
+    batches, config = [batch(seed) for seed in range(2)], ActCompressConfig(codec, first=2, last=1)
     if codec == "identity":
-        plain = train_steps(build("bert"), batches)
+        plain = train_steps(make(), batches)
     else:
-        model = build("bert")
+        model = make()
         with compress_model(model, config):
             plain = train_steps(model, batches)
-    again = compiled_trace(build("bert"), batches, backend, config)
+    again = compiled_trace(make(), batches, backend, config)
     again = [(name.replace("_orig_mod.", ""), value) for name, value in again]
     assert not differing(plain, again)
 

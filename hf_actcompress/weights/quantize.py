@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import platform
+import types
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -272,9 +273,9 @@ def _finish(graph: nn.Module, names: list[str], config: Any) -> ExportedClassifi
     for name in stale:
         path, _, leaf = name.rpartition(".")
         delattr(graph.get_submodule(path), leaf)
-    from torchao.quantization import pt2e
-
-    pt2e.allow_exported_model_train_eval(graph)
+    # Nothing of it trains: it has one mode, where torchao would look for what to change, which takes a second.
+    graph.train = types.MethodType(lambda self, mode=True: self, graph)
+    graph.eval = types.MethodType(lambda self: self, graph)
     graph.requires_grad_(False)  # biases are parameters still
     return ExportedClassifier(graph, names, config, quantized=True).eval()
 

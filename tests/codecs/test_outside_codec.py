@@ -4,12 +4,11 @@ tests/helpers/outside_codec/ is what pip would have installed: a module, and the
 """
 
 import json
-import os
 import sys
 
 import pytest
 import torch
-from helpers.processes import ROOT, torchrun
+from helpers.processes import ROOT, forked
 from helpers.trainers import make_trainer, same, weights
 from torch import nn
 
@@ -28,11 +27,6 @@ def installed(monkeypatch):
     yield
     CODECS.pop("dither", None)
     sys.modules.pop("outside_codec", None)
-
-
-def path():
-    """For other processes."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(INSTALLED), os.environ.get("PYTHONPATH"))))}
 
 
 def test_specs_and_configurations(tmp_path):
@@ -70,7 +64,7 @@ def test_in_one_process(site):
 
 
 def test_on_a_wire_between_two_processes(tmp_path):
-    torchrun(ROOT / "tests/helpers/pipeline_run.py", tmp_path, SPEC, **path())
+    forked(ROOT / "tests/helpers/pipeline_run.py", tmp_path, SPEC, processes=2, path=INSTALLED)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     losses = [loss for rank in ranks for loss in rank[f"linear {SPEC}"]["losses"]]
     assert losses == pytest.approx(ranks[0]["alone"], abs=0.02) and losses != ranks[0]["alone"]

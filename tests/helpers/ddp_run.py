@@ -1,4 +1,4 @@
-"""What every rank of tests/test_ddp.py runs, under torchrun on gloo.  Each rank writes what it found as JSON."""
+"""What every rank of tests/test_ddp.py runs, on gloo.  Each rank writes what it found as JSON."""
 
 from __future__ import annotations
 

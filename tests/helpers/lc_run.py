@@ -1,4 +1,4 @@
-"""What every rank of tests/weights/test_lc.py runs, under torchrun on gloo.  Each writes what it found as JSON."""
+"""What every rank of tests/weights/test_lc.py runs, on gloo.  Each writes what it found as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every rank of tests/pipeline/test_stage.py runs, under torchrun on gloo."""
+"""What every rank of tests/pipeline/test_stage.py runs, on gloo."""
 
 from __future__ import annotations
 

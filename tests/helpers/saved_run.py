@@ -1,4 +1,4 @@
-"""What every rank of tests/saved/test_distributed.py runs, under torchrun on gloo."""
+"""What every rank of tests/saved/test_distributed.py runs, on gloo."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.processes import ROOT, torchrun
+from helpers.processes import ROOT, forked
 
 from hf_actcompress.pipeline.wire import HEADER
 
@@ -16,7 +16,7 @@ STEPS, CHUNKS, VALUES = 20, 4, 2 * 12 * 16  # values of one micro-batch on the l
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    torchrun(ROOT / "tests/helpers/pipeline_run.py", folder)
+    forked(ROOT / "tests/helpers/pipeline_run.py", folder, processes=2)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import build
 from helpers.pipeline_pairs import CASES, ROWS, collate, rows, without_dropout
-from helpers.processes import ROOT, run
+from helpers.processes import ROOT, forked
 from torch.nn.functional import cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     for library in ("datasets", "sklearn", "timm"):
         pytest.importorskip(library)
     folder = tmp_path_factory.mktemp("pairs")
-    run(ROOT / "tests/helpers/pipeline_pairs.py", folder)
+    forked(ROOT / "tests/helpers/pipeline_pairs.py", folder)
     return folder
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.processes import ROOT, torchrun
+from helpers.processes import ROOT, forked
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    torchrun(ROOT / "tests/helpers/saved_run.py", folder)
+    forked(ROOT / "tests/helpers/saved_run.py", folder, processes=2)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from helpers import build
-from helpers.processes import ROOT, torchrun
+from helpers.processes import ROOT, forked
 from helpers.trainers import STEPS, accuracy, make_trainer, rows, same, weights
 from transformers import TrainerCallback
 
@@ -199,7 +199,7 @@ def test_bad_input(tmp_path, make, options, message):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
 def test_two_processes_hold_the_same_weights(tmp_path):
-    torchrun(ROOT / "tests/helpers/lc_run.py", tmp_path)
+    forked(ROOT / "tests/helpers/lc_run.py", tmp_path, processes=2)
     one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert one == other
     assert one["whole"] == one["resumed"]
