@@ -60,7 +60,7 @@ def test_the_gpu_codes_as_well_as_the_cpu_and_into_as_many_bytes(spec):
             continue
         with naming(shape, dtype):
             payload = codec.encode(x.cuda(), codec.init_state("site", 3))
-            assert payload.nbytes == here.nbytes and payload.raw == here.raw
+            assert payload.nbytes == here.nbytes
             y, expected = codec.decode(payload), codec.decode(here)
             assert y.is_cuda and y.dtype == dtype and y.shape == x.shape
             ours, theirs = relative(y.cpu(), x), relative(expected, x)
@@ -86,14 +86,13 @@ def test_the_same_call_gives_the_same_payload():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_compiled_and_eager_give_the_same(bits, monkeypatch):
+def test_kernels_and_plain_torch_give_the_same(bits, monkeypatch):
     codec, x = parse_codec(f"block:bits={bits},round=stochastic"), seeded((8, 256, 384)).cuda()
     results = []
     for choice in ("0", "1"):
-        monkeypatch.setenv("HF_ACTCOMPRESS_COMPILE", choice)
+        monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", choice)
         results.append(roundtrip(codec, x))
-    # Triton fuses multiplications with additions, so that a few values round to the neighbouring step.
-    assert float((results[1] != results[0]).float().mean()) < 1e-3 and relative(results[1], results[0]) < 1e-2
+    assert torch.equal(*results)
 
 
 # The boundary

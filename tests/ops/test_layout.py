@@ -5,7 +5,7 @@ import torch
 
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.layout import dense, elements, in_memory_order, positions, restored
-from hf_actcompress.ops.reductions import extremes, strided_sample
+from hf_actcompress.ops.reductions import strided_sample
 
 PLAIN = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5)
 TENSORS = {
@@ -37,7 +37,6 @@ def test_numbers_of_elements(x):
 @pytest.mark.parametrize("x", TENSORS.values(), ids=TENSORS)
 def test_a_sample_is_of_the_order_of_the_shape(x):
     assert torch.equal(strided_sample(x, 10), strided_sample(x.contiguous(), 10))
-    assert extremes(x) == (x.min(), x.max())
 
 
 @pytest.mark.parametrize("x", [PLAIN[..., ::2], PLAIN[:, :1].expand(2, 3, 4, 5)], ids=["sliced", "expanded"])
