@@ -78,8 +78,8 @@ def _select_fake(x, k, bitmap):  # noqa: ANN001, ANN202
 
 
 def _keep(x: Tensor, k: int) -> Tensor:
-    kept = _kept(x.reshape(-1), k).view(x.shape)
-    return torch.where(kept, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    flat = x.reshape(-1)
+    return torch.where(_kept(flat, k), flat, torch.zeros_like(flat)).view(x.shape)
 
 
 def _keep_fake(x, k):  # noqa: ANN001, ANN202

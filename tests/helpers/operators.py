@@ -69,3 +69,10 @@ def agree_in_triton(name, *args, exact=True):
         elif exact:
             assert same(a.contiguous(), b.contiguous()), name
     return expected, found
+
+
+# For parametrize: compare(name, *args) gives the result of the definition.
+FORM_TESTS = [
+    pytest.param(agree, id="cpu", marks=needs_compiler),
+    pytest.param(lambda *args: agree_in_triton(*args)[0], id="triton", marks=needs_triton),
+]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.forms import forms_agree
+from helpers.operators import agree
 
 FINITE = torch.tensor([0.0, 1.0])
 KINDS = ["gauss", "few values", "constant", "two values", "half zeros", "outliers"]
@@ -25,17 +25,17 @@ def sample(kind, n=3000, seed=0):
 
 @pytest.mark.parametrize("kind, bits", [*((kind, bits) for kind in KINDS for bits in (1, 4)), ("gauss", 7)])
 def test_looking_at_values_changes_nothing(kind, bits):
-    fresh = forms_agree("cpu", "fit_codebook", sample(kind), FINITE, None, bits, 8)
+    fresh = agree("fit_codebook", sample(kind), FINITE, None, bits, 8)
     assert (fresh[0].diff() >= 0).all() and fresh[0].shape == fresh[2].shape == (2**bits,)
     spread = torch.linspace(-1, 1, 2**bits)
     for last in (fresh[2], spread, torch.full_like(spread, torch.nan), spread + 90):
-        forms_agree("cpu", "fit_codebook", sample(kind, seed=1), FINITE, last, bits, 8)
+        agree("fit_codebook", sample(kind, seed=1), FINITE, last, bits, 8)
 
 
 def test_what_is_not_finite_leaves_the_codebook_that_is_kept():
     bad = torch.full((2,), torch.nan)
-    last = forms_agree("cpu", "fit_codebook", sample("gauss"), FINITE, None, 4, 8)[2]
+    last = agree("fit_codebook", sample("gauss"), FINITE, None, 4, 8)[2]
     for values in (sample("gauss"), torch.cat([sample("gauss"), torch.tensor([torch.inf, torch.nan])])):
-        table, edges, kept = forms_agree("cpu", "fit_codebook", values, bad, last, 4, 8)
+        table, edges, kept = agree("fit_codebook", values, bad, last, 4, 8)
         assert table.isnan().all() and edges.isnan().all() and torch.equal(kept, last)
-        assert forms_agree("cpu", "fit_codebook", values, bad, None, 4, 8)[2].isnan().all()
+        assert agree("fit_codebook", values, bad, None, 4, 8)[2].isnan().all()
