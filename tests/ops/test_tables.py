@@ -1,5 +1,7 @@
 """Groups with sorted limits, in every form."""
 
+from itertools import product
+
 import pytest
 import torch
 from helpers.operators import FORM_TESTS, agree, agree_in_triton, needs_triton
@@ -29,15 +31,14 @@ def limits(splits, bits, sample):
 @pytest.mark.parametrize("bits, splits", [(2, 1), (4, 1), (4, 3), (5, 2), (8, 2), (8, 7), (9, 2), (12, 3), (16, 4),
                                           (1, 1), (3, 3), (4, 4), (8, 8)])  # fmt: skip
 def test_forms_agree(compare, bits, splits):
-    for dtype, n in zip(DTYPES, (3, 141, 5003), strict=True):
-        for dtype in DTYPES if compare is agree else [dtype]:
-            x = data(n).to(dtype)
-            edges, scales = limits(splits, bits, x)
-            scales = scales[:, 0].contiguous() if splits == bits else scales
-            codes = compare("quantize_sorted", x, edges, scales, bits, splits)
-            assert codes.numel() == codes_nbytes(n, 128, bits)
-            y = compare("dequantize_sorted", codes, scales, [n], dtype, bits, splits)
-            assert torch.equal(compare("roundtrip_sorted", x, edges, scales, bits, splits), y)
+    for dtype, n in product(DTYPES, (3, 141, 5003)) if compare is agree else zip(DTYPES, (3, 141, 5003), strict=True):
+        x = data(n).to(dtype)
+        edges, scales = limits(splits, bits, x)
+        scales = scales[:, 0].contiguous() if splits == bits else scales
+        codes = compare("quantize_sorted", x, edges, scales, bits, splits)
+        assert codes.numel() == codes_nbytes(n, 128, bits)
+        y = compare("dequantize_sorted", codes, scales, [n], dtype, bits, splits)
+        assert torch.equal(compare("roundtrip_sorted", x, edges, scales, bits, splits), y)
 
 
 @needs_triton

@@ -53,8 +53,8 @@ def _find(y, edges, scales, SPLITS: tl.constexpr):  # noqa: ANN001, ANN202, N803
     """Groups of the values: a search without branches.  0 where the first scale is NaN."""
     at = tl.where(y == y, 0, 0)
     for i in tl.static_range(SPLITS):
-        HALF: tl.constexpr = 1 << (SPLITS - 1 - i)  # noqa: N806
-        at += tl.where(y >= tl.load(edges + at + (HALF - 1)), HALF, 0)
+        half = 1 << (SPLITS - 1 - i)
+        at += tl.where(y >= tl.load(edges + at + (half - 1)), half, 0)
     first = tl.load(scales)
     return tl.where(first == first, at, 0)
 
@@ -125,10 +125,10 @@ def _quantize(  # noqa: ANN202
         first = full.to(tl.int64) * 128
         left = (n - first).to(tl.int32)
         width = (left + 7) // 8 * 8
-        base = codes + full.to(tl.int64) * (16 * BITS)
-        _tail_planes(x, first, left, width, base, edges, scales, BITS, SPLITS, LOW, HIGH)
+        tail = codes + full.to(tl.int64) * (16 * BITS)
+        _tail_planes(x, first, left, width, tail, edges, scales, BITS, SPLITS, LOW, HIGH)
         if LOW > 0:
-            _tail_planes(x, first, left, width, base + width, edges, scales, BITS, SPLITS, 0, LOW)
+            _tail_planes(x, first, left, width, tail + width, edges, scales, BITS, SPLITS, 0, LOW)
 
 
 @triton.jit
@@ -165,12 +165,12 @@ def _dequantize(  # noqa: ANN202
         first = full.to(tl.int64) * 128
         left = (n - first).to(tl.int32)
         width = (left + 7) // 8 * 8
-        base = codes + full.to(tl.int64) * (16 * BITS)
-        code = load_packed_tail(base, width, 128, HIGH)
+        tail = codes + full.to(tl.int64) * (16 * BITS)
+        last = load_packed_tail(tail, width, 128, HIGH)
         if LOW > 0:
-            code = (code << LOW) + load_packed_tail(base + width, width, 128, LOW)
+            last = (last << LOW) + load_packed_tail(tail + width, width, 128, LOW)
         col = tl.arange(0, 128)[None, :]
-        tl.store(out + first + col, to_kind(_value(code, scales, BITS, SPLITS), out), mask=col < left)
+        tl.store(out + first + col, to_kind(_value(last, scales, BITS, SPLITS), out), mask=col < left)
 
 
 @triton.jit
