@@ -152,5 +152,5 @@ def _fit_fake(sample, scale, last, bits, iters):  # noqa: ANN001, ANN202
 # edges between them [2**bits - 1], and the codebook to keep: NaN where there is none yet.
 fit_codebook = operator(
     "fit_codebook(Tensor sample, Tensor scale, Tensor? last, int bits, int iters) -> (Tensor, Tensor, Tensor)",
-    _fit, _fit_fake, cpu=_fit_cpu,
+    _fit, _fit_fake, cpu=_fit_cpu, triton="codebooks:fit_codebook",
 )  # fmt: skip
