@@ -20,6 +20,7 @@ class TopK(Codec):
     """Keeps the share `ratio` of largest magnitude (at least one value; of equal magnitudes the first).
 
     ratio: in (0, 1].
+    NaN and Inf count as the largest and come out as they went in, as far as the ratio has room for them.
     Payload: the kept values in the tensor's dtype + their positions, as a bitmap (1 bit per element) or as 32-bit
     (64-bit from 2**31 elements) indices, whichever is smaller.
     Source: top-k sparsification of activations and gradients, as in Aji and Heafield, 2017.

@@ -6,6 +6,7 @@
 | rotation.py | Walsh-Hadamard transforms of groups, and codes by the levels of a Gaussian |
 | trellis.py | trellis-coded quantization (Viterbi) |
 | bitmaps.py, selection.py | flags and masks in one bit; the k largest magnitudes and where they are |
+| tables.py, codebooks.py | groups with sorted limits: quantiles and centroids; which centroids |
 | packing.py, scales.py, rounding.py | codes of 3 bits in 3 bits; scales in bf16; noise from a counter |
 | rows.py, layout.py, reductions.py | a tensor as rows of groups; its order in memory; extremes and samples |
 | compiled.py, cpu/, memory.py | who computes it: torch.compile, C++; memory that is used again |

@@ -6,7 +6,6 @@ what becomes of a value, going there and back would cost more than the codec.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -42,19 +41,3 @@ def elements(x: Tensor, index: Tensor) -> Tensor:
         places.append(index % size)
         index = index // size
     return x[tuple(reversed(places))]
-
-
-def positions(x: Tensor, index: Tensor) -> Tensor:
-    """Flat positions in `in_memory_order(x)` -> those in the order of the shape (int64)."""
-    if x.is_contiguous():
-        return index
-    order, result = memory_order(x), torch.zeros_like(index)
-    weights = {}
-    weight = 1
-    for d in reversed(range(x.dim())):
-        weights[d] = weight
-        weight *= x.shape[d]
-    for d in reversed(order):
-        result += index % x.shape[d] * weights[d]
-        index = index // x.shape[d]
-    return result
