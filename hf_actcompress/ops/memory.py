@@ -2,7 +2,7 @@
 
 A large new tensor on a CPU costs more in page faults than in arithmetic: most of the time of x.clone() for 64 MiB is
 the first touch of its 16384 pages.  On Linux pages of 2 MiB take less, where they are asked for and at hand
-(benchmarks/kernels.py).  Least of all takes memory that was touched before: a `Pool`.
+(benchmarks/operators.py).  Least of all takes memory that was touched before: a `Pool`.
 """
 
 from __future__ import annotations

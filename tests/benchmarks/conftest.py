@@ -12,5 +12,8 @@ BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield
-    for name in ("tables", "reference", "accuracy", "predictor", "predictor_study", "predictor_pages", "harness"):
+    for name in (
+        "tables", "reference", "accuracy", "predictor", "predictor_study", "predictor_pages", "harness", "gpu",
+        "memory",
+    ):  # fmt: skip
         sys.modules.pop(name, None)

@@ -1,8 +1,8 @@
 """What a new tensor costs beside the work on it, and operators in C++ beside the same in plain torch.
 
-    python benchmarks/kernels.py
+    python benchmarks/operators.py
 
-Median milliseconds of 30 calls, in turn.  Writes benchmarks/results/kernels.json.
+Median milliseconds of 30 calls, in turn.  Writes benchmarks/results/operators.json.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     ways = {"C++": "1", "plain torch": "0"}
     kernels = {name: median_ms({way: with_kernels(choice, call) for way, choice in ways.items()})
                for name, call in calls.items()}  # fmt: skip
-    harness.save("kernels", pages_ms=pages, kernels_ms=kernels)
+    harness.save("operators", pages_ms=pages, kernels_ms=kernels)
     print(json.dumps({"pages_ms": pages, "kernels_ms": kernels}, indent=1))
 
 
