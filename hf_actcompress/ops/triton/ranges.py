@@ -130,12 +130,13 @@ def _feature_scales(  # noqa: ANN202
         y = _sampled(x, s, f, features, inner, total, stride, IMAGES)
         top = tl.maximum(top, tl.max(tl.where(tl.abs(y) <= MAX, tl.abs(y), 0.0), axis=0))
     bits = tl.maximum(top, 7.52316384526264e-37).to(tl.int32, bitcast=True) & 0x7F800000
-    unit = bits.to(tl.float32, bitcast=True)  # a power of two
+    unit = bits.to(tl.float32, bitcast=True)  # a power of two, so that its inverse is exact
+    inverse = tl.div_rn(unit * 0.0 + 1.0, unit)
     total_sum = tl.zeros((32,), tl.float32)
     for first in range(0, total, BLOCK):
         s = first + tl.arange(0, BLOCK)
         y = _sampled(x, s, f, features, inner, total, stride, IMAGES)
-        y = tl.where(tl.abs(y) <= MAX, tl.div_rn(y, unit[None, :] + y * 0.0), 0.0)
+        y = tl.where(tl.abs(y) <= MAX, y * inverse[None, :], 0.0)
         total_sum += tl.sum(y, axis=0)
     mean = tl.div_rn(total_sum, total_sum * 0.0 + total)
     stored = (mean * unit).to(tl.bfloat16)
@@ -144,7 +145,7 @@ def _feature_scales(  # noqa: ANN202
     for first in range(0, total, BLOCK):
         s = first + tl.arange(0, BLOCK)
         y = _sampled(x, s, f, features, inner, total, stride, IMAGES)
-        y = tl.where(tl.abs(y) <= MAX, tl.div_rn(y, unit[None, :] + y * 0.0), 0.0)
+        y = tl.where(tl.abs(y) <= MAX, y * inverse[None, :], 0.0)
         d = tl.where((s < total)[:, None], y - center[None, :], 0.0)
         squares += tl.sum(d * d, axis=0)
     root = tl.sqrt(tl.sqrt(tl.div_rn(squares, squares * 0.0 + total))) * tl.sqrt(unit)
