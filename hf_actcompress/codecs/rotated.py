@@ -2,8 +2,7 @@
 
     x ── features, patches or prototypes ──▶ groups ── less their mean, rotated ──▶ levels ──▶ codes
 
-Each group keeps its mean and its deviation.  Sums are taken and rotations done tile by tile with torch's own
-kernels, so that they have the same bits whether anything else is compiled or not.
+Each group keeps its mean and its deviation; ops/rotated.py does it in one pass.
 """
 
 from __future__ import annotations
@@ -11,29 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops.memory import fresh
+from ..ops.groups import group_count
 from ..ops.packing import packed_nbytes
 from ..ops.ranges import feature_scales
-from ..ops.rotation import butterflies_restored, equalized, levels_decode, levels_encode, restored
-from ..ops.rows import Part, apply, blocks, parts
-from ..ops.scales import ceil16
+from ..ops.rotated import codes_nbytes, dequantize_rotated, quantize_rotated, roundtrip_rotated
+from ..ops.scales import to_dtype
 from .base import Codec, CodecState, Payload, Traits, check_int
 from .registry import register_codec
 from .transforms import prototypes
-from .transforms.allocation import Regions, allocate
-from .transforms.equalize import applies, feature_dim, period, tables
-from .transforms.hadamard import in_runs, rotate, rotate_back, rotate_runs, signs
-from .transforms.levels import bucket_edges, gauss_distortion, level_table
+from .transforms.equalize import applies, feature_dim, inner_size
 from .transforms.patches import from_frequencies, patch_size, to_frequencies
-
-TILE = 1 << 21  # elements; calls of matrix products and kernels should not be what takes the time
-SMALL = 2.0**-56  # norms of groups below this are computed from scaled values
 
 
 @register_codec("rotated")
@@ -56,6 +48,8 @@ class Rotated(Codec):
     Sources: rotation as in QuaRot (Ashkboos et al., 2024); unbiased levels as in EDEN (Vargaftik et al., 2022).
     """
 
+    counts_nonfinite: ClassVar[bool] = True
+    paths: ClassVar[bool] = False  # whether codes are those of a trellis
     bits: int = 4
     group: int = 128
     prototypes: int = 0
@@ -71,25 +65,6 @@ class Rotated(Codec):
     def traits(self) -> Traits:
         return dataclasses.replace(super().traits, rotates=True)
 
-    # -- levels: what another codec of rotated groups does otherwise (trellis) -----------------------------------
-    def _distortion(self, bits: int) -> float:
-        """The squared error of a unit Gaussian at so many bits."""
-        return gauss_distortion(bits)
-
-    def _level_codes(self, y: Tensor, spread: Tensor, bits: int) -> Tensor:
-        """fp32 [R, 1, C] around 0, of deviations [R, 1, 1] -> packed codes uint8 [R, 1, C * bits / 8]."""
-        shared = [bucket_edges(bits, y.device), torch.arange(2**bits, device=y.device).float()]
-        return apply(levels_encode, y, [spread], shared=shared, bits=bits, compilable=bits <= 6)[0]
-
-    def _level_values(self, packed: Tensor, spread: Tensor, bits: int) -> Tensor:
-        """The inverse: fp32 [R, C]."""
-        table = level_table(bits, self._gain(bits), packed.device)
-        return apply(levels_decode, packed, [spread], shared=[table], cols=self.group, bits=bits)[0][:, 0]
-
-    def _gain(self, bits: int) -> float:
-        """What levels are multiplied by: the centroid of a cell is a share 1 - distortion of what fell there."""
-        return 1 / (1 - self._distortion(bits))
-
     # -- what suits a shape -----------------------------------------------------------------------------------------
     def _equalizes(self, shape: tuple[int, ...]) -> bool:
         return applies(shape) and patch_size(shape) == 1
@@ -97,142 +72,65 @@ class Rotated(Codec):
     def _has_prototypes(self, shape: tuple[int, ...]) -> bool:
         return bool(self.prototypes) and prototypes.applies(shape)
 
-    def _parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        repeat = period(shape, self.group) if self._equalizes(shape) else 1
-        return parts(math.prod(shape), self.group, repeat, self.group)
+    def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """What groups are made of, the features that the operator equalizes, and what else goes into the payload."""
+        shape = tuple(x.shape)
+        # Sums over another memory order would have other last bits.
+        features = feature_scales(x.contiguous()) if self._equalizes(shape) else None
+        if (k := patch_size(shape)) > 1:
+            # In the lowest frequency the mean would drown the others.  NaN stays with the patches in which it is.
+            mean = x.contiguous().float().mean().nan_to_num_(0.0, 0.0, 0.0).view(1)
+            return to_frequencies(x.float() - mean, k), None, {"mean": mean}
+        if self._has_prototypes(shape):
+            matrix = x.reshape(-1, shape[-1])
+            found = prototypes.find(matrix, *features.float().unbind(0), self.prototypes)
+            left, rows = prototypes.subtract(matrix, found, *features.float().unbind(0))
+            return left, features, {"prototypes": found, "rows": rows}
+        return x, features, {}
 
-    def _tables(self, features: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and root of deviation of the features, for one period of groups or the whole tensor."""
-        if features is None:
-            return None, None
-        return tables(features, shape, min(math.prod(shape), period(shape, self.group) * self.group))
+    def _restored(self, y: Tensor, x: Payload | Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """The inverse, for what was decoded of the groups and the shape and dtype of `x`."""
+        shape, dtype = tuple(x.shape), x.dtype
+        if (k := patch_size(shape)) > 1:
+            return to_dtype(from_frequencies(y, shape, k).add_(tensors["mean"]), dtype)
+        if self._has_prototypes(shape):
+            return to_dtype(prototypes.add(y, tensors["prototypes"], tensors["rows"]), dtype).view(shape)
+        return y
 
     # -- the contract -----------------------------------------------------------------------------------------------
-    def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
-        # Sums over another memory order would have other last bits.
-        x, shape, tensors, features = x.contiguous(), tuple(x.shape), {}, None
-        if self._equalizes(shape):
-            features = tensors["features"] = feature_scales(x)
-        if (k := patch_size(shape)) > 1:
-            mean = tensors["mean"] = x.float().mean().view(1)  # in the lowest frequency it would drown the others
-            flat = to_frequencies(x.float() - mean, k)
-        elif self._has_prototypes(shape):
-            scales, matrix = features.float().unbind(0), x.reshape(-1, shape[-1])
-            found = tensors["prototypes"] = prototypes.find(matrix, *scales, self.prototypes)
-            flat, tensors["rows"] = prototypes.subtract(matrix, found, *scales)
-            flat = flat.view(-1)
-        else:
-            flat = x.reshape(-1)
-        codes, scales = self._encode_groups(flat, self._parts(shape), *self._tables(features, shape))
-        return self._payload(x, {"codes": codes, "scales": scales, **tensors})
-
-    def _encode_groups(
-        self, flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, root: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Codes uint8 and scales bf16 [groups, 2] (mean, deviation)."""
-        inverse = None if root is None else 1 / root
-        scales = torch.empty(sum(p.groups for p in parts), 2, dtype=torch.bfloat16, device=flat.device)
-        for start, stop, y in _tiles(flat, parts, mean, inverse):
-            scales[start:stop] = _mean_and_deviation(y)
-        regions = self._regions(scales)  # the widths of codes depend on all deviations
-        packed = torch.empty(regions.nbytes, dtype=torch.uint8, device=flat.device)
-        for start, stop, y in _tiles(flat, parts, mean, inverse):
-            scale = scales[start:stop].float()
-            y = rotate(y.sub_(scale[:, :1]))[:, None]
-            for bits, rows, at in regions.parts(start, stop):
-                packed[at] = self._level_codes(y[rows], scale[rows][:, None, 1:], bits).view(-1)
-        return packed, scales
+    def _encode(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Payload:
+        y, features, tensors = self._prepared(x)
+        codes, scales = quantize_rotated(y, features, inner_size(x.shape), self.group, self.bits, self.paths, nonfinite)
+        more = {} if features is None else {"features": features}
+        return self._payload(x, {"codes": codes, "scales": scales, **more, **tensors})
 
     def _decode(self, payload: Payload) -> Tensor:
-        shape, tensors = payload.shape, payload.tensors
-        k, alike = patch_size(shape), self._has_prototypes(shape)
-        dtype = torch.float32 if k > 1 or alike else payload.dtype
-        parts = self._parts(shape)
-        groups = sum(part.groups for part in parts)
-        sizes = {"codes": groups * self.group * self.bits // 8, "scales": (groups, 2, torch.bfloat16)}
+        shape, n = payload.shape, math.prod(payload.shape)
+        patches, alike = patch_size(shape) > 1, self._has_prototypes(shape)
+        sizes = {"codes": codes_nbytes(n, self.group, self.bits),
+                 "scales": (group_count(n, self.group), 2, torch.bfloat16)}  # fmt: skip
         sizes |= {"features": (2, shape[feature_dim(shape)], torch.bfloat16)} if self._equalizes(shape) else {}
-        sizes |= {"mean": (1, torch.float32)} if k > 1 else {}
+        sizes |= {"mean": (1, torch.float32)} if patches else {}
         if alike:
             bits = self.prototypes.bit_length()
             sizes |= {"prototypes": (self.prototypes, shape[-1], torch.bfloat16),
                       "rows": (packed_nbytes(prototypes.rows(shape), bits), torch.uint8)}  # fmt: skip
-        codes, scales, *_ = self._sized(payload, **sizes)
-        features = self._tables(tensors.get("features"), shape)
-        flat = self._decode_groups(codes, scales, parts, *features, dtype)
-        flat = flat[: math.prod(shape)]
-        if k > 1:
-            return from_frequencies(flat, shape, k).add_(tensors["mean"]).to(payload.dtype)
-        if alike:
-            prototypes.add(flat.view(-1, shape[-1]), tensors["prototypes"], tensors["rows"])
-        return flat.view(shape).to(payload.dtype)
+        tensors = dict(zip(sizes, self._sized(payload, **sizes), strict=True))
+        dtype = torch.float32 if patches or alike else payload.dtype
+        y = dequantize_rotated(
+            tensors["codes"], tensors["scales"], tensors.get("features"), inner_size(shape), list(shape), dtype,
+            self.group, self.bits, self.paths,
+        )  # fmt: skip
+        return self._restored(y, payload, tensors)
 
-    def _decode_groups(
-        self, codes: Tensor, scales: Tensor, parts: tuple[Part, ...], mean: Tensor | None, root: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        """The values of the parts, one after another, flat, in `dtype`."""
-        regions, at, row, cols = self._regions(scales), 0, 0, self.group
-        whole = fresh(sum(part.groups * cols for part in parts), dtype, codes.device)
-        for part in parts:
-            out = whole[at : at + part.groups * cols].view(part.shape)
-            at += out.numel()
-            means, roots = part.features(mean), part.features(root)
-            for n, k in blocks(*part.shape, codes.device, TILE):
-                target = out[n, k]
-                start, stop = row, row + target.shape[0] * target.shape[1]
-                own = scales[start:stop].float()[:, None]
-                center = own[..., :1].view(*target.shape[:2], 1)
-                y = torch.zeros(stop - start, cols, dtype=torch.float32, device=codes.device)
-                for bits, rows, where in regions.parts(start, stop):
-                    packed = codes[where].view(len(rows), 1, -1)
-                    y[rows] = self._level_values(packed, own[rows][..., 1:], bits)
-                features = [None if t is None else t[k] for t in (means, roots)]
-                if in_runs(cols):
-                    y = rotate_runs(y, False).view(target.shape)
-                    y, = apply(butterflies_restored, y, [center], features, [signs(cols, y.device)], dtype=dtype)
-                else:
-                    y, = apply(restored, rotate_back(y).view(target.shape), [center], features, dtype=dtype)
-                target.copy_(y)
-                row = stop
-        return whole
-
-    def _regions(self, scales: Tensor) -> Regions:
-        return Regions(allocate(scales[:, 1].float(), self.bits, self._distortion), self.group)
+    def _roundtrip(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Tensor:
+        y, features, tensors = self._prepared(x)
+        y = roundtrip_rotated(y, features, inner_size(x.shape), self.group, self.bits, self.paths, nonfinite)
+        return self._restored(y, x, tensors)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        n = math.prod(shape)
         more = 4 * shape[feature_dim(shape)] if self._equalizes(shape) else 0
         more += prototypes.nbytes(shape, self.prototypes) if self._has_prototypes(shape) else 0
         more += 4 if patch_size(shape) > 1 else 0
-        return more + sum(part.groups * (self.group * self.bits // 8 + 4) for part in self._parts(shape))
-
-
-def _tiles(
-    flat: Tensor, parts: tuple[Part, ...], mean: Tensor | None, inverse: Tensor | None
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(first group, last group + 1, their equalized values fp32 [R, C]) tile by tile."""
-    row = 0
-    for part in parts:
-        x, means, inverses = part.take(flat), part.features(mean), part.features(inverse)
-        for n, k in blocks(*part.shape, flat.device, TILE):
-            y = x[n, k]
-            # A tensor of its own in any case: what follows works in place.
-            if means is None:
-                y = y.to(torch.float32, copy=True)
-            else:
-                y, = apply(equalized, y, tables=[means[k], inverses[k]])
-            y = y.reshape(-1, part.shape[2])
-            yield row, row + y.shape[0], y
-            row += y.shape[0]
-
-
-def _mean_and_deviation(x: Tensor) -> Tensor:
-    """fp32 rows [R, C] -> [R, 2]: the mean in bf16, and the deviation from that in bf16, rounded up."""
-    center = x.mean(1).bfloat16().float()
-    norm = torch.linalg.vector_norm(x.sub_(center[:, None]), dim=1)
-    small = norm < SMALL
-    if bool(small.any()):  # squares of such values underflow
-        rows = x[small]
-        top = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        norm[small] = torch.linalg.vector_norm(rows / top, dim=1) * top[:, 0]
-    spread = norm / x.shape[1] ** 0.5
-    return torch.stack([center, ceil16(spread)], 1)
+        return more + codes_nbytes(n, self.group, self.bits) + 4 * group_count(n, self.group)

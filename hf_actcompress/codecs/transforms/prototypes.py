@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...ops.packing import ceil8, pack, packed_nbytes, unpack
-from ...ops.reductions import strided_sample
 
 MIN_ROWS = 512  # below, three prototypes would weigh more than a twentieth of the payload of 2 bits
 MOST = 15
@@ -35,15 +34,21 @@ def nbytes(shape: tuple[int, ...], count: int) -> int:
     return count * shape[-1] * 2 + packed_nbytes(rows(shape), count.bit_length())
 
 
+def _spaced(n: int, size: int, device: torch.device) -> Tensor:
+    """About `size` of n positions, evenly spaced; the stride is odd, so that no period of the rows aliases."""
+    stride = n // size
+    return torch.arange(0, n, stride | 1 if stride > 1 else 1, device=device)
+
+
 def find(x: Tensor, mean: Tensor, root: Tensor, count: int) -> Tensor:
     """x [R, F], mean and root of deviation of its features, fp32 [F] -> prototypes less the mean, bf16 [count, F].
 
     Greedy: each one is the row that lowers the sum of the logarithms of what is left of a sample's rows most, and then
     becomes the mean of the rows that are nearest to it.
     """
-    index = strided_sample(torch.arange(x.shape[0], dtype=torch.float64), SAMPLE).long().to(x.device)
+    index = _spaced(x.shape[0], SAMPLE, x.device)
     sample = (x[index].float() - mean) / root
-    some = strided_sample(torch.arange(index.numel(), dtype=torch.float64), CANDIDATES).long().to(x.device)
+    some = _spaced(index.numel(), CANDIDATES, x.device)
     candidates = torch.cat([(x[:1].float() - mean) / root, (x[-1:].float() - mean) / root, sample[some]])
     energy = sample.square().sum(1)
     left = (energy[:, None] + candidates.square().sum(1) - 2 * sample @ candidates.T).clamp_min(0)
@@ -51,12 +56,15 @@ def find(x: Tensor, mean: Tensor, root: Tensor, count: int) -> Tensor:
     before, after = torch.log(energy + floor), torch.log(left + floor)
     chosen = []
     for _ in range(count):
-        chosen.append(int((before[:, None] - after).clamp_min(0).sum(0).argmax()))
-        before = torch.minimum(before, after[:, chosen[-1]])
-    nearest = torch.cat([energy[:, None], left[:, chosen]], 1).argmin(1)
-    own = [sample[nearest == i + 1] for i in range(count)]
-    found = [group.mean(0) if len(group) else candidates[c] for group, c in zip(own, chosen, strict=True)]
-    return (torch.stack(found) * root).bfloat16()
+        best = (before[:, None] - after).clamp_min(0).sum(0).argmax().view(1)
+        before = torch.minimum(before, after.index_select(1, best)[:, 0])
+        chosen.append(best)
+    index = torch.cat(chosen)
+    nearest = torch.cat([energy[:, None], left[:, index]], 1).argmin(1)
+    own = (nearest == torch.arange(1, count + 1, device=x.device)[:, None]).float()
+    size = own.sum(1, keepdim=True)
+    found = torch.where(size > 0, own @ sample / size.clamp_min(1), candidates[index])
+    return (found * root).bfloat16()
 
 
 def subtract(x: Tensor, prototypes: Tensor, mean: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,14 +75,17 @@ def subtract(x: Tensor, prototypes: Tensor, mean: Tensor, root: Tensor) -> tuple
     distance = offset - 2 * (x.float() @ weights.T)
     index = torch.cat([torch.zeros_like(distance[:, :1]), distance], 1).argmin(1)
     codes = torch.cat([index, index.new_zeros(ceil8(len(index)) - len(index))]).to(torch.uint8)
-    y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    for i, prototype in enumerate(prototypes):
-        y[index == i + 1] -= prototype
-    return y, pack(codes, len(prototypes).bit_length())
+    return x.float() - _of(prototypes, index), pack(codes, len(prototypes).bit_length())
 
 
-def add(y: Tensor, prototypes: Tensor, packed: Tensor) -> None:
-    """The inverse, in place: fp32 [R, F]."""
+def add(y: Tensor, prototypes: Tensor, packed: Tensor) -> Tensor:
+    """The inverse, in place: fp32 [..., F] -> [R, F]."""
+    y = y.view(-1, y.shape[-1])
     index = unpack(packed, len(prototypes).bit_length(), ceil8(len(y)))[: len(y)]
-    for i, prototype in enumerate(prototypes):
-        y[index == i + 1] += prototype
+    return y.add_(_of(prototypes, index.long()))
+
+
+def _of(prototypes: Tensor, index: Tensor) -> Tensor:
+    """fp32 [R, F]: the prototype of each row; 0 for number 0, and for what a damaged payload has beyond the last."""
+    known = torch.cat([torch.zeros_like(prototypes[:1]), prototypes]).float()
+    return known[torch.where(index < len(known), index, 0)]

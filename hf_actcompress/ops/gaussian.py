@@ -40,12 +40,33 @@ def gauss_distortion(bits: int) -> float:
     return 1 + float((levels**2 * cdf.diff() + 2 * levels * pdf.diff()).sum())
 
 
-def level_table(bits: int, gain: float, device: torch.device) -> Tensor:
-    """fp32 [2**bits]: the levels times `gain`."""
-    return torch.tensor([gain * level for level in gauss_levels(bits)], dtype=torch.float32, device=device)
+@functools.cache
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """fp32 [2, 256]: edges between neighbouring levels above 0, and those levels, which lie from 2**(bits - 1) on.
+
+    After the last edge comes Inf.  Levels are divided by the share of its square that a value keeps on average (a
+    centroid is a share 1 - distortion of what fell to it), so that a decoded value is on average the original.
+    """
+    found = torch.full((2, 256), torch.inf, dtype=torch.float32, device="cpu")
+    for bits in range(1, 9):
+        upper = torch.tensor(gauss_levels(bits), dtype=torch.float32, device="cpu")[2 ** (bits - 1) :]
+        found[0, len(upper) : 2 * len(upper) - 1] = (upper[1:] + upper[:-1]) / 2
+        found[1, len(upper) : 2 * len(upper)] = upper / (1 - gauss_distortion(bits))
+    return tuple(found.to(device))
 
 
-def bucket_edges(bits: int, device: torch.device) -> Tensor:
-    """fp32 [2**bits - 1]: halfway between neighbouring levels."""
-    levels = level_table(bits, 1.0, device)
-    return (levels[1:] + levels[:-1]) / 2
+@functools.cache
+def distortions() -> tuple[float, ...]:
+    """The squared error of a unit Gaussian at 0 to 8 bits."""
+    return (1.0, *map(gauss_distortion, range(1, 9)))
+
+
+def quantize(w: Tensor, bits: int) -> Tensor:
+    """fp32 -> uint8, sign + 2 * (which level above 0 is nearest to the magnitude)."""
+    edges = tables(w.device)[0][2 ** (bits - 1) : 2**bits - 1]
+    return ((w < 0) + 2 * torch.bucketize(w.abs(), edges, out_int32=True)).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, bits: int) -> Tensor:
+    value = tables(codes.device)[1][(codes >> 1).long() + 2 ** (bits - 1)]
+    return torch.where(codes & 1 == 1, -value, value)
