@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hf_actcompress import find_layers, parse_codec
-from hf_actcompress.codecs.transforms.hadamard import random_sign, rotation_matrix
-from hf_actcompress.codecs.transforms.levels import gauss_levels
 from hf_actcompress.models.tracing import first_tensor
+from hf_actcompress.ops.gaussian import gauss_levels
+from hf_actcompress.ops.hadamard import butterflies
 from hf_actcompress.workloads import load_image_model, load_images, load_text, load_text_model, prepare_images
 
 SPECS = [
@@ -80,7 +80,7 @@ def without_signs(x: Tensor, bits: int) -> Tensor:
     pad = -x.numel() % 128
     rows = torch.cat([x.reshape(-1), x.reshape(-1)[-1:].expand(pad)]).view(-1, 128)
     center = rows.mean(1, keepdim=True)
-    plain = torch.tensor([random_sign(i) for i in range(128)])[:, None] * rotation_matrix(128, x.device)
+    plain = butterflies(torch.eye(128)) / 128**0.5
     turned = (rows - center) @ plain
     spread = turned.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-20)
     levels = torch.tensor(gauss_levels(bits))

@@ -100,7 +100,9 @@ class Rotated(Codec):
     # -- the contract -----------------------------------------------------------------------------------------------
     def _encode(self, x: Tensor, state: CodecState | None, nonfinite: Tensor | None = None) -> Payload:
         y, features, tensors = self._prepared(x)
-        codes, scales = quantize_rotated(y, features, inner_size(x.shape), self.group, self.bits, self.paths, nonfinite)
+        codes, scales = quantize_rotated(
+            y, features, inner_size(x.shape), self.group, self.bits, self.paths, nonfinite
+        )
         more = {} if features is None else {"features": features}
         return self._payload(x, {"codes": codes, "scales": scales, **more, **tensors})
 

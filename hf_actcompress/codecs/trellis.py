@@ -14,8 +14,8 @@ from .rotated import Rotated
 class Trellis(Rotated):
     """Rotated groups in trellis-coded levels: less error than `rotated` at the same bits, for several times the time.
 
-    Each value is coded with regard to its neighbours: a Viterbi search finds the codes with the least error, which is a
-    quarter less than that of the best single levels at 2 bits, a third less at 4.
+    Each value is coded with regard to its neighbours: a Viterbi search finds the codes with the least error, a quarter
+    less than that of the best single levels at 2 bits, a third less at 4.
 
     bits, group, prototypes: as of `rotated`; here three prototypes are the default.
     Payload: as of `rotated`.

@@ -57,9 +57,10 @@ class Windows(NamedTuple):
 
 
 def thresholds(bits: int, distortion: Sequence[float]) -> list[tuple[float, float]]:
-    """For the first, second ... bit that moves: (a, b) so that it lowers the error if a * larger > b * smaller deviation.
+    """For the first, second ... bit that moves: (a, b), where it lowers the error if a * larger > b * smaller.
 
-    distortion: the squared error of a unit Gaussian at 0, 1 ... TOP bits.
+    larger, smaller: the deviations of the two groups.  distortion: the squared error of a unit Gaussian at 0, 1 ...
+    TOP bits.
     """
     steps = range(1, min(MOST, bits, TOP - bits) + 1)
     return [(math.sqrt(distortion[bits + s - 1] - distortion[bits + s]),
@@ -72,8 +73,9 @@ def moves(bits: int, paths: bool) -> list[tuple[float, float]]:
 
 
 def allocate(spread: Tensor, bits: int, limits: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    """Deviations bf16 [G] -> bits of each group int64 [G], `bits` on average exactly, and the sum of those before it in
-    the payload: window by window, in each one in the order of groups.  NaN counts as 0.
+    """Deviations bf16 [G] -> bits of each group int64 [G], and the sum of those before it in the payload.
+
+    They are `bits` on average exactly.  Groups lie window by window, in each one in their order.  NaN counts as 0.
 
     limits: the `thresholds`.
     """

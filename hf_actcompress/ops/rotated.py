@@ -1,14 +1,16 @@
 """Groups of elements rotated and coded by the levels of a Gaussian: to packed codes, back, and both at once.
 
-    z = y - mean,  w = rotation of z over its deviation,  codes = levels near w,   y = x, or (x - mean) / root of its feature
+    z = y - mean,  w = rotation of z over its deviation,  codes: the levels near w
+
+    y = x, or (x - mean) / root of its feature
 
 Groups lie as in groups.py, of a power of two of elements each; the last one is filled with its last value.  Mean and
 deviation of a group are bf16, the deviation rounded up.  They are computed in units of a power of two near the largest
 magnitude, so that squares neither overflow nor underflow.  The number of bits of a group depends on the deviations
 (allocation.py).  A group in which NaN or Inf is found gets NaN as mean and deviation, and is decoded to NaN.
 
-A plane holds one bit of the codes of a group: bit i of byte j is that of element 8 j + i.  Groups lie window by window,
-each with its planes one after another, the lowest bit first.
+A plane holds one bit of the codes of a group: bit i of byte j is that of element 8 j + i.  Groups lie window by
+window, each with its planes one after another, the lowest bit first.
 """
 
 from __future__ import annotations
@@ -155,7 +157,8 @@ def _dequantize(
         bit = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=codes.device) & 1
         weight = torch.arange(place.shape[1], device=codes.device).view(-1, 1, 1)
         y = _values((bit << weight).sum(1, dtype=torch.uint8).view(count, cols), scales[own], given[own], bits, paths)
-        out[first * cols : first * cols + y.numel()] = _unequalized(y, features, inner, n, first, dtype)[: n - first * cols]
+        y = _unequalized(y, features, inner, n, first, dtype)
+        out[first * cols : first * cols + y.numel()] = y[: n - first * cols]
     return out.view(shape)
 
 
@@ -173,7 +176,8 @@ def _roundtrip(
         own = slice(first, first + count)
         y, inverse = _equalized(flat, features, inner, cols, first, count)
         y = _values(_codes(y, inverse, scales[own], given[own], bits, paths), scales[own], given[own], bits, paths)
-        out[first * cols : first * cols + y.numel()] = _unequalized(y, features, inner, n, first, x.dtype)[: n - first * cols]
+        y = _unequalized(y, features, inner, n, first, x.dtype)
+        out[first * cols : first * cols + y.numel()] = y[: n - first * cols]
     return out.view(x.shape)
 
 

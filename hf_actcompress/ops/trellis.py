@@ -42,8 +42,8 @@ def trellis_levels(bits: int) -> tuple[float, ...]:
 
 @functools.cache
 def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 [3, 1024]: edges (halfway between neighbouring levels of a subset, then Inf), levels, and the levels that are
-    decoded, divided as in gaussian.py.  What belongs to a number of bits lies from 2**(bits + 1) on, subset by subset.
+    """fp32 [3, 1024]: edges (halfway between neighbouring levels of a subset, then Inf), levels, and those that are
+    decoded, divided as in gaussian.py.  What belongs to a number of bits lies from 2**(bits + 1) on, by subsets.
     """
     found = torch.full((3, 1024), torch.inf, dtype=torch.float32, device="cpu")
     for bits in range(1, 9):
@@ -55,7 +55,7 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize(w: Tensor, bits: Tensor, low: int, high: int) -> Tensor:
-    """fp32 [R, C], bits of each row [R], from `low` to `high` -> codes uint8 [R, C], the path of least squared error."""
+    """fp32 [R, C], bits of each row [R], from `low` to `high` -> codes uint8 [R, C], the path of least error."""
     edges, levels, _ = tables(w.device)
     nearest = torch.zeros(4, *w.shape, dtype=torch.uint8, device=w.device)
     level = torch.zeros(4, *w.shape, device=w.device)

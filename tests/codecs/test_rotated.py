@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import Block, Rotated
-from hf_actcompress.codecs.transforms.hadamard import random_sign
-from hf_actcompress.codecs.transforms.levels import gauss_distortion, gauss_levels
+from hf_actcompress.ops.gaussian import gauss_distortion, gauss_levels
+from hf_actcompress.ops.hadamard import signs
 
 
 def sample(shape, seed=0, offset=0.0):
@@ -21,7 +21,7 @@ def test_a_group_by_hand():
     exact = float((x.double() - center).pow(2).mean().sqrt())
     assert exact * (1 - 1e-6) <= spread <= exact * (1 + 2.0**-7)
     sign = torch.tensor([[(-1.0) ** (i & j).bit_count() for i in range(32)] for j in range(32)]).double()
-    matrix = sign * torch.tensor([random_sign(i) for i in range(32)]) / 32**0.5
+    matrix = sign * signs(32, torch.device("cpu")).double()
     levels = torch.tensor(gauss_levels(3)).double() * spread
     turned = matrix @ (x[0].double() - center)
     nearest = levels[(turned[:, None] - levels).abs().argmin(1)] / (1 - gauss_distortion(3))

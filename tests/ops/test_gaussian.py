@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_actcompress.codecs.transforms.levels import gauss_distortion, gauss_levels
+from hf_actcompress.ops.gaussian import gauss_distortion, gauss_levels
 from hf_actcompress.ops.scales import ceil16, floor16, safe_inverse
 
 

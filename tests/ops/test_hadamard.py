@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from hf_actcompress.codecs.transforms.hadamard import random_sign, rotate, rotate_back
+from hf_actcompress.ops.hadamard import rotate, rotate_back, signs, sum_of_halves
+
+
+def random_sign(i):
+    h = (i + 1) * 0x9E3779B9 & 0xFFFFFFFF
+    h = (h ^ (h >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    h = (h ^ (h >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return 1.0 if (h >> 16) & 1 else -1.0
 
 
 def slow(rows):
@@ -35,6 +42,22 @@ def test_a_large_group_needs_no_square_matrix():
     rows = torch.zeros(1, 2**17)
     rows[0, 5] = 1
     assert torch.allclose(rotate(rows).abs(), torch.full_like(rows, 2.0**-8.5))
+
+
+def test_signs_are_those_of_the_hash_whatever_the_default_dtype():
+    signs.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = signs(64, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and (8 * found).tolist() == [random_sign(i) for i in range(64)]
+
+
+def test_sums_add_the_second_half_to_the_first():
+    """In this order 1 survives next to 2**25."""
+    assert sum_of_halves(torch.tensor([[2.0**25, 1, -(2.0**25), 0]])).item() == 1
+    assert sum_of_halves(torch.tensor([[2.0**25, -(2.0**25), 1, 0]])).item() == 0
 
 
 def test_smooth_rows_are_spread_too():

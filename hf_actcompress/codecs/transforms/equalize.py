@@ -9,10 +9,7 @@ Related: SmoothQuant (Xiao et al., 2023) moves scales between activations and we
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
 
 MIN_ROWS = 256  # below, the 4 bytes per feature would weigh more than a few percent of the payload
 
@@ -35,21 +32,3 @@ def applies(shape: tuple[int, ...]) -> bool:
 def inner_size(shape: tuple[int, ...]) -> int:
     """Elements of one feature that lie side by side in the order of the shape."""
     return shape[2] * shape[3] if len(shape) == 4 else 1
-
-
-def period(shape: tuple[int, ...], cols: int) -> int:
-    """After how many groups of `cols` consecutive elements the features of a group are the same again."""
-    span = math.prod(shape[1:]) if len(shape) == 4 else shape[-1]
-    groups = math.lcm(span, cols) // cols
-    # Never 1 where it can be helped: sizes of 1 are constants to a compiler, 2 and more are all alike.
-    return groups if groups > 1 else 2
-
-
-def tables(scales: Tensor, shape: tuple[int, ...], length: int) -> tuple[Tensor, Tensor]:
-    """Mean and root of deviation, fp32, of the first `length` elements of a flat tensor of that shape."""
-    mean, root = scales.float()
-    if len(shape) == 4:
-        inner = shape[2] * shape[3]
-        mean, root = mean.repeat_interleave(inner), root.repeat_interleave(inner)
-    times = -(-length // mean.numel())
-    return mean.repeat(times)[:length], root.repeat(times)[:length]

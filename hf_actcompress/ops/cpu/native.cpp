@@ -9,13 +9,6 @@
 
 namespace {
 
-INLINE float floor16(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x < 0) bits += 0xFFFF;
-    return as_float(static_cast<uint32_t>(bits >> 16) << 16);
-}
-
 // All lanes of `v` joined, by halves.
 template <typename Join>
 INLINE float joined(F v, Join join) {

@@ -157,7 +157,16 @@ INLINE void stores(uint8_t* out, I v) {
 }
 INLINE void stores(uint8_t* out, F v) { stores(out, __builtin_convertvector(v, I)); }
 
+// The largest bf16 value that is not above.
+INLINE float floor16(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x < 0) bits += 0xFFFF;
+    return as_float(static_cast<uint32_t>(bits >> 16) << 16);
+}
+
 INLINE F splat(float x) { return x - F{}; }  // not +: 0 + -0 is 0
+INLINE F absolute(F x) { return reinterpret_cast<F>(reinterpret_cast<I>(x) & 0x7FFFFFFF); }
 INLINE I lanes() {
     I v{};
     for (int j = 0; j < LANES; ++j) v[j] = j;

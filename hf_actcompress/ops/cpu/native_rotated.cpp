@@ -26,20 +26,11 @@ struct Plan {
     int plane() const { return cols / 8; }
 };
 
-INLINE float floor_bf16(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x < 0) bits += 0xFFFF;
-    return as_float(static_cast<uint32_t>(bits >> 16) << 16);
-}
-
 INLINE float bf16(float x) {
     uint16_t own;
     store(&own, x);
     return load(&own);
 }
-
-INLINE F absolute(F x) { return reinterpret_cast<F>(reinterpret_cast<I>(x) & 0x7FFFFFFF); }
 
 // Lanes whose number differs in bit `by`, exchanged.
 template <int BY>
@@ -136,7 +127,7 @@ INLINE float measure(const float* y, int cols, uint16_t* scale) {
         const F z = loads(y + c) * inverse - middle;
         return z * z;
     });
-    float spread = -floor_bf16(-(std::sqrt(squares * share) * unit));
+    float spread = -floor16(-(std::sqrt(squares * share) * unit));
     if (!(std::fabs(center) <= FLT_MAX && spread <= FLT_MAX)) center = spread = NAN;
     store(scale, center);
     store(scale + 1, spread);

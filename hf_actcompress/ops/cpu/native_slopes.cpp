@@ -26,8 +26,6 @@ INLINE F exponential(F x) {
 
 constexpr int ROW = 128;
 
-INLINE F absolute(F x) { return reinterpret_cast<F>(reinterpret_cast<I>(x) & 0x7FFFFFFF); }
-
 enum Function { GELU, GELU_TANH, SILU };
 
 template <int FUNCTION>

@@ -34,13 +34,13 @@ def _moves(bits: int, paths: bool) -> tuple[int, ctypes.Array]:
     return len(found) // 2, (ctypes.c_float * len(found))(*found)
 
 
-def _encode(x: Tensor, features, inner, cols, bits, paths, nonfinite, codes: Tensor | None, out: Tensor | None) -> Tensor:  # noqa: ANN001
+def _encode(x: Tensor, features, inner, cols, bits, paths, nonfinite, codes, out) -> Tensor:  # noqa: ANN001
     tables, n = _Tables(features, inner, x.numel(), cols), x.numel()
     inverse, levels, (steps, limits) = tables.inverse, _levels(paths), _moves(bits, paths)
     scales = torch.empty(-(-n // cols), 2, dtype=torch.bfloat16)
     count = library_for(n).rotated_codes(
-        x.data_ptr(), KINDS[x.dtype], _pointer(tables.mean), _pointer(inverse), _pointer(tables.root), tables.period, n,
-        cols, bits, steps, paths, signs(cols, CPU).data_ptr(), *map(_pointer, levels), limits, scales.data_ptr(),
+        x.data_ptr(), KINDS[x.dtype], _pointer(tables.mean), _pointer(inverse), _pointer(tables.root), tables.period,
+        n, cols, bits, steps, paths, signs(cols, CPU).data_ptr(), *map(_pointer, levels), limits, scales.data_ptr(),
         _pointer(codes), _pointer(out),
     )  # fmt: skip
     _raise_counter(nonfinite, count)
@@ -66,10 +66,11 @@ def dequantize_rotated(codes, scales, features, inner, shape, dtype, cols, bits,
     n = math.prod(shape)
     if not _takes(cols, n, dtype):
         return NotImplemented
-    codes, scales, tables, out = codes.contiguous(), scales.contiguous(), _Tables(features, inner, n, cols), _flat(n, dtype)
-    steps, limits = _moves(bits, paths)
+    codes, scales, out = codes.contiguous(), scales.contiguous(), _flat(n, dtype)
+    tables, (steps, limits) = _Tables(features, inner, n, cols), _moves(bits, paths)
     library_for(n).rotated_values(
-        codes.data_ptr(), scales.data_ptr(), _pointer(tables.mean), _pointer(tables.root), tables.period, n, cols, bits,
-        steps, paths, signs(cols, CPU).data_ptr(), _levels(paths)[2].data_ptr(), limits, KINDS[dtype], out.data_ptr(),
+        codes.data_ptr(), scales.data_ptr(), _pointer(tables.mean), _pointer(tables.root), tables.period, n, cols,
+        bits, steps, paths, signs(cols, CPU).data_ptr(), _levels(paths)[2].data_ptr(), limits, KINDS[dtype],
+        out.data_ptr(),
     )  # fmt: skip
     return out.view(shape)

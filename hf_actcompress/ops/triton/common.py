@@ -19,7 +19,7 @@ SETTINGS = {"num_warps": 4, "enable_fp_fusion": False}  # a fused multiply-add w
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, **SETTINGS)
+        kernel[(programs,)](*args, **SETTINGS | constants)
 
 
 def is_wide(n: int) -> bool:
