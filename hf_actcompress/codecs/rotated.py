@@ -74,12 +74,12 @@ class Rotated(Codec):
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """What groups are made of, the features that the operator equalizes, and what else goes into the payload."""
-        shape = tuple(x.shape)
         # Sums over another memory order would have other last bits.
-        features = feature_scales(x.contiguous()) if self._equalizes(shape) else None
+        x, shape = x.contiguous(), tuple(x.shape)
+        features = feature_scales(x) if self._equalizes(shape) else None
         if (k := patch_size(shape)) > 1:
             # In the lowest frequency the mean would drown the others.  NaN stays with the patches in which it is.
-            mean = x.contiguous().float().mean().nan_to_num_(0.0, 0.0, 0.0).view(1)
+            mean = x.float().mean().nan_to_num_(0.0, 0.0, 0.0).view(1)
             return to_frequencies(x.float() - mean, k), None, {"mean": mean}
         if self._has_prototypes(shape):
             matrix = x.reshape(-1, shape[-1])

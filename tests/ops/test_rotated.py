@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.operators import agree, agree_in_triton, needs_compiler, needs_triton
 
+from hf_actcompress.ops import allocation
 from hf_actcompress.ops.ranges import feature_scales
 from hf_actcompress.ops.rotated import codes_nbytes, dequantize_rotated, quantize_rotated
 
@@ -57,9 +58,9 @@ def test_views_images_and_several_windows():
 @pytest.mark.parametrize("unit", [2.0**-140, 2.0**-120, 2.0**-60, 2.0**60, 2.0**120])
 def test_the_error_does_not_depend_on_the_unit(unit):
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    found = check(x * unit, None, 128, 4, False)
-    expected = check(x, None, 128, 4, False)
-    torch.testing.assert_close(found / unit, expected, rtol=0.02 if unit < 1e-38 else 1e-5, atol=2e-3)
+    found, expected = check(x * unit, None, 128, 4, False) / unit, check(x, None, 128, 4, False)
+    assert unit < 1e-37 or torch.allclose(found, expected)  # below, values themselves are rounded
+    assert float((found - x).square().mean()) == pytest.approx(float((expected - x).square().mean()), rel=0.05)
 
 
 @pytest.mark.parametrize("paths", [False, True])
@@ -81,11 +82,12 @@ def test_scales_of_another_tensor_read_nothing_beyond_the_codes():
 
 @needs_triton
 @pytest.mark.parametrize("dtype, cols, bits, features, shape", [
-    (torch.float32, 32, 2, False, (40, 40)), (torch.float32, 16, 3, True, (130, 70)),
-    (torch.bfloat16, 128, 4, True, (35, 40)),
-    (torch.float16, 8, 1, False, (33, 9)), (torch.float32, 64, 8, False, (1, 30)),
+    (torch.float32, 32, 2, False, (40, 40)), (torch.float32, 16, 3, True, (40, 33)),
+    (torch.bfloat16, 128, 4, True, (35, 40)), (torch.float16, 8, 1, False, (33, 9)),
+    (torch.float32, 64, 8, False, (1, 30)),
 ])  # fmt: skip
-def test_the_kernel_agrees(dtype, cols, bits, features, shape):
+def test_the_kernel_agrees(dtype, cols, bits, features, shape, monkeypatch):
+    monkeypatch.setattr(allocation, "WINDOW", 16)  # the interpreter is slow
     x = data(shape, dtype) if shape[0] > 30 else torch.linspace(-1, 2, 30, dtype=dtype).view(shape)
     scales = feature_scales(x) if features else None
     (codes, own), _ = agree_in_triton("quantize_rotated", x, scales, 1, cols, bits, False, "count")

@@ -26,10 +26,10 @@ def patch_size(shape: tuple[int, ...]) -> int:
 @functools.cache
 def cosines(k: int, device: torch.device) -> Tensor:
     """fp32 [k, k], orthogonal: rows are frequencies (DCT-II)."""
-    i = torch.arange(k, dtype=torch.float64, device="cpu")
+    i = torch.arange(k, dtype=torch.float64, device=device)
     basis = torch.cos(math.pi * i[:, None] * (i + 0.5) / k) * math.sqrt(2 / k)
     basis[0] /= math.sqrt(2)
-    return basis.float().to(device)
+    return basis.float()
 
 
 def to_frequencies(x: Tensor, k: int) -> Tensor:

@@ -40,6 +40,11 @@ def _spaced(n: int, size: int, device: torch.device) -> Tensor:
     return torch.arange(0, n, stride | 1 if stride > 1 else 1, device=device)
 
 
+def _divided(x: Tensor, mean: Tensor, root: Tensor) -> Tensor:
+    """Features of comparable size; 0 where one is not finite, so that only its own group is lost."""
+    return ((x.float() - mean) / root).nan_to_num_(0.0, 0.0, 0.0)
+
+
 def find(x: Tensor, mean: Tensor, root: Tensor, count: int) -> Tensor:
     """x [R, F], mean and root of deviation of its features, fp32 [F] -> prototypes less the mean, bf16 [count, F].
 
@@ -47,9 +52,9 @@ def find(x: Tensor, mean: Tensor, root: Tensor, count: int) -> Tensor:
     becomes the mean of the rows that are nearest to it.
     """
     index = _spaced(x.shape[0], SAMPLE, x.device)
-    sample = (x[index].float() - mean) / root
+    sample = _divided(x[index], mean, root)
     some = _spaced(index.numel(), CANDIDATES, x.device)
-    candidates = torch.cat([(x[:1].float() - mean) / root, (x[-1:].float() - mean) / root, sample[some]])
+    candidates = torch.cat([_divided(x[:1], mean, root), _divided(x[-1:], mean, root), sample[some]])
     energy = sample.square().sum(1)
     left = (energy[:, None] + candidates.square().sum(1) - 2 * sample @ candidates.T).clamp_min(0)
     floor = (FLOOR * energy.mean()).clamp_min(torch.finfo(torch.float32).tiny)

@@ -25,7 +25,7 @@ SOURCES = [Path(__file__).with_name(name) for name in (
     "native.cpp", "native_decode.cpp", "native_rotated.cpp", "native_selection.cpp", "native_slopes.cpp",
     "native_tables.cpp",
 )]  # fmt: skip
-HEADER = Path(__file__).with_name("native.h")
+HEADERS = [Path(__file__).with_name(name) for name in ("native.h", "native_levels.h")]
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
          "-fno-trapping-math", "-fno-math-errno")  # fmt: skip
 SMALLEST = 1 << 12  # elements; nothing is compiled for smaller tensors
@@ -70,7 +70,7 @@ def _target() -> Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         logger.warning("Codecs run without their native kernels: there is no private folder to keep them (%s)", error)
         return None
-    text = "".join(path.read_text() for path in (HEADER, *SOURCES))
+    text = "".join(path.read_text() for path in (*HEADERS, *SOURCES))
     text += _processor() + str(_compiler()) + " ".join(FLAGS)
     return folder / f"native_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
 

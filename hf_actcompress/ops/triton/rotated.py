@@ -102,6 +102,18 @@ def _to_bf16(x):  # noqa: ANN001, ANN202
 
 
 @triton.jit
+def _load16(pointer, inside):  # noqa: ANN001, ANN202
+    """fp32 of the bits of bf16."""
+    return (tl.load(pointer, mask=inside, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store16(pointer, value, inside):  # noqa: ANN001, ANN202
+    """fp32 that bf16 holds, as bits: a conversion would be another one under the interpreter."""
+    tl.store(pointer, (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=inside)
+
+
+@triton.jit
 def _fetched(  # noqa: ANN202
     x, features, group, there, n, count, inner,  # noqa: ANN001
     COLS: tl.constexpr, FEATURES: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
@@ -136,8 +148,7 @@ def _allocate(  # noqa: ANN202
     """Writes the bits of each group of the window and the planes before it to places [groups, 2], from `first` on."""
     rank = tl.arange(0, MEMBERS)
     group = _group(rank, window, windows, members, full)
-    spread = tl.load(scales + 2 * group.to(tl.int64) + 1, mask=rank < size, other=0.0)
-    key = spread.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    key = tl.load(scales + 2 * group.to(tl.int64) + 1, mask=rank < size, other=0).to(tl.int32) & 0x7FFF
     key = 0x7FFF - tl.where(key >= 0x7F80, 0, key)
     key = tl.sort(tl.where(rank < size, (key << 16) | rank, 0x7FFFFFFF))
     own = ((0x7FFF - (key >> 16)) << 16).to(tl.float32, bitcast=True)
@@ -188,8 +199,8 @@ def _quantize(  # noqa: ANN202
         y, inverse, unit, _ = _fetched(x, features, group, there, n, count, inner, COLS, FEATURES, WIDE)
         center, spread = _scales(y, inverse, unit, ROWS, COLS)
         pair = scales + 2 * group.to(tl.int64)[:, None]
-        tl.store(pair, center.to(tl.bfloat16), mask=there[:, None])
-        tl.store(pair + 1, spread.to(tl.bfloat16), mask=there[:, None])
+        _store16(pair, center, there[:, None])
+        _store16(pair + 1, spread, there[:, None])
         strange += tl.sum(((spread != spread) & there[:, None]).to(tl.int32))
     if COUNT:
         if strange > 0:
@@ -202,8 +213,7 @@ def _quantize(  # noqa: ANN202
         group = _group(run, window, windows, members, full)
         y, inverse, _, at = _fetched(x, features, group, there, n, count, inner, COLS, FEATURES, WIDE)
         pair = scales + 2 * group.to(tl.int64)[:, None]
-        center = tl.load(pair, mask=there[:, None], other=0.0).to(tl.float32)
-        spread = tl.load(pair + 1, mask=there[:, None], other=0.0).to(tl.float32)
+        center, spread = _load16(pair, there[:, None]), _load16(pair + 1, there[:, None])
         given = tl.load(places + 2 * (first + run), mask=there, other=0)
         width = spread * inverse
         over = tl.where(width > 0, tl.div_rn(1.0, tl.where(width > 0, width, 1.0)), 0.0)
@@ -247,8 +257,7 @@ def _dequantize(  # noqa: ANN202
         there = run < size
         group = _group(run, window, windows, members, full)
         pair = scales + 2 * group.to(tl.int64)[:, None]
-        center = tl.load(pair, mask=there[:, None], other=0.0).to(tl.float32)
-        spread = tl.load(pair + 1, mask=there[:, None], other=0.0).to(tl.float32)
+        center, spread = _load16(pair, there[:, None]), _load16(pair + 1, there[:, None])
         given = tl.load(places + 2 * (first + run), mask=there, other=0)
         before = tl.load(places + 2 * (first + run) + 1, mask=there, other=0)
         code = tl.zeros((ROWS, COLS), tl.int32)
@@ -289,7 +298,7 @@ def _run(x: Tensor, features, inner, cols, bits, nonfinite, codes, out) -> Tenso
     programs, last, constants = _common(n, cols, bits, features)
     scales = x.new_empty(-(-n // cols), 2, dtype=torch.bfloat16)
     launch(
-        _quantize, programs, x.device, x.contiguous(), features, *gaussian.tables(x.device), codes, scales,
+        _quantize, programs, x.device, x.contiguous(), features, *gaussian.tables(x.device), codes, scales.view(torch.int16),
         torch.empty_like(scales, dtype=torch.int32), out, nonfinite, n,
         0 if features is None else features.shape[1], inner, *last, **constants,
         ROUNDTRIP=out is not None, COUNT=nonfinite is not None,
@@ -319,7 +328,8 @@ def dequantize_rotated(codes, scales, features, inner, shape, dtype, cols, bits,
     programs, last, constants = _common(n, cols, bits, features)
     out, scales = codes.new_empty(shape, dtype=dtype), scales.contiguous()
     launch(
-        _dequantize, programs, codes.device, codes.contiguous(), scales, features, gaussian.tables(codes.device)[1],
+        _dequantize, programs, codes.device, codes.contiguous(), scales.view(torch.int16), features,
+        gaussian.tables(codes.device)[1],
         torch.empty_like(scales, dtype=torch.int32), out, n, 0 if features is None else features.shape[1], inner,
         *last, **constants,
     )  # fmt: skip
