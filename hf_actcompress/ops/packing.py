@@ -48,7 +48,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         field = field.to(torch.uint8)
         run = cols * width // 8
         if width < 8:
-            # Slices, not a view by runs: what a compiler makes of them is one pass over the codes.
             parts = [field[..., k * run : (k + 1) * run] for k in range(8 // width)]
             field = parts[0]
             for k in range(1, len(parts)):
@@ -72,33 +71,3 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
         part = part << shift if shift else part
         codes = part if codes is None else codes | part
     return codes
-
-
-def unpack_parts(packed: Tensor, bits: int, cols: int) -> list[tuple[slice, Tensor]]:
-    """The same codes in runs of columns, for arithmetic that joins its results itself.
-
-    A compiler cannot fuse the joining of bytes with what follows, but it can fuse that of floats; so it gets the
-    shortest runs.  Without one there is a single run.
-    """
-    if not torch.compiler.is_compiling():
-        return [(slice(0, cols), unpack(packed, bits, cols))]
-    count = max(8 // width for width, _ in planes(bits))
-    size, runs = cols // count, []
-    for i in range(count):
-        codes, start = None, 0
-        for width, shift in planes(bits):
-            nbytes = cols * width // 8
-            # Run i starts at column i * size: in this plane that is byte `at` of field k.  (Ratios of whole numbers,
-            # so that a symbolic number of columns does.)
-            k = i * 8 // (count * width)
-            at = i * size - k * nbytes
-            part = packed[..., start + at : start + at + size]
-            start += nbytes
-            if width < 8:
-                part = (part >> (k * width)) & ((1 << width) - 1)
-            # Up to 8 bits stay bytes: a detour over 32-bit integers costs half of a decode.
-            part = part.to(code_dtype(bits))
-            part = part << shift if shift else part
-            codes = part if codes is None else codes | part
-        runs.append((slice(i * size, (i + 1) * size), codes))
-    return runs

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from hf_actcompress.codecs.rounding import RoundingState, next_key
+from hf_actcompress.ops.groups import _counters
 from hf_actcompress.ops.rounding import noise, noise_key
-from hf_actcompress.ops.rows import Part, counters
 
 CPU = torch.device("cpu")
 MASK = 0xFFFFFFFF
@@ -11,8 +11,7 @@ MASK = 0xFFFFFFFF
 
 def hash_noise(rows, cols, key, start, device):
     """The noise of `rows` groups of `cols` elements, from the flat index `start` on."""
-    first = counters(Part((rows, 1, cols), start, 0, 0), device)
-    return noise(first + torch.arange(cols, dtype=torch.int32), key)[:, 0]
+    return noise(_counters(start // cols, torch.empty(rows, cols, device=device), cols), key)
 
 
 M1, M2 = 0x7FEB352D, 0x846CA68B

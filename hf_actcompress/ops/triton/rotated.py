@@ -298,7 +298,8 @@ def _run(x: Tensor, features, inner, cols, bits, nonfinite, codes, out) -> Tenso
     programs, last, constants = _common(n, cols, bits, features)
     scales = x.new_empty(-(-n // cols), 2, dtype=torch.bfloat16)
     launch(
-        _quantize, programs, x.device, x.contiguous(), features, *gaussian.tables(x.device), codes, scales.view(torch.int16),
+        _quantize, programs, x.device, x.contiguous(), features, *gaussian.tables(x.device), codes,
+        scales.view(torch.int16),
         torch.empty_like(scales, dtype=torch.int32), out, nonfinite, n,
         0 if features is None else features.shape[1], inner, *last, **constants,
         ROUNDTRIP=out is not None, COUNT=nonfinite is not None,
