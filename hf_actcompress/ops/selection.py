@@ -79,11 +79,11 @@ def _select_fake(x, k, bitmap):  # noqa: ANN001, ANN202
 
 def _keep(x: Tensor, k: int) -> Tensor:
     flat = x.reshape(-1)
-    return torch.where(_kept(flat, k), flat, torch.zeros_like(flat)).view(x.shape)
+    return torch.empty_like(x).copy_(torch.where(_kept(flat, k), flat, torch.zeros_like(flat)).view(x.shape))
 
 
 def _keep_fake(x, k):  # noqa: ANN001, ANN202
-    return x.new_empty(x.shape)
+    return torch.empty_like(x)
 
 
 def _place(values: Tensor, bits: Tensor, shape: list[int]) -> Tensor:
@@ -100,7 +100,7 @@ def _place_fake(values, bits, shape):  # noqa: ANN001, ANN202
 # x (any shape, float) -> values [k], and a bitmap uint8 [ceil(n / 8)] or indices [k].
 select_largest = operator("select_largest(Tensor x, SymInt k, bool bitmap) -> (Tensor, Tensor)", _select, _select_fake,
                           cpu=cpu.select_largest, triton="selection:select_largest")  # fmt: skip
-# x with zeros for all others, contiguous.
+# x with zeros for all others; with the strides of x where they are dense.
 keep_largest = operator("keep_largest(Tensor x, SymInt k) -> Tensor", _keep, _keep_fake,
                         cpu=cpu.keep_largest, triton="selection:keep_largest")  # fmt: skip
 # values [k] where the bitmap has a bit, zeros elsewhere.

@@ -75,6 +75,10 @@ def test_forms_agree(compare, dtype):
             compare("select_largest", x, k, False)
             values, bits = compare("select_largest", x, k, True)
             compare("place_values", values, bits, [n])
+    for kind in ("plain", "few values"):
+        x = data(kind, 600).to(dtype).view(20, 30)
+        for view in (x.T, x.view(2, 5, 6, 10).permute(0, 3, 1, 2), x[:, ::2]):
+            assert compare("keep_largest", view, 99).stride() == torch.empty_like(view).stride()
     compare("select_largest", data("plain", 600).to(dtype).view(20, 30).T, 99, True)
 
 

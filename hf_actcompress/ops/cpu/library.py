@@ -38,7 +38,7 @@ SIGNATURES: dict[str, tuple] = {  # name: result, arguments
     "flags": (None, _p, _i, _n, _f, _f, _i, _p),
     "two_flags": (_i, _p, _i, _n, _f, _p),
     "select_largest": (None, _p, _i, _n, _n, _p, _p, _i),
-    "keep_largest": (None, _p, _i, _n, _n, _p),
+    "keep_largest": (_i, _p, _i, _n, _n, _i, _p),
     "place_values": (None, _p, _n, _i, _p, _n, _p),
     "sorted_codes": (None, _p, _i, _n, _p, _p, _p, _p, _i, _i, _p, _p),
     "slope_encode": (_n, _p, _i, _i, _i, _n, _f, _f, _u, _p),

@@ -211,10 +211,14 @@ INLINE void masked(const T* x, I mask, T* out) {
     std::memcpy(static_cast<void*>(out), &own, sizeof(own));
 }
 
+// Returns whether it could: with `any_order`, not where the order decides which of equal magnitudes stay.
 template <typename T>
-void keep(const T* x, int64_t n, int64_t k, T* out) {
+int keep(const T* x, int64_t n, int64_t k, bool any_order, T* out) {
     const Cut cut = find(x, n, k);
     const int64_t count = static_cast<int64_t>(cut.chunks.size());
+    if (any_order)
+        for (const Chunk& own : cut.chunks)
+            if (own.taken != own.ties) return 0;
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < count; ++c) {
         const Chunk& own = cut.chunks[c];
@@ -227,6 +231,7 @@ void keep(const T* x, int64_t n, int64_t k, T* out) {
         for (i = c * CHUNK; !all && left; ++i)
             if (key(load(x + i)) == cut.least) out[i] = x[i], --left;
     }
+    return 1;
 }
 
 // Bits beyond the values have zeros.
@@ -276,11 +281,13 @@ extern "C" void select_largest(const void* x, int kind, int64_t n, int64_t k, vo
     });
 }
 
-// x [n] of a kind, the others zeros -> out [n].
-extern "C" void keep_largest(const void* x, int kind, int64_t n, int64_t k, void* out) {
-    by_kind(kind, x, [=](auto* own) {
-        keep(own, n, k, static_cast<std::remove_const_t<std::remove_pointer_t<decltype(own)>>*>(out));
+// x [n] of a kind, the others zeros -> out [n], if that can be told (see `keep`).
+extern "C" int keep_largest(const void* x, int kind, int64_t n, int64_t k, int any_order, void* out) {
+    int done = 0;
+    by_kind(kind, x, [&](auto* own) {
+        done = keep(own, n, k, any_order, static_cast<std::remove_const_t<std::remove_pointer_t<decltype(own)>>*>(out));
     });
+    return done;
 }
 
 // values [k] of `size` bytes each, bitmap of n elements -> out [n].

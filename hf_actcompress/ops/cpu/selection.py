@@ -25,9 +25,14 @@ def select_largest(x, k, bitmap):  # noqa: ANN001, ANN201
 def keep_largest(x, k):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or (library := library_for(x.numel())) is None:
         return NotImplemented
-    x, out = x.contiguous(), _flat(x.numel(), x.dtype)
-    library.keep_largest(x.data_ptr(), KINDS[x.dtype], x.numel(), k, out.data_ptr())
-    return out.view(x.shape)
+    out, n = _flat(x.numel(), x.dtype), x.numel()
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    moved = not x.is_contiguous() and x.permute(order).is_contiguous()
+    if moved and library.keep_largest(x.data_ptr(), KINDS[x.dtype], n, k, True, out.data_ptr()):
+        return out.as_strided(x.shape, x.stride())
+    own = x.contiguous()
+    library.keep_largest(own.data_ptr(), KINDS[x.dtype], n, k, False, out.data_ptr())
+    return out.view(x.shape) if x.is_contiguous() else torch.empty_like(x).copy_(out.view(x.shape))
 
 
 def place_values(values, bits, shape):  # noqa: ANN001, ANN201

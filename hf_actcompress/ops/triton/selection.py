@@ -190,10 +190,10 @@ def select_largest(x, k, bitmap):  # noqa: ANN001, ANN201
 def keep_largest(x, k):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel():
         return NotImplemented
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    _selected(x, k, 2, out, None)
-    return out
+    own = x.contiguous()
+    out = torch.empty_like(own)
+    _selected(own, k, 2, out, None)
+    return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
 
 
 def place_values(values, bits, shape):  # noqa: ANN001, ANN201
