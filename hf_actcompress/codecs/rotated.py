@@ -34,7 +34,7 @@ class Rotated(Codec):
     """Groups rotated by a randomised Walsh-Hadamard transform, then coded by Lloyd-Max levels of a Gaussian.
 
     bits: 1 to 8 on average.  Groups of large deviation get up to two bits more and small ones fewer, with nothing more
-        to send (transforms/allocation.py).
+        to send (ops/allocation.py).
     group: elements per group, a power of two from 8 on.
     prototypes: up to so many rows that others are like are kept once and taken out of those (0 to 15; for tensors
         [rows, F] or [B, L, F] of 512 rows or more: transforms/prototypes.py).

@@ -1,1 +1,1 @@
-"""Changes of a tensor before and after quantization: rotation, equalization, patches, levels, shares of bits."""
+"""Changes of a tensor before and after quantization: equalization, patches, prototypes."""

@@ -2,7 +2,7 @@
 
 In a batch of sentences the first token of all is nearly one and the same row after a layer, and so is the padding.
 Coded each for itself they take bits and get an error each; as differences from one prototype they are nearly nothing,
-and allocation.py gives their bits to the rest.  Prototypes are chosen from the rows for the bits that they save.
+and ops/allocation.py gives their bits to the rest.  Prototypes are chosen from the rows for the bits that they save.
 Related: gain-shape and residual vector quantization (Gersho and Gray, 1992).
 """
 
