@@ -1,12 +1,16 @@
 """Settings for the whole suite: one thread (machines are shared) and reproducible property tests."""
 
 import gc
+import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Read when triton is imported, by whichever test is first: its own functions are interpreted from then on.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile(
     "suite", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
