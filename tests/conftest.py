@@ -22,3 +22,12 @@ def what_is_imported_is_no_garbage():
     """A Trainer collects garbage, which takes half a second where it goes through all that has been imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share what a module's fixture made run on one worker (--dist loadgroup): it is made once."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        found = [every[-1] for every in item._fixtureinfo.name2fixturedefs.values()]
+        if any(fixture.scope == "module" and fixture.baseid == file for fixture in found):
+            item.add_marker(pytest.mark.xdist_group(file))

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.scales import to_dtype
 from .base import Codec, CodecState, Payload, Traits, check_choice, check_int
 from .block import Block
 from .sample_cache import Plan, SampleCache, current_ids
@@ -171,10 +172,10 @@ class Delta(Codec):
         changed = state.read(plan.slots, change) + change
         state.write(plan.slots, changed)
         if full is None:
-            return changed.to(payload.dtype).view(payload.shape)
+            return to_dtype(changed, payload.dtype).view(payload.shape)
         y = full.new_empty(payload.shape)
         y[torch.tensor(plan.new, device=y.device)] = full
-        y[torch.tensor(plan.seen, device=y.device)] = changed.to(payload.dtype)
+        y[torch.tensor(plan.seen, device=y.device)] = to_dtype(changed, payload.dtype)
         return y
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.ranges import tensor_scale
+from ..ops.scales import to_dtype
 from .base import Codec, CodecState, LeafShapes, Payload, check_choice, check_int, site_hash
 from .registry import register_codec
 
@@ -107,8 +108,8 @@ class LowRank(Codec):
     def _unfold(self, left: Tensor, right: Tensor, payload: Payload) -> Tensor:
         if len(payload.shape) == 4:
             b, c, h, w = payload.shape
-            return (right @ left.view(b, h * w, -1).transpose(1, 2)).to(payload.dtype).view(payload.shape)
-        return (left @ right.T).to(payload.dtype).view(payload.shape)
+            return to_dtype(right @ left.view(b, h * w, -1).transpose(1, 2), payload.dtype).view(payload.shape)
+        return to_dtype(left @ right.T, payload.dtype).view(payload.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         m, n, r = self._matrix_shape(shape)

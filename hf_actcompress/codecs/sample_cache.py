@@ -69,7 +69,7 @@ class SampleCache(CodecState):
         self.shape: tuple[int, ...] | None = None  # of one sample
         self.slots: OrderedDict[int, int] = OrderedDict()
         self.codes = torch.empty(0, 0, dtype=torch.uint8)
-        self.scales = torch.empty(0, 0, 2)
+        self.scales = torch.empty(0, 0, 2, dtype=torch.float32)
         self.current: Plan | None = None
         self.ids: list[int] | None = None  # of a snapshot
         self.frozen = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.packing import pack, unpack
+from ..ops.scales import to_dtype
 from .base import Codec, CodecState, Payload, check_int
 from .registry import register_codec
 
@@ -34,7 +35,7 @@ class Sign(Codec):
     def _encode(self, x: Tensor, state: CodecState | None) -> Payload:
         flat = x.float().reshape(-1)
         rows = torch.nn.functional.pad(flat, (0, -flat.numel() % self.group)).view(-1, self.group)
-        count = torch.full((len(rows),), float(self.group), device=x.device)
+        count = torch.full((len(rows),), float(self.group), dtype=torch.float32, device=x.device)
         count[-1:] = flat.numel() - (len(rows) - 1) * self.group
         scales = (rows.abs().sum(1) / count).bfloat16()
         return self._payload(x, {"codes": pack((rows >= 0).to(torch.uint8), 1), "scales": scales})
@@ -45,7 +46,7 @@ class Sign(Codec):
         forms = {"codes": (groups, self.group // 8, torch.uint8), "scales": (groups, torch.bfloat16)}
         codes, scales = self._sized(payload, **forms)
         signs = unpack(codes, 1, self.group).float() * 2 - 1
-        return (signs * scales.float().view(-1, 1)).view(-1)[:n].view(payload.shape).to(payload.dtype)
+        return to_dtype((signs * scales.float().view(-1, 1)).view(-1)[:n], payload.dtype).view(payload.shape)
 
     def _payload_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return -(-math.prod(shape) // self.group) * (self.group // 8 + 2)

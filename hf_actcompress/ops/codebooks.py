@@ -138,7 +138,7 @@ def _fit(
 def _fit_cpu(sample, scale, last, bits, iters):  # noqa: ANN001, ANN202
     """Stops early, and does only what is needed."""
     if not bool(scale[1].isfinite()):
-        table = torch.full((2**bits,), torch.nan)
+        table = torch.full((2**bits,), torch.nan, dtype=torch.float32, device=sample.device)
         return table, table[1:].clone(), table.clone() if last is None else last.clone()
     return _fit(sample, scale, last, bits, iters, look=True)
 

@@ -58,7 +58,7 @@ def quantize(w: Tensor, bits: Tensor, low: int, high: int) -> Tensor:
     """fp32 [R, C], bits of each row [R], from `low` to `high` -> codes uint8 [R, C], the path of least error."""
     edges, levels, _ = tables(w.device)
     nearest = torch.zeros(4, *w.shape, dtype=torch.uint8, device=w.device)
-    level = torch.zeros(4, *w.shape, device=w.device)
+    level = torch.zeros(4, *w.shape, dtype=w.dtype, device=w.device)
     for b in range(max(low, 1), high + 1):
         at, size, mine = 2 ** (b + 1), 2 ** (b - 1), (bits == b)[:, None]
         for s in range(4):
@@ -73,7 +73,7 @@ def _advanced(errors: Tensor) -> tuple[Tensor, Tensor]:
     """Errors [C, 4, R] of the nearest level of each subset -> costs of the last states [8, R], and which of its two
     predecessors (s >> 1, and that + 4) each state s has after every column, bool [C, 8, R]."""
     columns, _, count = errors.shape
-    cost = torch.full((STATES, count), NEVER, device=errors.device)
+    cost = torch.full((STATES, count), NEVER, dtype=errors.dtype, device=errors.device)
     cost[0] = 0
     back = torch.empty(columns, STATES, count, dtype=torch.bool, device=errors.device)
     for c, error in enumerate(errors):

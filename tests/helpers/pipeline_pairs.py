@@ -121,8 +121,8 @@ class Broken(training.PipelineTrainer):
         elif what == "damage":
             write = WireFormat.write
 
-            def damaging(wire: WireFormat, payload: Any, buffer: torch.Tensor, number: int = 0) -> bool:
-                done = write(wire, payload, buffer, number)
+            def damaging(wire: WireFormat, payload: Any, buffer: torch.Tensor, *args: Any, **more: Any) -> Any:
+                done = write(wire, payload, buffer, *args, **more)
                 buffer[HEADER + 5] ^= 1
                 return done
 

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from helpers.operators import needs_compiler
 from helpers.processes import run
+
+pytestmark = needs_compiler  # in plain torch it is the same for most codecs, and takes minutes
 
 SPECS = [
     "uniform:bits=8,round=stochastic", "block:bits=4", "rotated:bits=4", "sort:bits=8", "kmeans:bits=4",
@@ -57,8 +60,7 @@ def peaks(tmp_path_factory):
 
 def measured(script, cases):
     # Large tensors are mapped and given back at once, so that the peak is what is alive and not what malloc keeps.
-    settings = {"HF_ACTCOMPRESS_KERNELS": "0", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    lines = run(script, json.dumps(cases), timeout=290, **settings).stdout.splitlines()
+    lines = run(script, json.dumps(cases), timeout=290, MALLOC_MMAP_THRESHOLD_=str(1 << 20)).stdout.splitlines()
     found = [json.loads(line.removeprefix("found ")) for line in lines if line.startswith("found ")]
     return {tuple(case): numbers for case, numbers in found}
 

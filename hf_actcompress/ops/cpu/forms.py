@@ -57,9 +57,9 @@ class _Tables:
         return None if self.root is None else 1 / self.root
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(16)
 def _feature_index(features: int, inner: int, length: int) -> Tensor:
-    return torch.arange(length) // inner % features
+    return torch.arange(length, device="cpu") // inner % features
 
 
 def _raise_counter(nonfinite: Tensor | None, count: int) -> None:
@@ -139,7 +139,7 @@ def extremes(x):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel() or (library := library_for(x.numel())) is None:
         return NotImplemented
     order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    x, found = x.permute(order).contiguous(), torch.empty(2)
+    x, found = x.permute(order).contiguous(), torch.empty(2, dtype=torch.float32, device="cpu")
     library.extremes(x.data_ptr(), KINDS[x.dtype], x.numel(), found.data_ptr())
     return found
 

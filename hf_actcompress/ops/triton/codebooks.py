@@ -218,8 +218,8 @@ def fit_codebook(sample, scale, last, bits, iters):  # noqa: ANN001, ANN201
     if sample.dtype not in FLOATS or n >= 2**16:
         return NotImplemented
     own = {"dtype": torch.float64, "device": sample.device}
-    centroids, kept = (torch.empty(k, device=sample.device) for _ in range(2))
-    edges = torch.empty(k - 1, device=sample.device)
+    centroids, kept = (torch.empty(k, dtype=torch.float32, device=sample.device) for _ in range(2))
+    edges = torch.empty(k - 1, dtype=torch.float32, device=sample.device)
     sums, ranks, table, work = (torch.empty(size, **own) for size in (n + 1, n, k, max(4 * LANES, 16 * k)))
     choices = torch.empty(k * LANES, dtype=torch.int32, device=sample.device)
     launch(_fit, 1, sample.device, sample, scale, last, centroids, edges, kept, sums, ranks, table, work, choices, n,

@@ -23,7 +23,7 @@ FEATURES = 32  # of a program
 @functools.cache
 def _scratch(device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     """Parts of the programs, and a count of those that have ended, which the last one sets back to 0."""
-    return torch.empty(3 * PARTS, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    return torch.empty(3 * PARTS, dtype=torch.float32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def scratch(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def tensor_scale(x, levels, symmetric, nonfinite):  # noqa: ANN001, ANN201
         return NotImplemented
     x, n = _in_memory_order(x), x.numel()
     programs, steps = _split(n)
-    out, (parts, ended) = torch.empty(2, device=x.device), scratch(x.device)
+    out, (parts, ended) = torch.empty(2, dtype=torch.float32, device=x.device), scratch(x.device)
     launch(
         _tensor_scale, programs, x.device, x, parts, ended, out, nonfinite, programs, n, float(levels), STEPS=steps,
         SYMMETRIC=symmetric, COUNT=nonfinite is not None, WIDE=is_wide(n),

@@ -193,8 +193,8 @@ def _programs(n: int) -> int:
 def quantile_scales(sample, scale, bits, splits):  # noqa: ANN001, ANN201
     if sample.dtype not in FLOATS:
         return NotImplemented
-    edges = torch.empty(2**splits - 1, device=sample.device)
-    scales = torch.empty(2**splits, 2, device=sample.device)
+    edges = torch.empty(2**splits - 1, dtype=torch.float32, device=sample.device)
+    scales = torch.empty(2**splits, 2, dtype=torch.float32, device=sample.device)
     launch(_scales, -(-(2**splits) // LANES), sample.device, sample, scale, edges, scales, sample.numel(),
            SPLITS=splits, TOP=2 ** (bits - splits) - 1, LANES=LANES)  # fmt: skip
     return edges, scales
