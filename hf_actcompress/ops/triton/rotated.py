@@ -19,7 +19,7 @@ from ..allocation import Windows, moves
 from .common import FLOATS, MAX, floor16, is_wide, launch, to_kind
 from .groups import _restored, _values
 
-TILE, WARPS = 4096, 8  # elements that a program has in its registers at a time
+TILE, WARPS = 2048, 8  # elements that a program has in its registers at a time
 
 
 @triton.jit
