@@ -24,6 +24,7 @@ def what_is_imported_is_no_garbage():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests that share what a module's fixture made run on one worker (--dist loadgroup): it is made once."""
     for item in items:
