@@ -22,7 +22,7 @@ from hf_actcompress import parse_codec
 SPECS = [
     "uniform:bits=8", "uniform:bits=4", "uniform:bits=4,round=stochastic", "block:bits=8", "block:bits=4",
     "block:bits=2", "block:bits=4,round=stochastic", "block:bits=4,equalize=none", "block:bits=2,round=stochastic",
-    "rotated:bits=4", "rotated:bits=2", "rotated:bits=2,prototypes=3", "trellis:bits=2", "sort:bits=8", "sort:bits=4",
+    "rotated:bits=4", "rotated:bits=2", "rotated:bits=2,prototypes=3", "sort:bits=8", "sort:bits=4",
     "kmeans:bits=4", "kmeans:bits=2", "topk:ratio=0.1", "topk:ratio=0.2", "float8", "lowrank:rank=8",
 ]  # fmt: skip
 COUNT = 200
@@ -73,7 +73,7 @@ def main() -> None:
             if before := every[name].get(spec):
                 ratios += "  " + " ".join(f"{found[k] / before[k]:.3f}" for k in found)
         print(f"{spec:34}{found['mean']:11.4g}{found['deviation']:11.4g}{found['worst']:11.4g}{ratios}", flush=True)
-    options.results.write_text(json.dumps(every, indent=1) + "\n")
+        options.results.write_text(json.dumps(every, indent=1) + "\n")
 
 
 if __name__ == "__main__":
