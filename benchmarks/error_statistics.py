@@ -2,8 +2,8 @@
 
     python benchmarks/error_statistics.py --version 0.2
 
-Every codec codes the same 200 tensors (hidden states with outlier features, feature maps, gradients with heavy tails,
-uniform and Gaussian values; fp32 and bf16).  Written under the version's name to
+Every codec codes the same 200 tensors (hidden states with outlier features and tokens of all sizes, feature maps,
+gradients with heavy tails, uniform and Gaussian values; fp32 and bf16).  Written under the version's name to
 benchmarks/results/error_statistics.json: mean, deviation and worst of the relative squared error |y - x|^2 / |x|^2,
 and the payloads' bytes.  What is there of other versions stays and is compared.  To measure an earlier version, run
 this file with that version's package on PYTHONPATH.
@@ -31,8 +31,8 @@ COUNT = 200
 def example(i: int) -> Tensor:
     g = torch.Generator().manual_seed(i)
     if i % 5 == 0:  # hidden states: few features are large
-        x = torch.randn(16, 32, 96, generator=g) * (1 + 20 * (torch.rand(96, generator=g) > 0.95))
-        x = x + torch.randn(96, generator=g)
+        x = torch.randn(32, 64, 192, generator=g) * (1 + 20 * (torch.rand(192, generator=g) > 0.95))
+        x = (x + torch.randn(192, generator=g)) * torch.rand(32, 64, 1, generator=g)
     elif i % 5 == 1:  # feature maps, smooth in space
         x = torch.nn.functional.interpolate(torch.randn(8, 24, 4, 4, generator=g), size=16, mode="bilinear")
         x = x + 0.1 * torch.randn(8, 24, 16, 16, generator=g)

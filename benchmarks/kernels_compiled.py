@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time, without a GPU, and the launches of every codec counted.
 
     python benchmarks/kernels_compiled.py
-    python benchmarks/kernels_compiled.py --codecs block:bits=4 --dtypes float32 --targets 90 --results /tmp/block.json
+    python benchmarks/kernels_compiled.py --codecs block:bits=4 --dtypes float32 --targets 90 --results block.json
 
 The codecs, and training steps with compression, run on tensors that have a device and no values.  Where an operator of
 ours is called its Triton form runs, with `launch` replaced: the kernel is compiled for these arguments, as it would be

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..ops.groups import codes_nbytes, dequantize_groups, group_count, quantize_groups, roundtrip_groups
-from ..ops.packing import MAX_BITS, ceil8
+from ..ops.groups import dequantize_groups, group_count, quantize_groups, roundtrip_groups
+from ..ops.packing import MAX_BITS, ceil8, codes_nbytes
 from ..ops.ranges import feature_scales
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .registry import register_codec

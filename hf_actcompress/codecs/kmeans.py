@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..ops.bitmaps import decode_table
 from ..ops.codebooks import fit_codebook
-from ..ops.groups import codes_nbytes
-from ..ops.packing import COLS
+from ..ops.packing import COLS, codes_nbytes
 from ..ops.ranges import tensor_scale
 from ..ops.tables import quantize_sorted, roundtrip_sorted, sorted_sample
 from .base import Codec, CodecState, Payload, check_int

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.groups import codes_nbytes
-from ..ops.packing import COLS, MAX_BITS
+from ..ops.packing import COLS, MAX_BITS, codes_nbytes
 from ..ops.ranges import tensor_scale
 from ..ops.scales import flushed, usable
 from ..ops.tables import dequantize_sorted, quantile_scales, quantize_sorted, roundtrip_sorted, sorted_sample

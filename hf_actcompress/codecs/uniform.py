@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..ops.groups import codes_nbytes, dequantize_groups, quantize_groups, roundtrip_groups
-from ..ops.packing import COLS, MAX_BITS
+from ..ops.groups import dequantize_groups, quantize_groups, roundtrip_groups
+from ..ops.packing import COLS, MAX_BITS, codes_nbytes
 from ..ops.ranges import tensor_scale
 from .base import Codec, CodecState, Payload, check_choice, check_int
 from .registry import register_codec

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .cpu import forms
-from .groups import codes_nbytes, rows, tiles
+from .groups import counters, rows, tiles
 from .library import operator
-from .packing import COLS, code_dtype, pack, unpack
+from .packing import COLS, code_dtype, codes_nbytes, pack, unpack
 from .rounding import noise
 
 FUNCTIONS = ("gelu", "gelu_tanh", "silu")
@@ -57,10 +57,8 @@ def _encode_slopes(
     out = _encode_slopes_fake(x, function, least, most, bits, key, nonfinite)
     for first, count, width in tiles(flat.numel(), COLS, x.device):
         y = rows(flat, first, count, width, COLS).float()
-        index = torch.arange(first * COLS, first * COLS + y.numel(), device=x.device)
-        counters = (index & 0xFFFFFFFF).to(torch.int32).view(y.shape)
         y = (_slope(y.clamp(-FLAT, FLAT), function) - least) * (top / (most - least))
-        codes = torch.floor(y + noise(counters, key)).clamp(0, top).nan_to_num_(0.0)
+        codes = torch.floor(y + noise(counters(first, y, COLS), key)).clamp(0, top).nan_to_num_(0.0)
         begin = first * COLS * bits // 8
         out[begin : begin + count * width * bits // 8] = pack(codes.to(code_dtype(bits)), bits).view(-1)
     if nonfinite is not None:

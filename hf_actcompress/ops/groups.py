@@ -20,37 +20,25 @@ from torch import Tensor
 
 from .cpu import forms
 from .library import operator
-from .packing import ceil8, code_dtype, pack, unpack
+from .packing import ceil8, code_dtype, codes_nbytes, pack, unpack
 from .rounding import noise
 from .scales import ceil16, finite_scale, floor16, flushed, to_dtype, usable
 
 TILE = 1 << 17  # elements: what a chain of torch's operations makes of so many stays in the cache of a CPU core
 
 
-def group_sizes(n: int, cols: int) -> tuple[int, int, int]:
-    """(full groups, elements of a last short group or 0, the columns it is filled up to)."""
-    full, rest = divmod(n, cols)
-    return full, rest, ceil8(rest)
-
-
 def group_count(n: int, cols: int) -> int:
     return -(-n // cols)
 
 
-def codes_nbytes(n: int, cols: int, bits: int) -> int:
-    """Bytes of the packed codes of n elements."""
-    full, _, width = group_sizes(n, cols)
-    return (full * cols + width) * bits // 8
-
-
 def tiles(n: int, cols: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
     """(first group, groups, columns) of runs that are best computed at once; the short group comes by itself."""
-    full, rest, width = group_sizes(n, cols)
+    full, rest = divmod(n, cols)
     step = max(1, TILE // cols) if device.type == "cpu" else max(1, full)
     for first in range(0, full, step):
         yield first, min(step, full - first), cols
     if rest:
-        yield full, 1, width
+        yield full, 1, ceil8(rest)
 
 
 def rows(flat: Tensor, first: int, count: int, width: int, cols: int) -> Tensor:
@@ -60,14 +48,14 @@ def rows(flat: Tensor, first: int, count: int, width: int, cols: int) -> Tensor:
     return (torch.cat([run, run[-1:].expand(missing)]) if missing else run).view(count, width)
 
 
-def _features(features: Tensor, inner: int, n: int, first: int, y: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+def feature_values(features: Tensor, inner: int, n: int, first: int, y: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     """Mean and root, fp32, of the feature of each element; of the last one for what fills a short group."""
     index = torch.arange(first * cols, first * cols + y.numel(), device=y.device).clamp_(max=n - 1).view(y.shape)
     at = index // inner % features.shape[1]
     return features[0].float()[at], features[1].float()[at]
 
 
-def _counters(first: int, y: Tensor, cols: int) -> Tensor:
+def counters(first: int, y: Tensor, cols: int) -> Tensor:
     """int32: the index of each element in the tensor, modulo 2**32."""
     index = torch.arange(first * cols, first * cols + y.numel(), device=y.device)
     return (index & 0xFFFFFFFF).to(torch.int32).view(y.shape)  # int64 -> int32 keeps the low bits
@@ -90,7 +78,7 @@ def _coded(
     first, count, width = tile
     y, own = rows(flat, first, count, width, cols).float(), None
     if features is not None:
-        own = _features(features, inner, flat.numel(), first, y, cols)
+        own = feature_values(features, inner, flat.numel(), first, y, cols)
         y = (y - own[0]) * (1 / own[1])
     if scale is None:
         lo, step = group_scales(y, bits)
@@ -99,7 +87,7 @@ def _coded(
     else:
         lo, step = scale[:1], scale[1:]
     y = (y - lo[:, None]) * (1 / step)[:, None]
-    y = torch.round(y) if key is None else torch.floor(y + noise(_counters(first, y, cols), key))
+    y = torch.round(y) if key is None else torch.floor(y + noise(counters(first, y, cols), key))
     return y.clamp(0, 2**bits - 1).nan_to_num_(0.0), lo, step, own
 
 
@@ -137,7 +125,7 @@ def _dequantize(
         lo, step = scales.float().view(-1, 2)[slice(None) if scales.numel() == 2 else slice(first, first + count)].T
         y = lo[:, None] + unpack(packed, bits, width).float() * step[:, None]
         if features is not None:
-            mean, root = _features(features, inner, n, first, y, cols)
+            mean, root = feature_values(features, inner, n, first, y, cols)
             y = y * root + mean
         out[first * cols : first * cols + y.numel()] = to_dtype(y, dtype).view(-1)[: n - first * cols]
     return out.view(shape)

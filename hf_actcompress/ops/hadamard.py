@@ -55,8 +55,3 @@ def sum_of_halves(rows: Tensor) -> Tensor:
 def rotate(rows: Tensor) -> Tensor:
     """fp32 [R, n] -> fp32 [R, n]."""
     return butterflies(rows * signs(rows.shape[1], rows.device))
-
-
-def rotate_back(rows: Tensor) -> Tensor:
-    """The inverse of `rotate`."""
-    return butterflies(rows) * signs(rows.shape[1], rows.device)

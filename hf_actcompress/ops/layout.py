@@ -27,11 +27,6 @@ def dense(x: Tensor) -> Tensor:
     return x if in_memory_order(x).is_contiguous() else x.contiguous()
 
 
-def restored(flat: Tensor, x: Tensor) -> Tensor:
-    """What was made of `in_memory_order(x)`, x dense, as a tensor of x's shape and strides."""
-    return flat.as_strided(x.shape, x.stride(), flat.storage_offset())
-
-
 def elements(x: Tensor, index: Tensor) -> Tensor:
     """Values of `x` at flat positions in the order of its shape, without moving the others."""
     if x.is_contiguous():

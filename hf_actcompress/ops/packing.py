@@ -28,6 +28,12 @@ def ceil8(n: int) -> int:
     return -(-n // 8) * 8
 
 
+def codes_nbytes(n: int, cols: int, bits: int) -> int:
+    """Bytes of n codes in rows of `cols`, each packed for itself, the last one up to a multiple of 8."""
+    full, rest = divmod(n, cols)
+    return (full * cols + ceil8(rest)) * bits // 8
+
+
 def packed_nbytes(n: int, bits: int) -> int:
     """Bytes of `n` packed codes; `n` is rounded up to a multiple of 8."""
     return ceil8(n) * bits // 8

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import gaussian, trellis
 from .allocation import MOST, TOP, allocate, moves
 from .cpu import rotated as cpu
-from .groups import TILE, _features, group_count, rows
+from .groups import TILE, feature_values, group_count, rows
 from .hadamard import butterflies, rotate, signs, sum_of_halves
 from .library import operator
 from .scales import ceil16, finite_scale, to_dtype
@@ -49,7 +49,7 @@ def _equalized(
     """Values fp32 [R, cols] in units of a power of two of each row, and the inverse of that [R, 1]."""
     y = rows(flat, first, count, cols, cols).float()
     if features is not None:
-        mean, root = _features(features, inner, flat.numel(), first, y, cols)
+        mean, root = feature_values(features, inner, flat.numel(), first, y, cols)
         y = (y - mean) * (1 / root)
     top = y.abs().amax(1, keepdim=True)
     unit = (top.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(1 / BOUND, BOUND)
@@ -109,7 +109,7 @@ def _values(codes: Tensor, scale: Tensor, given: Tensor, bits: int, paths: bool)
 
 def _unequalized(y: Tensor, features: Tensor | None, inner: int, n: int, first: int, dtype: torch.dtype) -> Tensor:
     if features is not None:
-        mean, root = _features(features, inner, n, first, y, y.shape[1])
+        mean, root = feature_values(features, inner, n, first, y, y.shape[1])
         y = y * root + mean
     return to_dtype(y, dtype).view(-1)
 

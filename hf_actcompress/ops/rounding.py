@@ -7,7 +7,6 @@ The mixing function is a 32-bit finalizer of the murmur family (constants: C. We
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -40,11 +39,3 @@ def noise(index: Tensor, key: Tensor | int) -> Tensor:
     """int32 counters (any shape) and an int32 key -> fp32, uniform on [0, 1) in steps of 2**-24."""
     h = _mix(index ^ key)
     return ((h >> 8) & 0xFFFFFF).float() * 2.0**-24
-
-
-def noise_source(key: int | None, cols: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Lanes (int32 [cols]: 0, 1, ...) and key (int32 []) of a kernel that rounds stochastically, else Nones."""
-    if key is None:
-        return None, None
-    lanes = torch.arange(cols, dtype=torch.int32, device=device)
-    return lanes, torch.full((), key, dtype=torch.int32, device=device)

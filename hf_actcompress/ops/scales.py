@@ -29,12 +29,6 @@ def usable(step: Tensor) -> Tensor:
     return step.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def safe_inverse(step: Tensor) -> Tensor:
-    """1 / step, and 0 where it is 0 or too small to invert."""
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.where(step >= tiny, 1.0 / step.clamp_min(tiny), torch.zeros_like(step))
-
-
 def finite_scale(lo: Tensor, step: Tensor, steps: float = 1.0) -> tuple[Tensor, Tensor]:
     """Both NaN where one is NaN or Inf, or where so many steps reach beyond fp32: values could not be told apart."""
     most = torch.finfo(torch.float32).max

@@ -4,8 +4,8 @@
     code = group << (bits - splits) | round((x - minimum) / step)
 
 With splits == bits a group is one number, its centroid.  Codes are packed in rows of COLS elements, the last one
-filled with its last value up to a multiple of 8.  Where scales are NaN, NaN is decoded; codes are 0
- where the first is.
+filled with its last value up to a multiple of 8.  Where scales are NaN, NaN is decoded; where the first one is, all
+codes are 0.
 """
 
 from __future__ import annotations
@@ -16,24 +16,20 @@ import torch
 from torch import Tensor
 
 from .cpu import tables as cpu
-from .groups import codes_nbytes, rows, tiles
+from .groups import rows, tiles
+from .layout import memory_order
 from .library import operator
-from .packing import COLS, code_dtype, pack, unpack
+from .packing import COLS, code_dtype, codes_nbytes, pack, unpack
+from .reductions import sample_stride, strided_values
 from .scales import finite_scale, flushed, to_dtype, usable
 
 
 def _sorted_sample(x: Tensor, size: int) -> Tensor:
-    flat = x.reshape(-1)
-    return flat[:: _stride(flat.numel(), size)].sort().values
+    return strided_values(x, size).sort().values
 
 
 def _sorted_sample_fake(x: Tensor, size: int) -> Tensor:
-    return x.new_empty(-(-x.numel() // _stride(x.numel(), size)))
-
-
-def _stride(n: int, size: int) -> int:
-    """Odd, so that a period that is a power of two (features, groups) does not alias."""
-    return 1 if n // size <= 1 else n // size | 1
+    return x.new_empty(-(-x.numel() // sample_stride(x.numel(), size)))
 
 
 def _quantile_scales(sample: Tensor, scale: Tensor, bits: int, splits: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +94,7 @@ def _dequantize_fake(codes, scales, shape, dtype, bits, splits):  # noqa: ANN001
 
 
 def _roundtrip(x: Tensor, edges: Tensor, scales: Tensor, bits: int, splits: int) -> Tensor:
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    order = memory_order(x)
     flat, out = x.permute(order).reshape(-1), torch.empty_like(x)
     lying = out.permute(order)
     dense = lying.is_contiguous()

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_actcompress.ops.library import FORMS
+
 # Kernels of our operators' Triton forms; all that is not named here has one.
 KERNELS = {"select_largest": 7, "keep_largest": 7, "place_values": 3}
 NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "device")
@@ -23,17 +25,20 @@ class Waits(AssertionError):
 class Launches(TorchDispatchMode):
     """The names of operations that start kernels, in order."""
 
-    def __init__(self):
+    def __init__(self, plain=False, first=False):
         super().__init__()
-        self.names = []
+        self.names, self.plain, self.first = [], plain, first
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
+        if self.plain and space == "actcompress":
+            with self:
+                return FORMS[name]["reference"](*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
         # A number on the host is handed to a kernel as it is, unless it is to be copied.
         devices = {t.device.type for t in tensors if t.dim() or name in ("_to_copy", "copy_")}
-        if devices == {"cpu", "cuda"}:
+        if devices == {"cpu", "cuda"} and not self.first:
             raise Waits(f"{func} copies between the host and the device")
         if any(t.device.type == "cuda" for t in tensors):
             if space == "actcompress":
@@ -56,9 +61,13 @@ def no_values():
 
 
 @contextlib.contextmanager
-def launches():
-    """A list that gets the name of each kernel that is started while the context lasts."""
-    mode = Launches()
+def launches(plain=False, first=False):
+    """A list that gets the name of each kernel that is started while the context lasts.
+
+    plain: our operators are computed in plain torch, as without Triton.
+    first: constants that are kept may still be copied from the host.
+    """
+    mode = Launches(plain, first)
     with mode:
         yield mode.names
 

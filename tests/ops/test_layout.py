@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.ops.layout import dense, elements, in_memory_order, restored
+from hf_actcompress.ops.layout import dense, elements, in_memory_order
 from hf_actcompress.ops.reductions import strided_sample
 
 PLAIN = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5)
@@ -21,8 +21,8 @@ TENSORS = {
 def test_there_and_back(x):
     flat = in_memory_order(x).reshape(-1)
     assert flat.data_ptr() == x.data_ptr()
-    back = restored(flat + 1, x)
-    assert torch.equal(back, x + 1) and back.stride() == x.stride()
+    back = (flat + 1).as_strided(x.shape, x.stride())
+    assert torch.equal(back, x + 1)
     assert dense(x) is x
 
 

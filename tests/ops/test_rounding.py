@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs.rounding import RoundingState, next_key
-from hf_actcompress.ops.groups import _counters
+from hf_actcompress.ops.groups import counters
 from hf_actcompress.ops.rounding import noise, noise_key
 
 CPU = torch.device("cpu")
@@ -11,7 +11,7 @@ MASK = 0xFFFFFFFF
 
 def hash_noise(rows, cols, key, start, device):
     """The noise of `rows` groups of `cols` elements, from the flat index `start` on."""
-    return noise(_counters(start // cols, torch.empty(rows, cols, device=device), cols), key)
+    return noise(counters(start // cols, torch.empty(rows, cols, device=device), cols), key)
 
 
 M1, M2 = 0x7FEB352D, 0x846CA68B

@@ -8,26 +8,22 @@ import math
 import torch
 from torch import Tensor
 
+from ..layout import in_memory_order
 from ..memory import fresh
+from ..packing import COLS, codes_nbytes
 from .library import library_for
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FUNCTIONS = ("gelu", "gelu_tanh", "silu")
 LARGEST = 1024  # columns of a group
-ROW = 128
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _packed_nbytes(n: int, bits: int) -> int:
-    """Of codes in rows of ROW."""
-    return (n // ROW * ROW + -(-(n % ROW) // 8) * 8) * bits // 8
-
-
-def _check(what: str, have: int, needed: int) -> None:
+def check(what: str, have: int, needed: int) -> None:
     """No pointer is handed out to less than the library reads."""
     if have != needed:
         raise ValueError(f"{what}: {have} bytes or numbers where {needed} are needed: the payload is damaged.")
@@ -37,11 +33,11 @@ def _takes(cols: int, bits: int) -> bool:
     return bits <= 8 and cols % 16 == 0 and cols <= LARGEST
 
 
-def _flat(n: int, dtype: torch.dtype) -> Tensor:
+def flat_tensor(n: int, dtype: torch.dtype) -> Tensor:
     return fresh(n, dtype, torch.device("cpu"))
 
 
-class _Tables:
+class FeatureTables:
     """Mean and root of each element of a period of groups, after which they repeat: fp32 [period, cols] or None."""
 
     def __init__(self, features: Tensor | None, inner: int, n: int, cols: int) -> None:
@@ -62,30 +58,29 @@ def _feature_index(features: int, inner: int, length: int) -> Tensor:
     return torch.arange(length, device="cpu") // inner % features
 
 
-def _raise_counter(nonfinite: Tensor | None, count: int) -> None:
+def raise_counter(nonfinite: Tensor | None, count: int) -> None:
     if nonfinite is not None and count:
         nonfinite += count
 
 
 def _group_codes(x: Tensor, features, inner, scale, cols, bits, key, nonfinite, codes, scales, out) -> None:  # noqa: ANN001
-    tables = _Tables(features, inner, x.numel(), cols)
+    tables = FeatureTables(features, inner, x.numel(), cols)
     inverse = tables.inverse  # alive during the call
     scale = None if scale is None else scale.float().contiguous()
     count = library_for(x.numel()).group_codes(
-        x.data_ptr(), KINDS[x.dtype], key is not None, bits, _pointer(tables.mean), _pointer(inverse),
-        _pointer(tables.root), _pointer(scale), tables.period, x.numel(), cols, (key or 0) & 0xFFFFFFFF,
-        _pointer(codes), _pointer(scales), _pointer(out),
+        x.data_ptr(), KINDS[x.dtype], key is not None, bits, pointer(tables.mean), pointer(inverse),
+        pointer(tables.root), pointer(scale), tables.period, x.numel(), cols, (key or 0) & 0xFFFFFFFF,
+        pointer(codes), pointer(scales), pointer(out),
     )  # fmt: skip
     if scale is None:
-        _raise_counter(nonfinite, count)
+        raise_counter(nonfinite, count)
 
 
 def quantize_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel() or not _takes(cols, bits) or library_for(x.numel()) is None:
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    full, rest = divmod(n, cols)
-    codes = torch.empty((full * cols + -(-rest // 8) * 8) * bits // 8, dtype=torch.uint8)
+    codes = torch.empty(codes_nbytes(n, cols, bits), dtype=torch.uint8)
     scales = torch.empty(0 if scale is not None else -(-n // cols), 2, dtype=torch.bfloat16)
     _group_codes(x, features, inner, scale, cols, bits, key, nonfinite, codes, scales, None)
     return codes, scales
@@ -96,11 +91,11 @@ def roundtrip_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # 
         return NotImplemented
     lying = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     if x.is_contiguous() or not lying.is_contiguous():
-        out = _flat(x.numel(), x.dtype)
+        out = flat_tensor(x.numel(), x.dtype)
         _group_codes(x.contiguous(), features, inner, scale, cols, bits, key, nonfinite, None, None, out)
         out = out.view(x.shape)
         return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
-    out = _flat(x.numel(), x.dtype)
+    out = flat_tensor(x.numel(), x.dtype)
     if scale is not None and key is None:  # one scale, no counter: the order makes no difference
         _group_codes(lying, None, 1, scale, cols, bits, key, nonfinite, None, None, out)
         return out.view(lying.shape).permute(0, 3, 1, 2)
@@ -110,7 +105,7 @@ def roundtrip_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # 
             x.data_ptr(), KINDS[x.dtype], key is not None, bits, images, height * width, channels, cols,
             (key or 0) & 0xFFFFFFFF, out.data_ptr(),
         )  # fmt: skip
-        _raise_counter(nonfinite, count)
+        raise_counter(nonfinite, count)
         return out.view(lying.shape).permute(0, 3, 1, 2)
     _group_codes(x.contiguous(), features, inner, scale, cols, bits, key, nonfinite, None, None, out)
     return torch.empty_like(x).copy_(out.view(x.shape))
@@ -122,15 +117,14 @@ def dequantize_groups(codes, scales, features, inner, shape, dtype, cols, bits):
         return NotImplemented
     if (library := library_for(n)) is None:
         return NotImplemented
-    full, rest = divmod(n, cols)
-    _check("codes", codes.numel() * codes.element_size(), (full * cols + -(-rest // 8) * 8) * bits // 8)
+    check("codes", codes.nbytes, codes_nbytes(n, cols, bits))
     if scales.numel() != 2:
-        _check("scales", scales.numel(), 2 * -(-n // cols))
-    codes, scales, out = codes.contiguous(), scales.contiguous(), _flat(n, dtype)
-    tables = _Tables(features, inner, n, cols)
+        check("scales", scales.numel(), 2 * -(-n // cols))
+    codes, scales, out = codes.contiguous(), scales.contiguous(), flat_tensor(n, dtype)
+    tables = FeatureTables(features, inner, n, cols)
     library.group_values(
         codes.data_ptr(), bits, scales.data_ptr(), scales.dtype == torch.bfloat16, scales.numel() == 2,
-        _pointer(tables.mean), _pointer(tables.root), tables.period, n, cols, KINDS[dtype], out.data_ptr(),
+        pointer(tables.mean), pointer(tables.root), tables.period, n, cols, KINDS[dtype], out.data_ptr(),
     )  # fmt: skip
     return out.view(shape)
 
@@ -138,8 +132,7 @@ def dequantize_groups(codes, scales, features, inner, shape, dtype, cols, bits):
 def extremes(x):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel() or (library := library_for(x.numel())) is None:
         return NotImplemented
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    x, found = x.permute(order).contiguous(), torch.empty(2, dtype=torch.float32, device="cpu")
+    x, found = in_memory_order(x).contiguous(), torch.empty(2, dtype=torch.float32, device="cpu")
     library.extremes(x.data_ptr(), KINDS[x.dtype], x.numel(), found.data_ptr())
     return found
 
@@ -148,7 +141,7 @@ def count_nonfinite(x, nonfinite):  # noqa: ANN001, ANN201
     found = extremes(x)
     if found is NotImplemented:
         return NotImplemented
-    _raise_counter(nonfinite, int(found[0].isnan()))
+    raise_counter(nonfinite, int(found[0].isnan()))
     return None
 
 
@@ -157,7 +150,7 @@ def pack_flags(x, low, high):  # noqa: ANN001, ANN201
     if x.dtype not in KINDS or not x.numel() or (library := library_for(x.numel())) is None:
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    bits = torch.empty(_packed_nbytes(n, 1), dtype=torch.uint8)
+    bits = torch.empty(codes_nbytes(n, COLS, 1), dtype=torch.uint8)
     limits = low, 0.0 if high is None else high, high is not None
     library.flags(x.data_ptr(), KINDS[x.dtype], n, *limits, bits.data_ptr())
     return bits
@@ -169,7 +162,7 @@ def two_valued(x: Tensor, value: float) -> Tensor | None:
     if library is None:
         there = x != 0
         return torch.ops.actcompress.pack_flags(there, 0.0, None) if bool((~there | (x == value)).all()) else None
-    bits = torch.empty(_packed_nbytes(x.numel(), 1), dtype=torch.uint8)
+    bits = torch.empty(codes_nbytes(x.numel(), COLS, 1), dtype=torch.uint8)
     strange = library.two_flags(x.data_ptr(), KINDS[x.dtype], x.numel(), value, bits.data_ptr())
     return None if strange else bits
 
@@ -178,12 +171,12 @@ def encode_slopes(x, function, least, most, bits, key, nonfinite):  # noqa: ANN0
     if x.dtype not in FLOATS or bits > 8 or not x.numel() or (library := library_for(x.numel())) is None:
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    codes = torch.empty(_packed_nbytes(n, bits), dtype=torch.uint8)
+    codes = torch.empty(codes_nbytes(n, COLS, bits), dtype=torch.uint8)
     count = library.slope_encode(
         x.data_ptr(), KINDS[x.dtype], FUNCTIONS.index(function), bits, n, least, (2**bits - 1) / (most - least),
         key & 0xFFFFFFFF, codes.data_ptr(),
     )  # fmt: skip
-    _raise_counter(nonfinite, bool(count))
+    raise_counter(nonfinite, bool(count))
     return codes
 
 
@@ -191,8 +184,8 @@ def decode_table(codes, table, shape, bits):  # noqa: ANN001, ANN201
     n = math.prod(shape)
     if table.dtype not in KINDS or bits > 8 or not n or (library := library_for(n)) is None:
         return NotImplemented
-    _check("codes", codes.numel() * codes.element_size(), _packed_nbytes(n, bits))
-    _check("table", table.numel(), 2**bits)
-    codes, values, out = codes.contiguous(), table.float().contiguous(), _flat(n, table.dtype)
-    library.table_values(codes.data_ptr(), bits, n, ROW, values.data_ptr(), KINDS[table.dtype], out.data_ptr())
+    check("codes", codes.nbytes, codes_nbytes(n, COLS, bits))
+    check("table", table.numel(), 2**bits)
+    codes, values, out = codes.contiguous(), table.float().contiguous(), flat_tensor(n, table.dtype)
+    library.table_values(codes.data_ptr(), bits, n, COLS, values.data_ptr(), KINDS[table.dtype], out.data_ptr())
     return out.view(shape)

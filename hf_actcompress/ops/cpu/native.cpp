@@ -5,7 +5,6 @@
 #include "native.h"
 
 #include <cfloat>
-#include <type_traits>
 
 namespace {
 
@@ -222,24 +221,12 @@ int64_t run_planes(bool noise, const T* x, int64_t images, int64_t pixels, int c
 }
 
 // call(type of the values, number of bits)
-template <typename T, typename Call>
-int64_t by_bits(int bits, Call call) {
-    switch (bits) {
-        case 1: return call(T{}, std::integral_constant<int, 1>{});
-        case 2: return call(T{}, std::integral_constant<int, 2>{});
-        case 3: return call(T{}, std::integral_constant<int, 3>{});
-        case 4: return call(T{}, std::integral_constant<int, 4>{});
-        case 5: return call(T{}, std::integral_constant<int, 5>{});
-        case 6: return call(T{}, std::integral_constant<int, 6>{});
-        case 7: return call(T{}, std::integral_constant<int, 7>{});
-        default: return call(T{}, std::integral_constant<int, 8>{});
-    }
-}
-
 template <typename Call>
 int64_t by_kind(int kind, int bits, Call call) {
-    if (kind == FP32) return by_bits<float>(bits, call);
-    return kind == BF16 ? by_bits<uint16_t>(bits, call) : by_bits<Half>(bits, call);
+    return by_bits(bits, [&](auto width) {
+        if (kind == FP32) return call(float{}, width);
+        return kind == BF16 ? call(uint16_t{}, width) : call(Half{}, width);
+    });
 }
 
 // Bitmap of x [n] in rows of 128, the last one shorter: bit f of byte j of a row of 8 w is element f w + j.

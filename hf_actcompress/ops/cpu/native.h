@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -222,6 +223,21 @@ INLINE bool any(I v) {
     std::memcpy(own, &v, sizeof(v));
     for (int j = 0; j < LANES / 2; ++j) joined |= own[j];
     return joined != 0;
+}
+
+// call(number of bits), 1 to 8
+template <typename Call>
+INLINE auto by_bits(int bits, Call call) {
+    switch (bits) {
+        case 1: return call(std::integral_constant<int, 1>{});
+        case 2: return call(std::integral_constant<int, 2>{});
+        case 3: return call(std::integral_constant<int, 3>{});
+        case 4: return call(std::integral_constant<int, 4>{});
+        case 5: return call(std::integral_constant<int, 5>{});
+        case 6: return call(std::integral_constant<int, 6>{});
+        case 7: return call(std::integral_constant<int, 7>{});
+        default: return call(std::integral_constant<int, 8>{});
+    }
 }
 
 }  // namespace

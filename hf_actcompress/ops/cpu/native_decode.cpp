@@ -3,8 +3,6 @@
 
 #include "native.h"
 
-#include <type_traits>
-
 namespace {
 
 // body(0), body(1), ...: by sixteen, as a compiler that counts bytes takes 64 at a time and leaves short rows to a
@@ -154,21 +152,6 @@ void wide_table_of(const Group& all, const float* table, T* out) {
         unpack<LOW>(in + cols, cols, low);
         each(cols, [&](int c) { store(own + c, table[in[c] << LOW | low[c]]); });
     });
-}
-
-// call(number of bits)
-template <typename Call>
-INLINE void by_bits(int bits, Call call) {
-    switch (bits) {
-        case 1: return call(std::integral_constant<int, 1>{});
-        case 2: return call(std::integral_constant<int, 2>{});
-        case 3: return call(std::integral_constant<int, 3>{});
-        case 4: return call(std::integral_constant<int, 4>{});
-        case 5: return call(std::integral_constant<int, 5>{});
-        case 6: return call(std::integral_constant<int, 6>{});
-        case 7: return call(std::integral_constant<int, 7>{});
-        default: return call(std::integral_constant<int, 8>{});
-    }
 }
 
 }  // namespace

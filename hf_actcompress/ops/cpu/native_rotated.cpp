@@ -190,21 +190,6 @@ void allocate(const Plan& all, const uint16_t* scales, uint8_t* given, int64_t* 
     }
 }
 
-// call(number of bits), 1 to 8
-template <typename Call>
-INLINE void by_bits(int bits, Call call) {
-    switch (bits) {
-        case 1: return call(std::integral_constant<int, 1>{});
-        case 2: return call(std::integral_constant<int, 2>{});
-        case 3: return call(std::integral_constant<int, 3>{});
-        case 4: return call(std::integral_constant<int, 4>{});
-        case 5: return call(std::integral_constant<int, 5>{});
-        case 6: return call(std::integral_constant<int, 6>{});
-        case 7: return call(std::integral_constant<int, 7>{});
-        default: return call(std::integral_constant<int, 8>{});
-    }
-}
-
 // -- groups ------------------------------------------------------------------------------------------------------
 // Codes of a group -> its values, with what equalized them undone.
 template <typename T>

@@ -76,16 +76,9 @@ int64_t slopes(const T* x, int64_t n, float least, float scale, uint32_t key, ui
 
 template <typename T, int FUNCTION>
 int64_t slopes_of(int bits, const T* x, int64_t n, float least, float scale, uint32_t key, uint8_t* codes) {
-    switch (bits) {
-        case 1: return slopes<T, FUNCTION, 1>(x, n, least, scale, key, codes);
-        case 2: return slopes<T, FUNCTION, 2>(x, n, least, scale, key, codes);
-        case 3: return slopes<T, FUNCTION, 3>(x, n, least, scale, key, codes);
-        case 4: return slopes<T, FUNCTION, 4>(x, n, least, scale, key, codes);
-        case 5: return slopes<T, FUNCTION, 5>(x, n, least, scale, key, codes);
-        case 6: return slopes<T, FUNCTION, 6>(x, n, least, scale, key, codes);
-        case 7: return slopes<T, FUNCTION, 7>(x, n, least, scale, key, codes);
-        default: return slopes<T, FUNCTION, 8>(x, n, least, scale, key, codes);
-    }
+    return by_bits(bits, [&](auto width) {
+        return slopes<T, FUNCTION, decltype(width)::value>(x, n, least, scale, key, codes);
+    });
 }
 
 template <typename T>

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import gaussian, trellis
 from ..allocation import moves
 from ..hadamard import signs
-from .forms import FLOATS, KINDS, LARGEST, _flat, _pointer, _raise_counter, _Tables
+from .forms import FLOATS, KINDS, LARGEST, FeatureTables, check, flat_tensor, pointer, raise_counter
 from .library import library_for
 
 CPU = torch.device("cpu")
@@ -35,15 +35,15 @@ def _moves(bits: int, paths: bool) -> tuple[int, ctypes.Array]:
 
 
 def _encode(x: Tensor, features, inner, cols, bits, paths, nonfinite, codes, out) -> Tensor:  # noqa: ANN001
-    tables, n = _Tables(features, inner, x.numel(), cols), x.numel()
+    tables, n = FeatureTables(features, inner, x.numel(), cols), x.numel()
     inverse, levels, (steps, limits) = tables.inverse, _levels(paths), _moves(bits, paths)
     scales = torch.empty(-(-n // cols), 2, dtype=torch.bfloat16)
     count = library_for(n).rotated_codes(
-        x.data_ptr(), KINDS[x.dtype], _pointer(tables.mean), _pointer(inverse), _pointer(tables.root), tables.period,
-        n, cols, bits, steps, paths, signs(cols, CPU).data_ptr(), *map(_pointer, levels), limits, scales.data_ptr(),
-        _pointer(codes), _pointer(out),
+        x.data_ptr(), KINDS[x.dtype], pointer(tables.mean), pointer(inverse), pointer(tables.root), tables.period,
+        n, cols, bits, steps, paths, signs(cols, CPU).data_ptr(), *map(pointer, levels), limits, scales.data_ptr(),
+        pointer(codes), pointer(out),
     )  # fmt: skip
-    _raise_counter(nonfinite, count)
+    raise_counter(nonfinite, count)
     return scales
 
 
@@ -57,7 +57,7 @@ def quantize_rotated(x, features, inner, cols, bits, paths, nonfinite):  # noqa:
 def roundtrip_rotated(x, features, inner, cols, bits, paths, nonfinite):  # noqa: ANN001, ANN201
     if not _takes(cols, x.numel(), x.dtype):
         return NotImplemented
-    out = _flat(x.numel(), x.dtype)
+    out = flat_tensor(x.numel(), x.dtype)
     _encode(x.contiguous(), features, inner, cols, bits, paths, nonfinite, None, out)
     return out.view(x.shape)
 
@@ -66,10 +66,12 @@ def dequantize_rotated(codes, scales, features, inner, shape, dtype, cols, bits,
     n = math.prod(shape)
     if not _takes(cols, n, dtype):
         return NotImplemented
-    codes, scales, out = codes.contiguous(), scales.contiguous(), _flat(n, dtype)
-    tables, (steps, limits) = _Tables(features, inner, n, cols), _moves(bits, paths)
+    check("codes", codes.nbytes, -(-n // cols) * bits * cols // 8)
+    check("scales", scales.nbytes, 4 * -(-n // cols))
+    codes, scales, out = codes.contiguous(), scales.contiguous(), flat_tensor(n, dtype)
+    tables, (steps, limits) = FeatureTables(features, inner, n, cols), _moves(bits, paths)
     library_for(n).rotated_values(
-        codes.data_ptr(), scales.data_ptr(), _pointer(tables.mean), _pointer(tables.root), tables.period, n, cols,
+        codes.data_ptr(), scales.data_ptr(), pointer(tables.mean), pointer(tables.root), tables.period, n, cols,
         bits, steps, paths, signs(cols, CPU).data_ptr(), _levels(paths)[2].data_ptr(), limits, KINDS[dtype],
         out.data_ptr(),
     )  # fmt: skip

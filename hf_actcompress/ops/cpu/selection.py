@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from .forms import FLOATS, KINDS, _flat
+from ..layout import in_memory_order
+from .forms import FLOATS, KINDS, check, flat_tensor
 from .library import library_for
 
 
@@ -25,9 +26,8 @@ def select_largest(x, k, bitmap):  # noqa: ANN001, ANN201
 def keep_largest(x, k):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or (library := library_for(x.numel())) is None:
         return NotImplemented
-    out, n = _flat(x.numel(), x.dtype), x.numel()
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    moved = not x.is_contiguous() and x.permute(order).is_contiguous()
+    out, n = flat_tensor(x.numel(), x.dtype), x.numel()
+    moved = not x.is_contiguous() and in_memory_order(x).is_contiguous()
     if moved and library.keep_largest(x.data_ptr(), KINDS[x.dtype], n, k, True, out.data_ptr()):
         return out.as_strided(x.shape, x.stride())
     own = x.contiguous()
@@ -39,6 +39,7 @@ def place_values(values, bits, shape):  # noqa: ANN001, ANN201
     n = math.prod(shape)
     if (library := library_for(n)) is None:
         return NotImplemented
-    values, bits, out = values.contiguous(), bits.contiguous(), _flat(n, values.dtype)
+    check("positions", bits.nbytes, -(-n // 8))
+    values, bits, out = values.contiguous(), bits.contiguous(), flat_tensor(n, values.dtype)
     library.place_values(values.data_ptr(), values.numel(), values.element_size(), bits.data_ptr(), n, out.data_ptr())
     return out.view(shape)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import COLS, codes_nbytes
 from .common import (
     ELEMENTS,
     FLOATS,
@@ -22,8 +23,7 @@ from .common import (
     tail_places,
 )
 
-ROW = 128
-ROWS = ELEMENTS // ROW
+ROWS = ELEMENTS // COLS
 FUNCTIONS = ("gelu", "gelu_tanh", "silu")
 
 
@@ -181,12 +181,8 @@ def _table_tail(codes, table, out, n, full, BITS: tl.constexpr):  # noqa: ANN001
     tl.store(out + first + col, tl.load(table + code), mask=col < left)
 
 
-def _packed_nbytes(n: int, bits: int) -> int:
-    return (n // ROW * ROW + -(-(n % ROW) // 8) * 8) * bits // 8
-
-
 def _programs(n: int) -> int:
-    return -(-(n // ROW) // ROWS) + (n % ROW > 0)
+    return -(-(n // COLS) // ROWS) + (n % COLS > 0)
 
 
 def pack_flags(x, low, high):  # noqa: ANN001, ANN201
@@ -194,7 +190,7 @@ def pack_flags(x, low, high):  # noqa: ANN001, ANN201
     if x.dtype not in (*FLOATS, torch.uint8) or not x.numel():
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    bits = x.new_empty(_packed_nbytes(n, 1), dtype=torch.uint8)
+    bits = x.new_empty(codes_nbytes(n, COLS, 1), dtype=torch.uint8)
     launch(_flags, _programs(n), x.device, x, bits, n, float(low), 0.0 if high is None else float(high), ROWS=ROWS,
            BOTH=high is not None, WIDE=is_wide(n))  # fmt: skip
     return bits
@@ -204,7 +200,7 @@ def encode_slopes(x, function, least, most, bits, key, nonfinite):  # noqa: ANN0
     if x.dtype not in FLOATS or bits > 8 or not x.numel():
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    codes = x.new_empty(_packed_nbytes(n, bits), dtype=torch.uint8)
+    codes = x.new_empty(codes_nbytes(n, COLS, bits), dtype=torch.uint8)
     launch(
         _slopes, _programs(n), x.device, x, codes, nonfinite, n, least, (2**bits - 1) / (most - least), key,
         ROWS=ROWS, BITS=bits, FUNCTION=FUNCTIONS.index(function), COUNT=nonfinite is not None, WIDE=is_wide(n),

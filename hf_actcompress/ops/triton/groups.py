@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import in_memory_order
+from ..packing import codes_nbytes
 from .common import (
     ELEMENTS,
     FLOATS,
@@ -28,7 +30,7 @@ from .common import (
 
 
 @triton.jit
-def _values(x, features, at, inside, count, inner, FEATURES: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def values(x, features, at, inside, count, inner, FEATURES: tl.constexpr):  # noqa: ANN001, ANN202, N803
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if FEATURES:
         f = (at // inner) % count
@@ -39,7 +41,7 @@ def _values(x, features, at, inside, count, inner, FEATURES: tl.constexpr):  # n
 
 
 @triton.jit
-def _restored(y, features, at, inside, count, inner, FEATURES: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def restored(y, features, at, inside, count, inner, FEATURES: tl.constexpr):  # noqa: ANN001, ANN202, N803
     if FEATURES:
         f = (at // inner) % count
         mean = tl.load(features + f, mask=inside, other=0.0).to(tl.float32)
@@ -69,7 +71,7 @@ def _store_tail(  # noqa: ANN202
     """One plane of the short group's codes."""
     if BITS & WIDTH:
         c = tail_places(width, COLS, WIDTH)
-        z = _values(x, features, first + tl.minimum(c, left - 1), c >= 0, count, inner, FEATURES)
+        z = values(x, features, first + tl.minimum(c, left - 1), c >= 0, count, inner, FEATURES)
         code = rounded((z - lo) * inverse, first + c, key, (1 << BITS) - 1, STOCHASTIC)
         store_tail_plane(code, base, width, COLS, BITS, WIDTH)
 
@@ -86,11 +88,11 @@ def _quantize_rows(  # noqa: ANN202
         row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * COLS + tl.arange(0, COLS)[None, :]
     inside = (row < full)[:, None] & (tl.arange(0, COLS) >= 0)[None, :]
-    y = _values(x, features, at, inside, count, inner, FEATURES)
+    y = values(x, features, at, inside, count, inner, FEATURES)
     lo, step, inverse = _scale_of(y, scale, TOP, GIVEN)
     code = rounded((y - lo) * inverse, at, key, TOP, STOCHASTIC)
     if ROUNDTRIP:
-        y = _restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
+        y = restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
         tl.store(out + at, to_kind(y, out), mask=inside)
     else:
         store_packed(code, codes + row * (COLS * BITS // 8), row < full, ROWS, COLS, BITS)
@@ -117,11 +119,11 @@ def _quantize_tail(  # noqa: ANN202
     width = (left + 7) // 8 * 8
     col = tl.arange(0, COLS)[None, :]
     at = first + tl.minimum(col, left - 1)
-    y = _values(x, features, at, col >= 0, count, inner, FEATURES)
+    y = values(x, features, at, col >= 0, count, inner, FEATURES)
     lo, step, inverse = _scale_of(y, scale, TOP, GIVEN)
     if ROUNDTRIP:
         code = rounded((y - lo) * inverse, first + col, key, TOP, STOCHASTIC)
-        y = _restored(lo + code.to(tl.float32) * step, features, at, col >= 0, count, inner, FEATURES)
+        y = restored(lo + code.to(tl.float32) * step, features, at, col >= 0, count, inner, FEATURES)
         tl.store(out + first + col, to_kind(y, out), mask=col < left)
     else:
         base = codes + full.to(tl.int64) * (COLS * BITS // 8)
@@ -174,7 +176,7 @@ def _dequantize_rows(  # noqa: ANN202
     lo = tl.load(pair, mask=(row < full)[:, None], other=0.0).to(tl.float32)
     step = tl.load(pair + 1, mask=(row < full)[:, None], other=0.0).to(tl.float32)
     code = load_packed(codes + row * (COLS * BITS // 8), row < full, ROWS, COLS, BITS)
-    y = _restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
+    y = restored(lo + code.to(tl.float32) * step, features, at, inside, count, inner, FEATURES)
     tl.store(out + at, to_kind(y, out), mask=inside)
 
 
@@ -191,7 +193,7 @@ def _dequantize_tail(  # noqa: ANN202
     base = codes + full.to(tl.int64) * (COLS * BITS // 8)
     code = load_packed_tail(base, (left + 7) // 8 * 8, COLS, BITS)
     inside = col < left
-    y = _restored(lo + code.to(tl.float32) * step, features, first + col, inside, count, inner, FEATURES)
+    y = restored(lo + code.to(tl.float32) * step, features, first + col, inside, count, inner, FEATURES)
     tl.store(out + first + col, to_kind(y, out), mask=inside)
 
 
@@ -231,7 +233,7 @@ def quantize_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # n
     if not takes(x, cols, bits):
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    codes = x.new_empty((n // cols * cols + -(-(n % cols) // 8) * 8) * bits // 8, dtype=torch.uint8)
+    codes = x.new_empty(codes_nbytes(n, cols, bits), dtype=torch.uint8)
     scales = x.new_empty(0 if scale is not None else -(-n // cols), 2, dtype=torch.bfloat16)
     _run(x, features, inner, scale, cols, bits, key, nonfinite, codes, scales, None)
     return codes, scales
@@ -241,8 +243,7 @@ def roundtrip_groups(x, features, inner, scale, cols, bits, key, nonfinite):  # 
     if not takes(x, cols, bits):
         return NotImplemented
     if scale is not None and key is None and not x.is_contiguous():  # one scale, no counter: any order will do
-        order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-        if x.permute(order).is_contiguous():
+        if in_memory_order(x).is_contiguous():
             out = torch.empty_like(x)
             _run(x, None, 1, scale, cols, bits, key, nonfinite, None, None, out)
             return out

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import in_memory_order
 from .common import FLOATS, MAX, TINY, finite_scale, is_wide, launch
 
 PARTS = 1024  # programs at most, one an element of the join
@@ -166,13 +167,6 @@ def _feature_scales(  # noqa: ANN202
         tl.store(ended, 0)
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
-    if x.is_contiguous():
-        return x
-    moved = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d)))
-    return moved if moved.is_contiguous() else x.contiguous()
-
-
 def _split(n: int) -> tuple[int, int]:
     """Programs, and steps of BLOCK elements of each: a power of two, so that few kernels are compiled."""
     blocks = -(-n // BLOCK)
@@ -185,7 +179,7 @@ def _split(n: int) -> tuple[int, int]:
 def tensor_scale(x, levels, symmetric, nonfinite):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel():
         return NotImplemented
-    x, n = _in_memory_order(x), x.numel()
+    x, n = in_memory_order(x).contiguous(), x.numel()
     programs, steps = _split(n)
     out, (parts, ended) = torch.empty(2, dtype=torch.float32, device=x.device), scratch(x.device)
     launch(
@@ -198,7 +192,7 @@ def tensor_scale(x, levels, symmetric, nonfinite):  # noqa: ANN001, ANN201
 def count_nonfinite(x, nonfinite):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel():
         return NotImplemented
-    x, n = _in_memory_order(x), x.numel()
+    x, n = in_memory_order(x).contiguous(), x.numel()
     programs, steps = _split(n)
     launch(_count_nonfinite, programs, x.device, x, nonfinite, n, STEPS=steps, WIDE=is_wide(n))
     return None

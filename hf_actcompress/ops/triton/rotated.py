@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import gaussian
 from ..allocation import Windows, moves
 from .common import FLOATS, MAX, floor16, is_wide, launch, to_kind
-from .groups import _restored, _values
+from .groups import restored, values
 
 TILE, WARPS = 2048, 8  # elements that a program has in its registers at a time
 
@@ -123,7 +123,7 @@ def _fetched(  # noqa: ANN202
     if WIDE:
         begin = group.to(tl.int64)[:, None] * COLS
     col = tl.arange(0, COLS)[None, :]
-    y = _values(x, features, tl.minimum(begin + col, n - 1), there[:, None] & (col >= 0), count, inner, FEATURES)
+    y = values(x, features, tl.minimum(begin + col, n - 1), there[:, None] & (col >= 0), count, inner, FEATURES)
     top = tl.max(tl.abs(y), axis=1, keep_dims=True)
     unit = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.minimum(tl.maximum(unit, 1.1754943508222875e-38), 8.507059173023462e37)
@@ -177,7 +177,7 @@ def _decoded(  # noqa: ANN202
     """Levels to values."""
     y = _butterflies(u, ROWS, COLS) * _signs(COLS, NORM) * spread + center
     inside = there[:, None] & (at < n)
-    y = _restored(y, features, at, inside, count, inner, FEATURES)
+    y = restored(y, features, at, inside, count, inner, FEATURES)
     tl.store(out + at, to_kind(y, out), mask=inside)
 
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..layout import in_memory_order
+from ..packing import codes_nbytes
 from .common import (
     ELEMENTS,
     FLOATS,
@@ -204,7 +206,7 @@ def quantize_sorted(x, edges, scales, bits, splits):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel():
         return NotImplemented
     x, n = x.contiguous(), x.numel()
-    codes = x.new_empty((n // 128 * 128 + -(-(n % 128) // 8) * 8) * bits // 8, dtype=torch.uint8)
+    codes = x.new_empty(codes_nbytes(n, 128, bits), dtype=torch.uint8)
     launch(_quantize, _programs(n), x.device, x, edges.contiguous(), scales.contiguous(), codes, n, ROWS=ROWS,
            BITS=bits, SPLITS=splits, WIDE=is_wide(n))  # fmt: skip
     return codes
@@ -223,8 +225,7 @@ def dequantize_sorted(codes, scales, shape, dtype, bits, splits):  # noqa: ANN00
 def roundtrip_sorted(x, edges, scales, bits, splits):  # noqa: ANN001, ANN201
     if x.dtype not in FLOATS or not x.numel():
         return NotImplemented
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    dense = x.permute(order).is_contiguous()
+    dense = in_memory_order(x).is_contiguous()
     own = x if dense else x.contiguous()
     out, n = torch.empty_like(own), x.numel()
     launch(_roundtrip, -(-n // ELEMENTS), x.device, own, edges.contiguous(), scales.contiguous(), out, n, BITS=bits,
