@@ -27,8 +27,8 @@ from .observe.nonfinite import check
 from .observe.probe import Probe
 from .ops.cpu.malloc import KeptMemory
 from .saved.budget import CODEC, Budget
-from .saved.hooks import install, is_hook
-from .saved.tensors import COMPILED, SavedTensors
+from .saved.entry import Entry, release, site_of
+from .saved.tensors import SavedTensors
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,34 @@ class Handle:
         """Run without any compression for a while, hooks staying in place."""
         with _switched_off(self.sites):
             yield
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[list[Any]]:
+        """Compress what autograd saves within this context, for passes that do not go through the model's forward:
+        `model.encode(...)`, `model.get_text_features(...)`, a loss that is computed outside of it.
+
+            with handle.saving() as outputs:
+                loss = loss_of(model.encode(batch))
+                outputs.append(loss)
+
+        What is appended tells where the pass ends; without it the last operations are kept exactly.
+        Raises ValueError where `saved=` is not configured.
+        """
+        if self.saved is None:
+            raise ValueError(
+                "handle.saving() compresses saved tensors, and saved= is not set. Give it: ActCompressConfig(saved=...)."
+            )
+        outputs: list[Any] = []
+        with self.saved.running(outputs):
+            yield outputs
+
+    def report(self) -> list[dict[str, Any]]:
+        """What the last pass saved: one record per operation and way of keeping it, the most held bytes first.
+
+        Each has operation, kept ("codes", "normalised", "made again", "one bit", "shape", "integers" or "exactly"),
+        tensors, raw_bytes (what autograd would hold, memory that is shared counted once) and held_bytes.
+        """
+        return [] if self.saved is None else list(self.saved.rows)
 
     @contextlib.contextmanager
     def isolated(self, *listeners: Listener) -> Iterator[None]:
@@ -203,8 +231,6 @@ def compress_model(
     config = ActCompressConfig.of(config)
     inner = unwrap(model)
     _refuse_second(inner)
-    if config.saved:
-        _refuse_compiled(model, inner)
     layers = find_layers(inner, example_inputs, config.blocks, option="blocks") if config.boundaries else []
     cuts, named = _cuts(config, layers)
     _check_fits(config, layers, cuts, named)
@@ -262,10 +288,10 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
         if config.saved_auto is not None:
             handle.budget = Budget(handle, config.saved_auto)
         codec, bits = (config.saved_codec(), None) if handle.budget is None else (CODEC, handle.budget.bits)
-        handle.saved = SavedTensors(codec, bits, seed=seed, nonfinite=config.nonfinite)
+        handle.saved = SavedTensors(model, codec, bits, seed=seed, nonfinite=config.nonfinite)
         handle.meters["saved"] = Meter(every=0)
         handle.saved.listeners.append(handle.meters["saved"])
-        handle._removers += install(handle.saved, model)
+        handle._removers.append(Entry(model, handle.saved))
     if config.keep_freed_memory:
         handle._removers.append(KeptMemory())
     free = [name for name in handle.boundaries if name not in handle._named]
@@ -274,29 +300,25 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
         handle.auto.set(config.resolved or {})
     if config.analysis:
         handle.probe = Probe(handle, config.analysis_every)
-        # Before the hooks of saved tensors, which would keep what the probe's own passes save.
-        handle._removers.append(model.register_forward_pre_hook(handle.probe, prepend=True, with_kwargs=True))
-    for tuner in (handle.budget, handle.auto):  # before the probe, which measures what is chosen
-        if tuner is not None:
-            handle._removers.append(model.register_forward_pre_hook(tuner, prepend=True, with_kwargs=True))
+    # The probe comes last: it measures what the others have chosen.
+    first = [hook for hook in (handle.auto, handle.budget, handle.probe) if hook is not None]
+    if handle.saved is not None:
+        handle.saved.first += first
+    else:
+        for hook in reversed(first):
+            handle._removers.append(model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
 
 # -- checks before anything is attached ----------------------------------------------------------------------------
 def _refuse_second(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if any(isinstance(hook, Boundary) or is_hook(hook) for hook in module._forward_hooks.values()):
+        if site_of(module) or any(isinstance(hook, Boundary) for hook in module._forward_hooks.values()):
             raise ValueError(
                 f"The model is compressed already (there is a hook on {name or 'the whole model'}). Call "
                 "handle.remove() on the handle that compress_model returned, or leave its `with` block, before "
                 "attaching again. Where the handle is lost (a copied model, a run that was stopped): "
                 "hf_actcompress.remove_compression(model)."
             )
-
-
-def _refuse_compiled(model: nn.Module, inner: nn.Module) -> None:
-    modules = (model, *inner.modules())
-    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in modules):
-        raise ValueError(COMPILED)
 
 
 def _check_fits(
@@ -351,15 +373,13 @@ def remove_compression(model: nn.Module) -> list[str]:
     """
     names = []
     for name, module in unwrap(model).named_modules():
+        if release(module):
+            names.append(name)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, Boundary):
                     hook.enabled = False  # for graphs compiled while it was there
                     names.append(name)
-                elif is_hook(hook):
-                    hook.saved.enabled = False
-                    if name == "" and "" not in names:
-                        names.append(name)
                 elif isinstance(hook, (Probe, AutoCodec, Budget, Passes)):
                     pass
                 else:

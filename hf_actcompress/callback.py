@@ -25,7 +25,6 @@ from .observe.records import FILE_NAME as ANALYSIS_NAME
 from .observe.records import Writer
 from .observe.trainer import EvaluateTwice, go_first, resumed_from, save_with_checkpoints
 from .observe.warning import warning_of
-from .saved.tensors import COMPILED
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +86,6 @@ class ActCompressCallback(TrainerCallback):
     ) -> None:
         self._detach()  # a run that raised never reached on_train_end
         self._go_first()
-        if self.config.saved and args.torch_compile:  # the model that callbacks are handed hides it
-            raise ValueError(COMPILED)
         self.handle = compress_model(model, self.config, example_inputs=self.example_inputs)
         self._epoch = _epoch(state)
         self._epoch_begun = False

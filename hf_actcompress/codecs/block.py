@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -72,6 +73,10 @@ class Block(Codec):
         """Scales of features pay for themselves on a wire only: they cost a pass over each tensor."""
         codec = self.stochastic()
         return replace(codec, equalize="none") if self.equalize is None else codec
+
+    def in_rows(self, width: int) -> tuple[Codec, int | None]:
+        named = self.group is not None or self.splits is not None or self.dim is not None
+        return (self, None) if named else _in_rows(self, width)
 
     # -- groups -----------------------------------------------------------------------------------------------
     def _channels(self, shape: tuple[int, ...]) -> bool:
@@ -148,3 +153,16 @@ class Block(Codec):
         features = 4 * shape[feature_dim(shape)] if self._equalizes(shape) else 0
         n, cols = self._count(shape), self._cols(shape)
         return features + codes_nbytes(n, cols, self.bits) + 4 * group_count(n, cols)
+
+
+@functools.lru_cache(1024)
+def _in_rows(codec: Block, width: int) -> tuple[Block, int | None]:
+    """Groups of 64 to 256 that take the fewest bits; filling rows up costs a copy, which has to save a tenth."""
+
+    def bits(parts: int) -> float:
+        total = parts * ceil8(-(-width // parts))
+        return (total * codec.bits + 32 * parts) * (1.0 if total == width else 1.1)
+
+    parts = min(range(max(1, -(-width // 256)), max(1, width // 64) + 1), key=bits)
+    group = ceil8(-(-width // parts))
+    return replace(codec, group=group), None if group * parts == width else group * parts

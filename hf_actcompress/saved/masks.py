@@ -20,21 +20,29 @@ def pack_flags(x: Tensor, low: float = 0.0, high: float | None = None) -> Tensor
     return bitmaps.pack_flags(x, low, high)
 
 
-def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float] | None:
-    """(bitmap, c) if every value of `x` (contiguous) is 0 or c, as in dropout's mask, else None.
+def pack_two_values(x: Tensor, look: int = 1024) -> tuple[Tensor, float, float] | None:
+    """(bitmap, low, high) if every value of `x` (contiguous) is one of two, as in dropout's mask (0 and c) or a mask
+    of attention (-inf and 0), else None.
 
     A sample of about `look` values decides most cases.  On a GPU nothing is looked at: None.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not x.numel():
         return None
     flat = x.reshape(-1)
     some = flat[:: max(1, flat.numel() // look)]
-    lo, hi = (float(v) for v in torch.aminmax(some))
-    value = hi if hi > 0 else lo
-    if not (value and math.isfinite(value) and bool(((some == 0) | (some == value)).all())):
+    low, high = torch.aminmax(some)
+    if not bool(((some == low) | (some == high)).all()):
         return None
-    bits = two_valued(flat, value)
-    return None if bits is None else (bits, value)
+    if low == high:  # the other value is rare
+        low, high = torch.aminmax(flat)
+    if low == 0 or high == 0:
+        value = float(low + high)
+        bits = two_valued(flat, value) if value and math.isfinite(value) else None
+        if bits is not None:
+            return (bits, 0.0, value)
+    if not bool(((flat == low) | (flat == high)).all()):
+        return None
+    return pack_flags(flat, float(low)), float(low), float(high)
 
 
 def unpack_flags(bits: Tensor, shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> Tensor:

@@ -1,46 +1,215 @@
-"""What the backward pass of a module needs of the input that it saves: often less than its values.
+"""What the backward formula of each operation does with what it saves, and so how that may be kept.
 
-This file knows modules, no codec and no hook.
+An operation is known by the name of its node in autograd's graph ("AddmmBackward0"), whatever function, method,
+module or composite of them made it.  For each tensor that the node saves (its `_saved_<name>`) the table says:
+
+    CODES       goes into the gradient linearly, or through a smooth function: codes may stand for it
+    NORMALISED  the input of a norm: codes of the normalised value, statistics exactly
+    OUTPUT      made again by running the operation on what was decoded of its inputs
+    BITS        only on which side of a bound, or within which two, a value lies: one bit
+    SHAPE       only its shape: nothing
+    WEIGHT      a weight by its role: exactly, and not worth a word
+
+What is not in the table is kept exactly and named in the report: comparisons with the operation's own result (max,
+norms, sort), divisions, logarithms, roots, losses, custom functions, whatever is new.
+Which operations there are to have a rule is torch's own list, `torch._C._functions` (tests/saved/test_rules.py).
+This file knows names, no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import partial
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from torch.nn import functional as F
-
-
-def slopes_of(module: nn.Module | None) -> str | None:
-    """The function of an activation module whose backward needs the slope only: "gelu", "gelu_tanh" or "silu"."""
-    if type(module) is nn.SiLU or type(module).__name__ == "SiLUActivation":
-        return "silu"
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    # Activations of transformers may also be chains of operations, each of which saves something else.
-    act = getattr(module, "act", None)
-    if type(module).__name__ == "GELUActivation" and act is F.gelu:
-        return "gelu"
-    if type(module).__name__ == "GELUTanh" and isinstance(act, partial) and act.func is F.gelu:
-        return "gelu_tanh"
-    return None
+CODES, NORMALISED, OUTPUT, SHAPE, WEIGHT = "codes", "normalised", "output", "shape", "weight"
 
 
-def needed_by(module: nn.Module | None) -> Hashable:
-    """A key of what a module's backward needs of its input: a range, a sign, a slope; None for the values.
+@dataclass(frozen=True)
+class Bits:
+    """Whether a value lies above `low` (and below `high`), decoded to `below` and `above`, which the backward formula
+    takes for the same."""
 
-    Modules with the same key can share what is kept of one tensor.
+    low: float
+    high: float | None
+    below: float
+    above: float
+
+
+Rule = str | Bits | None  # None: exactly
+
+
+def _after(value: float, up: bool) -> float:
+    """The next number in fp32, which makes of a bound that belongs to a range one that does not."""
+    import torch
+
+    end = torch.tensor(math.inf if up else -math.inf)
+    return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), end))
+
+
+def _relu(node: Any) -> Rule:
+    return Bits(0.0, None, 0.0, 1.0)
+
+
+def _leaky(node: Any) -> Rule:
+    return Bits(0.0, None, -1.0, 1.0)
+
+
+def _threshold(node: Any) -> Rule:
+    t = float(node._saved_threshold)
+    return Bits(t, None, t, _after(t, True))
+
+
+def _hardtanh(node: Any) -> Rule:
+    low, high = float(node._saved_min_val), float(node._saved_max_val)
+    return Bits(low, high, low, (low + high) / 2)
+
+
+def _hardsigmoid(node: Any) -> Rule:
+    return Bits(-3.0, 3.0, -3.0, 0.0)
+
+
+def _clamp(node: Any) -> Rule:
+    """Both bounds belong to what lets the gradient pass."""
+    low = getattr(node, "_saved_min", None)
+    high = getattr(node, "_saved_max", None)
+    if low is None and high is None:
+        return None
+    if low is None:  # mirrored: above the bound no gradient passes
+        return Bits(float(high), None, float(high), _after(float(high), True))
+    bottom = _after(float(low), False)
+    if high is None:
+        return Bits(bottom, None, bottom, float(low))
+    return Bits(bottom, _after(float(high), True), bottom, (float(low) + float(high)) / 2)
+
+
+def _power(node: Any) -> Rule:
+    return CODES if float(node._saved_exponent) in (1.0, 2.0, 3.0) else None
+
+
+def _norm(node: Any) -> Rule:
+    """In evaluation mode the statistics do not depend on the input, which then goes in linearly."""
+    return NORMALISED if getattr(node, "_saved_training", True) else CODES
+
+
+_BATCH_NORM = {"input": _norm, "weight": WEIGHT, "running_mean": WEIGHT, "running_var": WEIGHT}
+_SAME_INPUT = {"self": CODES}
+_RESULT = {"result": CODES}
+_PRODUCT = {"self": CODES, "other": CODES}
+_CONVOLUTION = {"input": CODES, "self": CODES, "weight": WEIGHT}
+_POOL = {"self": SHAPE}
+_ATTENTION = {**dict.fromkeys(("query", "key", "value"), CODES),
+              **dict.fromkeys(("output", "logsumexp", "log_sumexp"), OUTPUT)}  # fmt: skip
+
+# "<Operation>Backward<n>": {saved tensor: rule, or a function of the node that gives one}
+RULES: dict[str, dict[str, Rule | Callable[[Any], Rule]]] = {
+    # Products.
+    "AddmmBackward0": {"mat1": CODES, "mat2": CODES},
+    "MmBackward0": {"self": CODES, "mat2": CODES},
+    "BmmBackward0": {"self": CODES, "mat2": CODES},
+    "BaddbmmBackward0": {"batch1": CODES, "batch2": CODES},
+    "AddbmmBackward0": {"batch1": CODES, "batch2": CODES},
+    "MvBackward0": {"self": CODES, "vec": CODES},
+    "AddmvBackward0": {"mat": CODES, "vec": CODES},
+    "AddrBackward0": {"vec1": CODES, "vec2": CODES},
+    "DotBackward0": {"self": CODES, "tensor": CODES},
+    "MulBackward0": _PRODUCT,
+    "AddcmulBackward0": {"tensor1": CODES, "tensor2": CODES},
+    "MatmulBackward0": _PRODUCT,
+    "LinearBackward0": {"input": CODES, "weight": WEIGHT},
+    "MkldnnLinearBackward0": {"self": CODES, "weight": WEIGHT},
+    "GroupedMmBackward0": {"self": CODES, "mat2": WEIGHT},
+    "TrilinearBackward0": {"i1": CODES, "i2": WEIGHT, "i3": CODES},
+    **dict.fromkeys(
+        (
+            "ConvolutionBackward0", "ConvolutionBackward1", "ConvolutionOverrideableBackward0", "ConvTbcBackward0",
+            "ConvDepthwise2DBackward0", "ConvDepthwise3DBackward0", "CudnnConvolutionBackward0",
+            "CudnnConvolutionTransposeBackward0", "MiopenConvolutionBackward0", "MiopenConvolutionTransposeBackward0",
+            "MiopenDepthwiseConvolutionBackward0", "MkldnnConvolutionBackward0", "MpsConvolutionBackward0",
+            "MpsConvolutionTransposeBackward0", "NnpackSpatialConvolutionBackward0", "SlowConv2DBackward0",
+            "SlowConv3DBackward0", "SlowConvDilated2DBackward0", "SlowConvDilated3DBackward0",
+            "SlowConvTranspose2DBackward0", "SlowConvTranspose3DBackward0",
+        ),
+        _CONVOLUTION,
+    ),
+    # Norms.
+    "NativeLayerNormBackward0": {"input": NORMALISED, "weight": WEIGHT, "bias": WEIGHT},
+    "NativeGroupNormBackward0": {"input": NORMALISED, "weight": WEIGHT},
+    # It divides by the root of the mean square alone, so codes of the input are those of the normalised value.
+    "FusedRmsNormBackward0": {"input": CODES, "weight": WEIGHT},
+    **dict.fromkeys(
+        (
+            "NativeBatchNormBackward0", "NativeBatchNormLegitBackward0", "NativeBatchNormLegitBackward1",
+            "NativeBatchNormLegitNoTrainingBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0",
+            "BatchNormWithUpdateBackward0", "BatchNormNoUpdateBackward0",
+        ),
+        _BATCH_NORM,
+    ),
+    # Fused attention: a softmax that fits q, k and v, so it runs again on what was decoded of them.
+    "ScaledDotProductFlashAttentionForCpuBackward0": _ATTENTION,
+    "ScaledDotProductFlashAttentionBackward0": _ATTENTION,
+    "ScaledDotProductEfficientAttentionBackward0": _ATTENTION,
+    "ScaledDotProductCudnnAttentionBackward0": _ATTENTION,
+    # Results within a known range.
+    "SoftmaxBackward0": _RESULT, "SafeSoftmaxBackward0": _RESULT, "MaskedSoftmaxBackward0": _RESULT,
+    "SigmoidBackward0": _RESULT, "TanhBackward0": _RESULT,
+    # Smooth activations, whose slope follows the input.
+    "GeluBackward0": _SAME_INPUT, "SiluBackward0": _SAME_INPUT, "MishBackward0": _SAME_INPUT,
+    "SoftplusBackward0": _SAME_INPUT, "EluBackward0": _SAME_INPUT, "CeluBackward0": _SAME_INPUT,
+    "HardswishBackward0": _SAME_INPUT, "GluBackward0": _SAME_INPUT,
+    "PowBackward0": {"self": _power},
+    # One side of a bound or the other.
+    "ReluBackward0": {"result": _relu},
+    "LeakyReluBackward0": {"self": _leaky}, "LeakyReluBackward1": {"result": _leaky},
+    "ThresholdBackward0": {"self": _threshold}, "ThresholdBackward1": {"self": _threshold},
+    "HardtanhBackward0": {"self": _hardtanh}, "HardsigmoidBackward0": {"self": _hardsigmoid},
+    "ClampBackward1": {"self": _clamp}, "ClampMinBackward0": {"self": _clamp}, "ClampMaxBackward0": {"self": _clamp},
+    # Only shapes.
+    **dict.fromkeys(
+        (
+            "AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0", "AvgPool2DBackward0", "AvgPool3DBackward0",
+            "AdaptiveMaxPool2DBackward0", "AdaptiveMaxPool3DBackward0", "MaxPool2DWithIndicesBackward0",
+            "MaxPool3DWithIndicesBackward0", "ReflectionPad1DBackward0", "ReflectionPad2DBackward0",
+            "ReflectionPad3DBackward0", "ReplicationPad1DBackward0", "ReplicationPad2DBackward0",
+            "ReplicationPad3DBackward0", "GatherBackward0", "MaskedSelectBackward0", "TakeBackward0",
+        ),
+        _POOL,
+    ),
+}  # fmt: skip
+
+# Nodes that hand on the same memory under another shape.
+VIEWS = frozenset(
+    f"{name}Backward{n}"
+    for name in ("View", "ReshapeAlias", "UnsafeView", "Transpose", "T", "Permute", "Squeeze", "Unsqueeze", "Alias",
+                 "Select", "Slice", "Movedim", "Swapaxes", "ViewDtype", "SwapDims", "Detach")  # fmt: skip
+    for n in range(4)
+)
+
+
+def rule_of(node: Any, saved: str) -> Rule:
+    """How the tensor `saved` of this node may be kept; None: exactly."""
+    rule = RULES.get(node.name(), {}).get(saved)
+    return rule(node) if callable(rule) else rule
+
+
+def register_saved_rule(operation: str, **rules: str) -> None:
+    """Say how what an operation saves may be kept, for operations that this table does not know.
+
+    operation: the name of its node in autograd's graph, without "Backward<n>" of the end or with it: what
+        `handle.report()` shows, such as "MyAttentionBackward" for a torch.autograd.Function named MyAttention.
+    rules: for each saved tensor "codes" (its backward is linear in it, or smooth), "shape" (needs its shape alone) or
+        "exact".  Of a torch.autograd.Function they are called tensor0, tensor1, ... in the order of
+        `ctx.save_for_backward`.
+
+        register_saved_rule("MyAttentionBackward", tensor0="codes", tensor1="codes")
+
+    Raises ValueError for another rule.
     """
-    if isinstance(module, nn.Hardtanh):
-        return module.min_val, module.max_val
-    return (0.0,) if isinstance(module, nn.ReLU) else slopes_of(module)
-
-
-def weight_of(module: nn.Module | None) -> nn.Parameter | None:
-    """The weight of a linear layer or a convolution: the saved input goes into its gradient and no other."""
-    plain = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    # GPT-2's linear layers.
-    named = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-    weight = module.weight if plain or named else None  # type: ignore[union-attr]
-    return weight if isinstance(weight, nn.Parameter) else None
+    known = {"codes": CODES, "shape": SHAPE, "exact": None}
+    for name, rule in rules.items():
+        if rule not in known:
+            raise ValueError(f"{operation}: {name}={rule!r} is not a rule; choose one of: {', '.join(known)}.")
+    if not isinstance(operation, str) or not operation:
+        raise ValueError(f"operation={operation!r} is not the name of a node, such as 'MyAttentionBackward'.")
+    RULES[operation] = {name: known[rule] for name, rule in rules.items()}

@@ -21,7 +21,6 @@ from ..models.replay import few_rows, has_batch_norm, undisturbed
 from ..observe.events import Event
 from ..observe.gradients import ExactPass
 from ..observe.nonfinite import Nonfinite
-from .rules import weight_of
 
 REFERENCE = 4  # bits at which errors are measured
 COST = 5.0  # steps whose time the backward passes of a measurement may take
@@ -30,6 +29,10 @@ ROWS = 2  # of a batch that a measurement takes, which is little beside what is 
 # 64 its errors come out 33 times too large at 36 values, 7 at 144, 2 at 576, and with this 3, 1.4 and 1
 # (EfficientNet-Lite0, medians; benchmarks/batch_norm_rows.py).
 SETTLED = 1000
+
+
+# Products with a weight: what they save goes into its gradient and into no other.
+PRODUCTS = ("Addmm", "Mm", "Convolution", "CudnnConvolution", "MkldnnConvolution", "MkldnnLinear", "Linear")
 
 
 @dataclass
@@ -57,18 +60,25 @@ class Slot:
         return float(self.error or 0.0) * steps * steps
 
 
-class Exact:
+class Tried:
     """A tensor of a trial: the tensor itself, rounded in the backward passes in which the trial says so."""
 
-    codec = None
+    how, codec = "tried", None
 
     def __init__(self, trial: Trial, slot: Slot, exact: Tensor, encode: Callable[[Codec], Any], nbytes: int) -> None:
         self.trial, self.slot, self.exact, self.encode, self.nbytes = trial, slot, exact, encode, nbytes
+        self._rounded: tuple[dict[str, int], Tensor] | None = None
 
-    def unpack(self) -> Tensor:
-        bits = self.trial.rounded.get(self.slot.name)
-        coded = None if bits is None else self.encode(self.trial.codec.with_bits(bits))
-        return self.exact if coded is None else coded.unpack()
+    def get(self) -> Tensor:
+        """Flat, not to be changed by others; one rounding for all operations of a backward pass."""
+        rounded = self.trial.rounded
+        bits = rounded.get(self.slot.name)
+        if bits is None:
+            self._rounded = None
+            return self.exact.reshape(-1).clone()
+        if self._rounded is None or self._rounded[0] is not rounded:
+            self._rounded = rounded, self.encode(self.trial.codec.with_bits(bits)).get()
+        return self._rounded[1].clone()
 
 
 class Trial:
@@ -84,31 +94,31 @@ class Trial:
         self.raw = 0
         self.found = Nonfinite("saved")  # where there is any, nothing can be said about errors
         self.rounded: dict[str, int] = {}  # bits of what is rounded in the next backward pass
-        self._users: dict[str, list[nn.Module | None]] = {}  # the modules that saved a slot's tensor
+        self._users: dict[str, list[tuple[str, Any]]] = {}  # operations that saved a slot's tensor, with their weights
 
     def __call__(self, event: Event) -> None:
         self.raw += int(event.raw_bytes * self.scale)
         if event.payload_bytes and event.name not in self.slots:
             self.fixed[event.name] += int(event.payload_bytes * self.scale)
 
-    def keep(self, name: str, run: Tensor, encode: Callable[[Codec], Any]) -> Exact | None:
-        """The tensor of a slot; None if the codec does not take it."""
+    def keep(self, name: str, run: Tensor, encode: Callable[[Codec], Any]) -> Tried:
+        """The tensor of a slot."""
         coded = encode(self.codec)
-        if coded is None:
-            return None
-        overhead = max(0, coded.nbytes - run.numel() * (coded.bits or REFERENCE) // 8)
+        overhead = max(0, coded.nbytes - run.numel() * (self.codec.traits.bits or REFERENCE) // 8)
         sizes = (int(size * self.scale) for size in (run.numel() * run.element_size(), run.numel(), overhead))
         slot = self.slots[name] = Slot(name, *sizes)
-        return Exact(self, slot, run, encode, coded.nbytes)
+        return Tried(self, slot, run.clone(), encode, coded.nbytes)
 
-    def use(self, content: Any, module: nn.Module | None) -> None:
-        """`module` saved a tensor whose values are in `content`, perhaps as one of several."""
-        if isinstance(content, Exact):
-            self._users.setdefault(content.slot.name, []).append(module)
+    def use(self, content: Any, operation: str, weight: Any) -> None:
+        """An operation saved a tensor whose values are in `content`, perhaps as one of several."""
+        tried = getattr(content, "codes", content)
+        if isinstance(tried, Tried):
+            self._users.setdefault(tried.slot.name, []).append((operation, weight))
 
     def local(self) -> dict[str, list[int]]:
         """Slots that reach the gradients of weights only that no other slot reaches, with the ids of these weights."""
-        found = {name: [id(weight_of(module)) for module in users] for name, users in self._users.items()}
+        found = {name: [id(weight) if operation in PRODUCTS else id(None) for operation, weight in users]
+                 for name, users in self._users.items()}  # fmt: skip
         reached = Counter(weight for weights in found.values() for weight in set(weights))
         return {name: list(dict.fromkeys(weights)) for name, weights in found.items()
                 if id(None) not in weights and all(reached[weight] == 1 for weight in weights)}  # fmt: skip
@@ -121,10 +131,10 @@ class Trial:
         there are the less is left of that (SETTLED).
         """
         total, users = sum(errors.values()), self._users.get(name, [])
-        if not users or not all(isinstance(user, nn.modules.batchnorm._BatchNorm) for user in users):
+        if not users or not all("BatchNorm" in operation and weight is not None for operation, weight in users):
             return total
-        own = sum(errors.get(id(user.weight), 0.0) for user in users)  # type: ignore[union-attr]
-        values = self.slots[name].numel / users[0].num_features  # type: ignore[union-attr]
+        own = sum(errors.get(id(weight), 0.0) for _, weight in users)
+        values = self.slots[name].numel / users[0][1].numel()
         return own + (total - own) * (1 + SETTLED / values) / (1 + SETTLED * self.scale / values)
 
     @property

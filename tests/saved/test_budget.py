@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from helpers import batch_of, build, loss_of
+from hf_actcompress.saved.hooks import is_hook
 from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
@@ -15,7 +16,6 @@ from hf_actcompress.observe.gradients import ExactPass
 from hf_actcompress.saved import budget, sensitivity
 from hf_actcompress.saved import tensors as site
 from hf_actcompress.saved.budget import CHOICES, Budget, allot
-from hf_actcompress.saved.hooks import is_hook
 from hf_actcompress.saved.sensitivity import REFERENCE, Slot, Trial
 
 

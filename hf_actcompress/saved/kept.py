@@ -1,0 +1,226 @@
+"""What is held of a run of memory in place of a saved tensor: itself, a codec's payload, bits, or a way to make it.
+
+Every kind has `get()`, the values as a flat tensor in the order of memory, which may be called any number of times,
+and `nbytes`, what is held for it.  This file knows tensors and codecs, not autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import Codec, CodecState, Payload
+from ..ops.bitmaps import pack_flags
+from ..ops.memory import fresh
+from .masks import unpack_flags
+from .rules import Bits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and strides of a tensor, to make it again of its values in memory order."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def restore(self, flat: Tensor) -> Tensor:
+        return flat.as_strided(self.shape, self.stride)
+
+
+def flatten(x: Tensor) -> tuple[Tensor, Layout] | None:
+    """A contiguous view of the memory of `x`, and its layout; None if `x` leaves gaps in that memory.
+
+    Expanded dimensions (stride 0) are one value long in the view.
+    """
+    if x.is_contiguous():
+        return x, Layout(tuple(x.shape), x.stride())
+    own = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None)
+                  for size, stride in zip(x.shape, x.stride(), strict=True))]  # fmt: skip
+    order = sorted(range(own.dim()), key=lambda d: (-own.stride(d), -own.shape[d]))
+    run = own.permute(order)
+    if not run.is_contiguous():
+        return None
+    if order != sorted(order) and run.dim() == 4:  # channels_last: codecs take four dimensions for [B, C, H, W]
+        run = run.view(-1, run.shape[-1])
+    return run, Layout(tuple(x.shape), x.stride())
+
+
+class Exact:
+    """The memory itself."""
+
+    how, codec = "exactly", None
+
+    def __init__(self, run: Tensor) -> None:
+        self.run = run
+
+    def get(self) -> Tensor:
+        return self.run.reshape(-1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.run.numel() * self.run.element_size()
+
+
+class Encoded:
+    """Values as a codec's payload.
+
+    row: values of a row, where the codec took rows that were filled up to a multiple of 8.
+    """
+
+    how = "codes"
+
+    def __init__(self, codec: Codec, payload: Payload, row: int | None = None) -> None:
+        self.codec, self.payload, self.row = codec, payload, row
+
+    def get(self) -> Tensor:
+        y = self.codec.decode(self.payload)
+        return (y if self.row is None else y[:, : self.row]).reshape(-1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.payload.nbytes
+
+
+def encode(
+    codec: Codec, run: Tensor, state: CodecState | None, nonfinite: Tensor | None, rows: bool = True
+) -> Encoded:
+    """Codes of a contiguous tensor.
+
+    rows: groups of values that share a scale are parts of a row, which is its last dimension, or several of the last
+        where that is short.
+    """
+    width = row_of(tuple(run.shape)) if rows else None
+    codec, padded = codec.in_rows(width) if width else (codec, None)
+    if padded is None:
+        return Encoded(codec, codec.encode(run, state, nonfinite=nonfinite))
+    table = run.view(-1, width)
+    filled = torch.cat([table, table[:, -1:].expand(-1, padded - width)], 1)
+    return Encoded(codec, codec.encode(filled, state, nonfinite=nonfinite), width)
+
+
+SHORT = 64  # values; a shorter row is joined with its neighbours, since a scale takes as much as 8 codes of 4 bits
+
+
+def row_of(shape: tuple[int, ...]) -> int:
+    """Values of a row of a contiguous tensor of that shape."""
+    row, dims = 1, list(shape)
+    while dims and row < SHORT:
+        row *= dims.pop()
+    return row
+
+
+class Flags:
+    """One bit for each value.
+
+    exact: the two values are all that there were, as in a mask; else they stand for two sides of a bound.
+    """
+
+    how, codec = "one bit", None
+
+    def __init__(
+        self, bits: Tensor, n: int, low: float, high: float, dtype: torch.dtype, *, exact: bool = False
+    ) -> None:
+        self.bits, self.n, self.low, self.high, self.dtype, self.exact = bits, n, low, high, dtype, exact
+
+    @classmethod
+    def of(cls, run: Tensor, rule: Bits, *, exact: bool = False) -> Flags:
+        bits = pack_flags(run, rule.low, rule.high)
+        return cls(bits, run.numel(), rule.below, rule.above, run.dtype, exact=exact)
+
+    def get(self) -> Tensor:
+        return unpack_flags(self.bits, (self.n,), self.low, self.high, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.numel()
+
+
+class Narrow:
+    """Integers in a smaller dtype."""
+
+    how, codec = "integers", None
+
+    def __init__(self, run: Tensor, narrow: torch.dtype) -> None:
+        self.values, self.dtype = run.reshape(-1).to(narrow), run.dtype
+
+    def get(self) -> Tensor:
+        return fresh(self.values.numel(), self.dtype, self.values.device).copy_(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+
+class Empty:
+    """Nothing: only the shape is needed."""
+
+    how, codec, nbytes = "shape", None, 0
+
+    def __init__(self, run: Tensor) -> None:
+        self.n, self.dtype, self.device = run.numel(), run.dtype, run.device
+
+    def get(self) -> Tensor:
+        return torch.zeros(self.n, dtype=self.dtype, device=self.device)
+
+
+class Normalised:
+    """The input of a norm, as codes of its normalised value, whose statistics are kept exactly.
+
+    codes: of the normalised values, a flat run in the memory order of the input.
+    layout: of the input, by which statistics broadcast.
+    """
+
+    how = "normalised"
+
+    def __init__(self, codes: Any, layout: Layout, mean: Callable[[], Tensor], rstd: Callable[[], Tensor]) -> None:
+        self.codes, self.layout, self.mean, self.rstd = codes, layout, mean, rstd
+
+    @property
+    def codec(self) -> Codec | None:
+        return self.codes.codec
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+    def normalised(self) -> Tensor:
+        """With shape and strides of the input."""
+        return self.layout.restore(self.codes.get())
+
+    def get(self) -> Tensor:
+        flat = self.codes.get()
+        x = self.layout.restore(flat)
+        x.div_(self.rstd()).add_(self.mean())
+        return flat
+
+
+class Again:
+    """Values that an operation makes of others that are kept.
+
+    run: returns its result, which lies in memory as the first one did and covers all of it.
+    """
+
+    how, codec, nbytes = "made again", None, 0
+
+    def __init__(self, run: Callable[[], Tensor], n: int) -> None:
+        self.run, self.n = run, n
+
+    def get(self) -> Tensor:
+        y = self.run()
+        if y.numel() != self.n:
+            raise RuntimeError(f"an operation that ran again gave {y.numel()} values in place of {self.n}")
+        return y.as_strided((self.n,), (1,))
+
+
+def narrowest(x: Tensor) -> torch.dtype | None:
+    """The smallest integer dtype that holds all of `x`, if it is smaller than its own.  Waits for the device."""
+    low, high = (int(v) for v in torch.aminmax(x))
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        info = torch.iinfo(dtype)
+        if info.min <= low and high <= info.max:
+            return dtype if dtype.itemsize < x.dtype.itemsize else None
+    return None
