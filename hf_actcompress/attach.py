@@ -101,7 +101,7 @@ class Handle:
         """
         if self.saved is None:
             raise ValueError(
-                "handle.saving() compresses saved tensors, and saved= is not set. Give it: ActCompressConfig(saved=...)."
+                "handle.saving() compresses saved tensors, and saved= is not set; give it to ActCompressConfig."
             )
         outputs: list[Any] = []
         with self.saved.running(outputs):

@@ -135,9 +135,6 @@ class Pass:
             return Untouched(x, detached=not isinstance(x, nn.Parameter))
         if graph.is_parameter(local) or local.untyped_storage()._cdata in self.buffers:
             return Untouched(x, detached=not graph.is_parameter(local))
-        if not self._is_large(local):
-            self._tell_kept(local)
-            return Untouched(_owned(local)) if wrap is None else _Wrapped(Untouched(_owned(local)), wrap)
         slot = Slot(self, x, local, wrap)
         self.find(x.grad_fn, number)
         self.pending.setdefault(number, []).append(slot)
@@ -254,7 +251,7 @@ class Pass:
         x = slot.tensor
         assert x is not None
         rule, operation = rule_of(node, name), graph.operation(node)
-        if x.dtype not in FLOATS or x._version != slot.version:
+        if x.dtype not in FLOATS or x._version != slot.version or (rule != OUTPUT and not self._is_large(x)):
             self._unknown(slot, operation)
         elif rule == SHAPE:
             self._hold(slot, operation, "shape", lambda run: Empty(run))
@@ -353,6 +350,7 @@ class Pass:
         if content is None:
             content = Exact(run)
             stored[("exactly", *place)] = weakref.ref(content)
+            operation = operation if self._is_large(x) else "small tensors"
             self._tell(operation, content, self._raw(stored, place, run), run)
         slot.settle(content, None)
 
@@ -360,7 +358,7 @@ class Pass:
         """Exactly; masks and indices in as little as that takes."""
         x = slot.tensor
         assert x is not None
-        if x._version != slot.version:
+        if x._version != slot.version or not self._is_large(x):
             self._exactly(slot, operation)
         elif x.dtype == torch.bool:
             self._hold(slot, operation, "values", lambda run: Flags.of(run, Bits(0.0, None, 0.0, 1.0), exact=True))
@@ -449,13 +447,6 @@ class Pass:
         stored[("raw", *place)] = None
         return run.numel() * run.element_size()
 
-    def _tell_kept(self, x: Tensor) -> None:
-        stored = self._stored_of(x)
-        if "small" not in stored:
-            stored["small"] = None
-            size = x.numel() * x.element_size()
-            self.site.tell("small tensors", size, size)
-
     def _tell(self, operation: str, content: Any, raw: int, run: Tensor) -> None:
         row = self.report.setdefault((operation, content.how), [0, 0, 0])
         for i, value in enumerate((1, raw, content.nbytes)):
@@ -463,24 +454,8 @@ class Pass:
         self.site.tell(operation, raw, content.nbytes, codec=content.codec)
 
 
-class _Wrapped:
-    """A small local shard of a DTensor."""
-
-    def __init__(self, packed: Untouched, wrap: Callable[[Tensor], Tensor]) -> None:
-        self.packed, self.wrap = packed, wrap
-
-    def unpack(self) -> Tensor:
-        return self.wrap(self.packed.unpack())
-
-
 def _sharded(kind: type, spec: Any, local: Tensor) -> Tensor:
     return kind(local, spec, requires_grad=False)
-
-
-def _owned(x: Tensor) -> Tensor:
-    """A copy where the storage is much larger than the tensor, which would keep all of it."""
-    small = x.untyped_storage().nbytes() > 4 * max(1, x.numel()) * x.element_size()
-    return x.detach().clone() if small and x.is_contiguous() else x
 
 
 def _place(x: Tensor, run: Tensor, gaps: bool) -> tuple:
