@@ -34,8 +34,8 @@ class Block(Codec):
         nearest elsewhere.
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
         first, and both are kept (4 bytes per feature); tensors of fewer than 256 rows stay as they are.  On the
-        hidden states of a BERT this divides the error of 4 bits by five.  "none" leaves features alone.  None: what
-        suits the site, which is "none" for saved tensors and "feature" elsewhere.
+        hidden states of a BERT this divides the error of 4 bits by five.  "none" leaves features alone.  None is
+        "feature".
 
     Payload: bits / 8 bytes per element, rounded up to 8 elements in the last group, + 4 bytes per group, + 4 bytes per
     feature where they are equalized.
@@ -68,11 +68,6 @@ class Block(Codec):
 
     def init_state(self, site: str = "", seed: int = 0) -> CodecState | None:
         return RoundingState(site, seed) if self.round == "stochastic" else None
-
-    def for_saved(self) -> Codec:
-        """Scales of features pay for themselves on a wire only: they cost a pass over each tensor."""
-        codec = self.stochastic()
-        return replace(codec, equalize="none") if self.equalize is None else codec
 
     def in_rows(self, width: int) -> tuple[Codec, int | None]:
         named = self.group is not None or self.splits is not None or self.dim is not None

@@ -102,7 +102,7 @@ def encode(
     return Encoded(codec, codec.encode(filled, state, nonfinite=nonfinite), width)
 
 
-SHORT = 64  # values; a shorter row is joined with its neighbours, since a scale takes as much as 8 codes of 4 bits
+SHORT = 32  # values; a shorter row is joined with its neighbours, since a scale takes as much as 8 codes of 4 bits
 
 
 def row_of(shape: tuple[int, ...]) -> int:

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from helpers import batch_of, build, loss_of
-from hf_actcompress.saved.hooks import is_hook
 from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from helpers.saved import backward_of, gradients, only
-from hf_actcompress.saved.forms import flatten, narrowest
+from hf_actcompress.saved.kept import flatten, narrowest
 from torch import nn
 from torch.nn import functional as F
 

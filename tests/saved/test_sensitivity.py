@@ -9,7 +9,6 @@ from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.observe.gradients import ExactPass
 from hf_actcompress.saved import sensitivity
 from hf_actcompress.saved import tensors as site
-from hf_actcompress.saved.rules import weight_of
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from hf_actcompress import compress_model, parse_codec
-from hf_actcompress.saved.rules import slopes_of
-from hf_actcompress.saved.slopes import SLOPES, extreme
 
 pytestmark = pytest.mark.usefixtures("small_tensors")
 
