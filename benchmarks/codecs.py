@@ -165,33 +165,65 @@ def baselines(args: argparse.Namespace, results: Kept) -> None:
 FIRST_CALL = """
 import sys, time, torch
 from hf_actcompress.codecs import parse_codec
-codec, x = parse_codec(sys.argv[1]), torch.randn(int(sys.argv[2]), 768)
+codec, x = parse_codec("block:bits=4"), torch.randn(2048, 768)
 began = time.perf_counter()
-for _ in range(int(sys.argv[3])):
+for _ in range(int(sys.argv[1])):
     codec.decode(codec.encode(x))
 print(time.perf_counter() - began)
 """
 
+FIRST_STEPS = """
+import sys, time, torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from hf_actcompress import ActCompressConfig, compress_model
+config = AutoConfig.for_model("bert", num_hidden_layers=24, hidden_size=256, num_attention_heads=4,
+                              intermediate_size=1024)
+model = AutoModelForSequenceClassification.from_config(config).train()
+batch = {"input_ids": torch.randint(1000, 30000, (8, 128)), "labels": torch.randint(0, 2, (8,))}
+if sys.argv[1] != "none":
+    handle = compress_model(model, ActCompressConfig(saved=sys.argv[1]))
+for step in range(6):
+    began = time.perf_counter()
+    model(**batch).loss.backward()
+    print(time.perf_counter() - began)
+"""
+
+SAVED = "block:bits=4"
+
 
 def compilation(args: argparse.Namespace, results: Kept) -> None:
-    """The first encode and decode in a new process: in plain torch, with the C++ library to be compiled, and with it
-    at hand; and 50 calls of each."""
-    def run(kernels: str, cache: str, calls: int, rows: int = 2048) -> float:
+    """Seconds in new processes, with the C++ library to be compiled and with it at hand: the first encode and decode,
+    and the first and later training steps of a model with compressed saved tensors."""
+    def run(script: str, cache: str, *options: object, kernels: str = "1") -> list[float]:
         env = {**os.environ, VARIABLE: kernels, "XDG_CACHE_HOME": cache}
-        command = [sys.executable, "-c", FIRST_CALL, "block:bits=4", str(rows), str(calls)]
+        command = [sys.executable, "-c", script, *map(str, options)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        return float(done.stdout.split()[-1])
+        return [float(line) for line in done.stdout.split()]
 
-    def make() -> dict[str, float]:
+    def calls() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as cache:
-            return {
-                "plain torch, first call": run("0", cache, 1), "C++, to be compiled": run("1", cache, 1),
-                "C++, first call": run("1", cache, 1), "50 calls, plain torch": run("0", cache, 50),
-                "50 calls, C++": run("1", cache, 50),
+            found = {
+                "plain torch, first call": run(FIRST_CALL, cache, 1, kernels="0"),
+                "C++ to be compiled, first call": run(FIRST_CALL, cache, 1),
+                "C++ at hand, first call": run(FIRST_CALL, cache, 1),
+                "50 calls, plain torch": run(FIRST_CALL, cache, 50, kernels="0"),
+                "50 calls, C++": run(FIRST_CALL, cache, 50),
             }  # fmt: skip
+        return {name: values[0] for name, values in found.items()}
 
-    for name, seconds in results("block:bits=4, 6 MiB", make, "compilation").items():
-        print(f"{name:32s} {seconds:7.2f} s")
+    def steps() -> dict[str, float]:
+        found = {}
+        with tempfile.TemporaryDirectory() as cache:
+            for name, saved in (("without", "none"), ("C++ to be compiled", SAVED), ("C++ at hand", SAVED)):
+                found[f"{name}, first step"], *later = run(FIRST_STEPS, cache, saved)
+                found[f"{name}, later"] = statistics.median(later)
+        return found
+
+    makers = {"encode and decode of 6 MiB, block:bits=4": calls,
+              f"training steps of a BERT of 24 layers, saved {SAVED}": steps}  # fmt: skip
+    for part, make in makers.items():
+        for name, seconds in results(part, make, "compilation").items():
+            print(f"{part}: {name:32s} {seconds:7.2f} s")
 
 
 PARTS = {"sizes": sizes, "baselines": baselines, "compilation": compilation}

@@ -6,25 +6,32 @@ Every codec codes the same 200 tensors (hidden states with outlier features and 
 gradients with heavy tails, uniform and Gaussian values; fp32 and bf16).  Written under the version's name to
 benchmarks/results/error_statistics.json: mean, deviation and worst of the relative squared error |y - x|^2 / |x|^2,
 and the payloads' bytes.  What is there of other versions stays and is compared.  To measure an earlier version, run
-this file with that version's package on PYTHONPATH.
+this file with that version's package on PYTHONPATH; it needs nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 
-import harness
 import torch
 from torch import Tensor
 
 from hf_actcompress import parse_codec
 
+RESULTS = Path(__file__).parent / "results" / "error_statistics.json"
 SPECS = [
-    "uniform:bits=8", "uniform:bits=4", "uniform:bits=4,round=stochastic", "block:bits=8", "block:bits=4",
-    "block:bits=2", "block:bits=4,round=stochastic", "block:bits=4,equalize=none", "block:bits=2,round=stochastic",
-    "rotated:bits=4", "rotated:bits=2", "rotated:bits=2,prototypes=3", "sort:bits=8", "sort:bits=4",
-    "kmeans:bits=4", "kmeans:bits=2", "topk:ratio=0.1", "topk:ratio=0.2", "float8", "lowrank:rank=8",
+    "uniform:bits=16", "uniform:bits=10", "uniform:bits=8", "uniform:bits=4", "uniform:bits=4,round=stochastic",
+    "block:bits=8", "block:bits=8,round=stochastic", "block:bits=4", "block:bits=4,round=stochastic",
+    "block:bits=4,equalize=none", "block:bits=2", "block:bits=2,round=stochastic",
+    "rotated:bits=4", "rotated:bits=3", "rotated:bits=2", "rotated:bits=2,prototypes=3", "trellis:bits=2,prototypes=3",
+    "sort:bits=16", "sort:bits=12", "sort:bits=8", "sort:bits=4", "kmeans:bits=4", "kmeans:bits=2",
+    "topk:ratio=0.5", "topk:ratio=0.2", "topk:ratio=0.1", "float8", "lowrank:rank=8",
 ]  # fmt: skip
+# How version 0.1 spelled them.
+OLD = {"rotated": "rotate=hadamard,levels=gauss,allocate=energy,patch=dct",
+       "trellis": "rotate=hadamard,levels=trellis,allocate=energy,patch=dct"}  # fmt: skip
 COUNT = 200
 
 
@@ -45,9 +52,10 @@ def example(i: int) -> Tensor:
     return x if i % 2 else x.bfloat16()
 
 
-def measure(spec: str) -> dict[str, float]:
+def measure(spec: str, version: str) -> dict[str, float]:
     errors, nbytes = [], 0
-    codec = parse_codec(spec)
+    name, _, options = spec.partition(":")
+    codec = parse_codec(f"block:{options},{OLD[name]}" if version == "0.1" and name in OLD else spec)
     for i in range(COUNT):
         x = example(i)
         payload = codec.encode(x, codec.init_state("a", seed=i))
@@ -59,15 +67,16 @@ def measure(spec: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__, results="error_statistics")
-    parser.add_argument("--version", default="0.2", help="name of what is measured (default 0.2)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results")
+    parser.add_argument("--version", default="0.2", help="what is measured; 0.1 spells some codecs another way")
     options = parser.parse_args()
     every = json.loads(options.results.read_text()) if options.results.exists() else {}
     own = every[options.version] = {}
     others = [name for name in every if name != options.version]
     print(f"{'codec':34}{'mean':>11}{'deviation':>11}{'worst':>11}" + "".join(f"{'over ' + o:>24}" for o in others))
     for spec in SPECS:
-        found = own[spec] = measure(spec)
+        found = own[spec] = measure(spec, options.version)
         ratios = ""
         for name in others:
             if before := every[name].get(spec):

@@ -4,7 +4,7 @@
     python benchmarks/reference_runs.py --record   # write that file
     python benchmarks/reference_runs.py --only saved_4 auto_ratio
 
-Losses are kept as hexadecimal floats.  Codecs run eager on one thread and the clock stands still, so that nothing
+Losses are kept as hexadecimal floats.  Codecs run on one thread and the clock stands still, so that nothing
 depends on the machine's load.  Needs the data folder (default ../shared/data) and the packaged MiniLM.
 """
 

@@ -1,9 +1,10 @@
-"""Tables and a plot of what was timed: results/{codecs,training,boundary_profile,operators}.json, and of GPUs."""
+"""Tables and a plot of what was timed on CPUs (results/{codecs,training,boundary_profile,operators}.json), and the
+errors of codecs beside those of an earlier version."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from hf_actcompress.report.style import STYLES, make_figure, save_figure, style_
 # What encode and decode may cost at 64 MiB in fp32, in clones.
 ALLOWED = {
     **{f"{name}:bits={bits}": (1.2, 1.2) for name in ("uniform", "block") for bits in (8, 4, 2)},
-    "block:bits=2,rotate=hadamard": (2.0, 2.0), "sort:bits=8": (2.2, 1.6), "kmeans:bits=4": (2.2, 1.6),
-    "topk:ratio=0.1": (4.0, 2.0), "lowrank:rank=8": (3.0, 2.0), "lowrank:rank=8 [m, 32]": (3.0, 2.0),
+    "uniform:bits=8": (0.9, 1.0), "block:bits=4": (1.0, 1.0), "rotated:bits=2": (2.0, 2.0),
+    "sort:bits=8": (2.2, 1.6), "kmeans:bits=4": (2.2, 1.6), "topk:ratio=0.1": (4.0, 2.0),
+    "lowrank:rank=8": (3.0, 2.0), "lowrank:rank=8 [m, 32]": (3.0, 2.0),
 }  # fmt: skip
+COMPILE = 60  # seconds, once for a machine
 GROWTH = 1.3  # time per byte at 1 GiB over that at 16 MiB
 FASTER = {"sort:bits=8": 30, "kmeans:bits=4": 50}  # than the plain versions
 SHARE = 0.97  # of the throughput of training without compression; low-rank 0.95
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 DRAWN = (
-    "uniform:bits=8", "block:bits=4", "block:bits=2,rotate=hadamard", "sort:bits=8", "kmeans:bits=4",
-    "topk:ratio=0.1", "lowrank:rank=8", "float8",
+    "uniform:bits=8", "block:bits=4", "rotated:bits=2", "sort:bits=8", "kmeans:bits=4", "topk:ratio=0.1",
+    "lowrank:rank=8", "float8",
 )  # fmt: skip
 
 
@@ -51,15 +54,19 @@ def codecs(record: dict[str, Any]) -> str:
     head = ("codec", "fp32 encode", "allowed", "fp32 decode", "allowed", "bf16 encode", "bf16 decode")
     found_parts = [table(head, lines, "l"), _growth(found), _baselines(record.get("baselines", {}))]
     found_parts += [
-        f"In a new process, {name}, encode and decode: "
-        + "; ".join(f"{label} {seconds:.2f} s" for label, seconds in calls.items()) + "."
+        f"In new processes, {name}: " + "; ".join(_first(*item) for item in calls.items()) + "."
         for name, calls in record.get("compilation", {}).items()
-    ]  # fmt: skip
+    ]
     return "\n\n".join(part for part in found_parts if part)
 
 
 def _clones(time: dict[str, float]) -> str:
     return f"{time['clones']:.2f} ({time['clones_p10']:.2f}-{time['clones_p90']:.2f})"
+
+
+def _first(label: str, seconds: float) -> str:
+    compiles = "to be compiled, first" in label
+    return f"{label} {seconds:.2f} s" + (f" (allowed: {against(COMPILE, seconds <= COMPILE)})" if compiles else "")
 
 
 def _growth(found: dict[str, dict]) -> str:
@@ -95,6 +102,23 @@ def _baselines(rows: dict[str, dict]) -> str:
                       f"{error['ours']:.5f}"))  # fmt: skip
     head = ("what users have", "codec here", "faster (range)", "asked", "error, theirs", "error, ours")
     return "Encode and decode together, theirs over ours, 64 MiB of fp32, in turn:\n\n" + table(head, lines, "ll")
+
+
+def error_statistics(record: dict[str, dict]) -> str:
+    """Of every codec: its errors in this version, and how they differ from those in 0.1."""
+    old, new = record["0.1"], record["0.2"]
+    rows = [(spec, f"{now['mean']:.3g}", *(_change(now[name], old[spec][name]) for name in now))
+            for spec, now in new.items()]  # fmt: skip
+    head = ("codec", "mean error", "change since 0.1", "of its deviation", "of the worst", "of the bytes")
+    return table(head, rows, "l") + (
+        "\n\nRelative squared error of 200 tensors (hidden states, feature maps, gradients, uniform and Gaussian "
+        "values; half of them fp32, half bf16), and bytes of the payloads. `python benchmarks/error_statistics.py`."
+    )
+
+
+def _change(now: float, before: float) -> str:
+    percent = 100 * (now / before - 1)
+    return "0" if now == before else "< 0.0001 %" if abs(percent) < 1e-4 else f"{percent:+.4f} %"
 
 
 def training(record: dict[str, Any]) -> str:
@@ -134,102 +158,6 @@ def operators(record: dict[str, Any]) -> str:
     return f"64 MiB, in ms: {pages}.\n\n{text}\n\n`{record['command']}`."
 
 
-def gpu_memory(record: dict[str, Any]) -> str:
-    rows = []
-    for key, methods in record.items():
-        if not isinstance(methods, dict) or "none" not in methods:
-            continue
-        plain = methods["none"]["held_mb"]
-        for name, row in methods.items():
-            share = "-" if name == "none" else f"1/{plain / row['held_mb']:.1f}" if row["held_mb"] else "0"
-            time = f"{row['multiple']:.2f}" if "multiple" in row else "not timed"
-            rows.append((key, name, f"{row['held_mb']:,.0f}", share, f"{row['peak_mb']:,.0f}", time))
-    head = ("model, batch, precision", "method", "held, MB", "of none", "peak of a step, MB", "step, in plain steps")
-    return table(head, rows, "ll") + _source(record, " of version 0.1")
-
-
-def gpu_training(record: dict[str, Any]) -> str:
-    rows = []
-    for model, found in record["models"].items():
-        for r in found:
-            low, high = r["of_none_range"]
-            share = f"{r['of_none']:.2f} ({low:.2f} to {high:.2f})" if r["codec"] != "none" else "1"
-            rows.append((model, f"`{r['codec']}`", f"{r['samples_per_second']:,.0f}", share))
-    head = ("model, batch", "codec in both directions", "samples/s", "of none")
-    return table(head, rows, "ll") + _source(record, " of version 0.1")
-
-
-def gpu_codecs(record: dict[str, Any]) -> str:
-    rows = [(key, f"{row['encode']['ms']:.2f}", f"{row['decode']['ms']:.2f}", f"{row['clone']['ms']:.3f}",
-             f"{row['bytes'] / row['encode']['ms'] / 1e6:.0f}") for key, row in record["sizes"].items()]  # fmt: skip
-    head = ("size, dtype, codec", "encode, ms", "decode, ms", "clone, ms", "encode, GB/s")
-    return table(head, rows, "l") + _source(record, " of version 0.1")
-
-
-def gpu(record: dict[str, Any]) -> str:
-    """What benchmarks/gpu.py measured."""
-    texts = []
-    if found := record.get("training"):
-        rows = [(key, f"{r['tokens_per_second']:,.0f}", f"{r['of_none']:.3f} ({r['of_none_range'][0]:.3f}-"
-                 f"{r['of_none_range'][1]:.3f})", r["launches"]) for key, r in found.items()]  # fmt: skip
-        texts.append(table(("model, batch, codec", "tokens/s", "of none (range)", "launches of a step"), rows, "l"))
-    if found := record.get("memory"):
-        rows = []
-        for key, r in found.items():
-            unit = next(name for name in r if name.endswith("_per_second"))
-            speed = f"{r[unit]:,.0f} {unit.removesuffix('_per_second')}"
-            rows.append((key, f"{r['held'] / 1e6:,.0f}", f"{r['peak'] / 1e6:,.0f}", speed))
-        texts.append(table(("model, batch, method", "held, MB", "peak of a step, MB", "per second"), rows, "l"))
-    if found := record.get("codecs"):
-        ways = ("clone", "encode", "decode", "roundtrip")
-        rows = [(key, *(f"{r[way]['gb_per_s']:,.0f}" for way in ways), f"{r['encode']['of_clone']:.2f}",
-                 f"{r['decode']['of_clone']:.2f}") for key, r in found.items()]  # fmt: skip
-        head = ("size, dtype, codec", *(f"{way}, GB/s" for way in ways), "encode / clone", "decode / clone")
-        texts.append(table(head, rows, "l"))
-    cut = f" Cut: {', '.join(record['cut'])}." if record["cut"] else ""
-    return "\n\n".join(texts) + _source(record) + cut
-
-
-def launches(record: dict[str, Any]) -> str:
-    """Launches of codecs and of steps, ours and torch's."""
-    both = "{0[0]} + {0[1]}".format
-    rows = [(f"`{spec}`", *(both(found[way]) for way in ("encode", "decode", "roundtrip")))
-            for spec, found in record["launches"].items()]  # fmt: skip
-    texts = [table(("codec, fp32 [32, 128, 384]", "encode", "decode", "roundtrip"), rows, "l")]
-    if plain := record["steps"].get("none"):
-        rows = [(name, both(found), sum(found) - sum(plain)) for name, found in record["steps"].items()]
-        texts.append(table(("step of a BERT of 2 layers, batch 32x128", "launches", "more than without"), rows, "l"))
-    text = "Kernels of the package + operations of torch. `" + record["command"] + "`, without a GPU."
-    return "\n\n".join([*texts, text])
-
-
-def compiled(record: dict[str, Any]) -> str:
-    """Registers, spills and shared memory of each kernel, over its variants (dtypes, bits, sizes)."""
-    groups: dict[str, list[dict[str, dict[str, int]]]] = {}
-    for key, row in record["kernels"].items():
-        groups.setdefault(f"`{key.split()[0]}`: {', '.join(row['operators'])}", []).append(row["targets"])
-    targets = list(next(iter(record["kernels"].values()))["targets"])
-    rows = []
-    for name, variants in groups.items():
-        used = [_span(v[target]["registers"] for v in variants) for target in targets]
-        uses = [use for v in variants for use in v.values()]
-        rows.append((name, len(variants), *used, max(use["spilled"] for use in uses), max(u["shared"] for u in uses)))
-    head = ("kernel: operators", "variants", *(f"registers, {target}" for target in targets), "spilled, bytes",
-            "shared memory, bytes")  # fmt: skip
-    return table(head, rows, "l") + f"\n\n`{record['command']}`, Triton {record['triton']}, without a GPU."
-
-
-def _span(values: Iterable[int]) -> str:
-    least, *_, most = sorted([*(found := list(values)), found[0]])
-    return f"{least}" if least == most else f"{least}-{most}"
-
-
-def _source(record: dict[str, Any], version: str = "") -> str:
-    about = record["environment"]
-    note = f" {record['note'][0].upper()}{record['note'][1:]}." if "note" in record else ""
-    return f"\n\n`{record['command']}`{version}, {about['accelerator']}, torch {about['torch']}.{note}"
-
-
 def plot(record: dict[str, Any], path: Path) -> Path | None:
     """Time over that of a clone against size, encode and decode, fp32; None without at least two sizes."""
     from matplotlib.ticker import FuncFormatter, NullLocator
@@ -250,8 +178,7 @@ def plot(record: dict[str, Any], path: Path) -> Path | None:
             color, marker = style_of(codec)[:2]
             x = [size for size, _ in rows]
             ax.plot(x, [t["clones"] for _, t in rows], color=color, marker=marker, markersize=5, linewidth=1.4,
-                    linestyle="--" if "rotate" in codec else "-", markeredgecolor="white", markeredgewidth=0.5,
-                    label=codec.replace(",rotate=hadamard", ", rotated"))  # fmt: skip
+                    markeredgecolor="white", markeredgewidth=0.5, label=codec)  # fmt: skip
             ax.fill_between(x, [t["clones_p10"] for _, t in rows], [t["clones_p90"] for _, t in rows], color=color,
                             alpha=0.12, linewidth=0)  # fmt: skip
         ax.axhline(1, color=STYLES["none"][0], linewidth=1, linestyle=(0, (5, 2)))
@@ -276,16 +203,11 @@ def _size(value: float) -> str:
 
 
 def parts() -> Iterator[tuple[str, str, str]]:
-    for page, name, make in (
-        ("results", "codecs", codecs), ("results", "training", training),
-        ("results", "boundary_profile", boundary), ("results", "operators", operators),
-        ("gpu", "gpu_memory", gpu_memory),
-        ("gpu", "training_cuda", gpu_training), ("gpu", "codecs_cuda", gpu_codecs), ("gpu", "gpu", gpu),
+    for name, make in (
+        ("codecs", codecs), ("training", training), ("boundary_profile", boundary), ("operators", operators),
+        ("error_statistics", error_statistics),
     ):  # fmt: skip
         if (record := read(name)) is not None:
-            yield f"docs/{page}.md", name.replace("_", " "), make(record)
-    if (record := read("kernels_compiled")) is not None:
-        yield "docs/gpu.md", "launches", launches(record)
-        yield "docs/gpu.md", "compiled kernels", compiled(record)
+            yield "docs/results.md", name.replace("_", " "), make(record)
     if (record := read("codecs")) is not None:
         plot(record, FIGURES / "codec_speed.png")

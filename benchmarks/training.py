@@ -70,7 +70,7 @@ def measure(name: str, args: argparse.Namespace, first: int = 1, last: int = 1) 
 
     rates: dict[str, list[float]] = {codec: [] for codec in ("none", *args.codecs)}
     with tqdm(total=args.rounds * len(rates), desc=name) as progress:
-        for _ in range(-1, args.rounds):  # the first round warms up: it compiles
+        for _ in range(-1, args.rounds):  # the first round warms up: it fills states
             for codec, found in rates.items():
                 config = ActCompressConfig(codec, first=first, last=last) if codec != "none" else None
                 with compress_model(model, config) if config else nullcontext():
