@@ -89,7 +89,7 @@ def layout_of(x: Tensor, codec: Codec | None) -> Layout | None:
 
 
 def row_form(codec: Codec) -> bool:
-    return isinstance(codec, Block) and codec.splits is None and codec.dim is None and codec.equalize == "none"
+    return isinstance(codec, Block) and codec.splits is None and codec.dim is None and codec.equalize != "feature"
 
 
 @dataclass

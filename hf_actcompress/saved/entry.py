@@ -17,10 +17,9 @@ from .tensors import SavedTensors
 
 def _uncompiled(function: Any) -> Any:
     """The function itself is not compiled by torch.compile; what it calls is."""
-    try:
-        torch._C._dynamo.eval_frame.skip_code(function.__code__)
-    except AttributeError:  # a torch without the compiler
-        pass
+    frames = torch._C._dynamo.eval_frame
+    action = frames._FrameAction
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
     return function
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -123,7 +124,8 @@ class SavedTensors:
         addresses = {b.untyped_storage()._cdata for b in buffers if type(b) in (Tensor, nn.Parameter)}
         current = Pass(self, addresses, shapes, {id(p): name for name, p in parameters.items()})
         self.tell("", calls=1)
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+        hooks, before = self._hooks(), self._compiled()
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
         _passes().append(current)
         try:
             yield
@@ -135,9 +137,28 @@ class SavedTensors:
                 _passes().pop()
                 torch._C._autograd._pop_saved_tensors_default_hooks()
                 self._entered += 1
-                self._note(current)
+                self._note(current, before)
 
-    def _note(self, done: Pass) -> None:
+    def _hooks(self) -> tuple[Any, Any]:
+        """Functions; or, where torch.compile may meet them, GraphModules that call them or are inlined."""
+        if self.bits is None and self.trial is None and "torch._dynamo" in sys.modules:
+            from .compiled import graph_hooks
+
+            with contextlib.suppress(ValueError):  # a codec that cannot be used there; in eager mode it can
+                return graph_hooks(self.codec, pack, unpack)
+        return pack, unpack
+
+    def _compiled(self) -> tuple[int, int]:
+        """Bytes so far that compiled graphs would have held, and bytes that they held."""
+        module = sys.modules.get(f"{__package__}.compiled_ops")
+        total = None if module is None else module.TOTALS.get(str(self.codec))
+        return (0, 0) if total is None else (total.raw, total.held)
+
+    def _note(self, done: Pass, before: tuple[int, int]) -> None:
+        raw, held = (now - then for now, then in zip(self._compiled(), before, strict=True))
+        if raw:
+            done.report["compiled graphs", "codes"] = [1, raw, held]
+            self.tell("compiled graphs", raw, held)
         self.rows = [
             {"operation": operation, "kept": how, "tensors": n, "raw_bytes": raw, "held_bytes": held}
             for (operation, how), (n, raw, held) in sorted(done.report.items(), key=lambda row: -row[1][2])
@@ -149,7 +170,7 @@ class SavedTensors:
                 "activation checkpointing, which runs them again instead: there is nothing to compress there. Use "
                 "one of the two, or checkpoint fewer layers.",
             )
-        elif not done.handled:
+        elif not done.handled and not raw and self.trial is None:
             self._say("none", "saved: a forward pass with gradients saved nothing, so nothing was compressed.")
 
     def unused(self) -> None:
