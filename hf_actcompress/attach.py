@@ -239,6 +239,9 @@ def compress_model(
     handle = Handle(inner, config, layers)
     try:
         _attach(handle, cuts, named)
+        if handle.saved is not None and hasattr(model, "_orig_mod"):
+            # It may have compiled the model's call as it was.
+            handle._removers.append(Entry(model, handle.saved))
     except BaseException:
         handle.remove()
         raise

@@ -92,10 +92,14 @@ def _reentrant(loss: Tensor) -> bool:
 
 
 def few_rows(args: tuple, kwargs: dict[str, Any], take: int) -> tuple[tuple, dict[str, Any], float]:
-    """The first `take` rows of a batch, and the number of all rows divided by that."""
+    """The first `take` rows of a batch, and the number of all rows divided by that.
+
+    Where another tensor has as many rows by chance ([L, L], a bias, beside L samples), nobody can tell whether its
+    rows are samples: the whole batch is taken.
+    """
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.dim()]
     rows = tensors[0].shape[0] if tensors else 1
-    if rows <= take:
+    if rows <= take or any(t.dim() > 1 and tuple(t.shape[:2]) == (rows, rows) for t in tensors):
         return args, kwargs, 1.0
 
     def few(value: Any) -> Any:

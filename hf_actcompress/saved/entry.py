@@ -40,6 +40,8 @@ def _entered(cls: type, site: SavedTensors) -> type:
 
     @_uncompiled
     def run(function: Any, self: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():  # inlined into a larger graph, around which a pass is open or is not
+            return function(self, *args, **kwargs)
         outputs: list[Any] = []
         compiler = torch._C._dynamo.eval_frame.set_eval_frame
         before = compiler(None)  # what the site does is not to be compiled

@@ -57,8 +57,11 @@ def ask(node: Any, heard: Callable[[], list[Any]]) -> dict[str, Any]:
     return found
 
 
-def new_nodes(roots: Iterable[Any], seen: set[int]) -> list[Any]:
-    """The nodes that lead to `roots` and were not seen before, in the order in which they were made."""
+def new_nodes(roots: Iterable[Any], seen: set[int], users: dict[int, str]) -> list[Any]:
+    """The nodes that lead to `roots` and were not seen before, in the order in which they were made.
+
+    users: gets, by the number of a node, the operation that takes its result, the one that was found first.
+    """
     found, todo = [], list(roots)
     while todo:
         node = todo.pop()
@@ -69,7 +72,11 @@ def new_nodes(roots: Iterable[Any], seen: set[int]) -> list[Any]:
             continue
         seen.add(number)
         found.append((number, node))
-        todo += [before for before, _ in node.next_functions]
+        name = users.get(number, "") if node.name() in VIEWS else operation(node)
+        for before, _ in node.next_functions:
+            if before is not None and before.name() != LEAF:
+                users.setdefault(before._sequence_nr(), name)
+                todo.append(before)
     return [node for _, node in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -78,11 +85,11 @@ def is_parameter(x: Tensor) -> bool:
     return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
-def of_parameters(node: Any, shapes: set[tuple[int, ...]], saved: Callable[[Any], Iterator[Tensor]]) -> bool:
+def of_parameters(node: Any, shapes: set[tuple[int, ...]], saved: Callable[[Any], Iterator[tuple]]) -> bool:
     """Whether what `node` computes depends on parameters alone, so that it is a weight.
 
     shapes: of all parameters and buffers.
-    saved: of a node, the tensors it saves that have no history.
+    saved: of a node, the shapes of the tensors it saves that have no history.
     """
     todo, count = [node], 0
     while todo:
@@ -98,7 +105,7 @@ def of_parameters(node: Any, shapes: set[tuple[int, ...]], saved: Callable[[Any]
         if any(before is None for before, _ in node.next_functions):
             # An input without a gradient: a frozen weight, or data.
             if name in _PRODUCTS:
-                if not all(tuple(x.shape) in shapes or x.dim() == 0 for x in saved(node)):
+                if not all(shape in shapes or not shape for shape in saved(node)):
                     return False
             elif tuple(node._input_metadata[0].shape) not in shapes:
                 return False

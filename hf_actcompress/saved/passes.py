@@ -31,6 +31,7 @@ from .rules import CODES, NORMALISED, OUTPUT, RULES, SHAPE, VIEWS, WEIGHT, Bits,
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16)
 SAVERS = frozenset(name for name, rules in RULES.items() if CODES in rules.values())
+SUMS = frozenset({"Mean", "Sum"})
 # The operand that data passes through, where it has no gradient itself: the first layer, or one after a frozen part.
 INPUTS = {"mat1", "input", "self"}
 DECODED = 8  # tensors that are looked up, should they still be there
@@ -111,6 +112,7 @@ class Pass:
         self.records: dict[int, dict[str, Any]] = {}
         self.handled: set[int] = set()  # sequence numbers of nodes that have saved something here
         self.seen: set[int] = set()
+        self.users: dict[int, str] = {}  # by the number of a node, the operation that takes its result
         self.made_by: dict[tuple[int, int], weakref.ref[Slot]] = {}
         self.stored: dict[int, tuple[StorageWeakRef, dict]] = {}
         self.counts: Counter[str] = Counter()
@@ -150,7 +152,7 @@ class Pass:
 
     def finish(self, outputs: Iterable[Tensor]) -> None:
         """The pass has ended with these outputs: decide about what is still open."""
-        self._resolve(graph.new_nodes([y.grad_fn for y in outputs], self.seen))
+        self._resolve(graph.new_nodes([y.grad_fn for y in outputs], self.seen, self.users))
         for slots in self.pending.values():
             for slot in slots:
                 self._unknown(slot, "not reached from the outputs")
@@ -169,7 +171,7 @@ class Pass:
             roots = [before for before, _ in node.next_functions]
         else:
             roots = [node]
-        self._resolve(graph.new_nodes(roots, self.seen))
+        self._resolve(graph.new_nodes(roots, self.seen, self.users))
 
     def _resolve(self, nodes: list[Any]) -> None:
         for node in nodes:
@@ -251,6 +253,8 @@ class Pass:
         x = slot.tensor
         assert x is not None
         rule, operation = rule_of(node, name), graph.operation(node)
+        if rule == CODES and self._is_square(node) and self.users.get(node._sequence_nr()) not in SUMS:
+            rule = None
         if x.dtype not in FLOATS or x._version != slot.version or (rule != OUTPUT and not self._is_large(x)):
             self._unknown(slot, operation)
         elif rule == SHAPE:
@@ -267,6 +271,14 @@ class Pass:
             self._hold(slot, operation, "values", lambda run: self._values(slot, run, node, operation), node)
         else:
             self._exactly(slot, f"{operation} (weight)" if rule in (WEIGHT, CODES) else operation)
+
+    def _is_square(self, node: Any) -> bool:
+        """x ** n or x * x: where it is small, what follows may divide by it, and the gradient is large just there.
+        The sum of a row spreads one gradient over all of it."""
+        if node.name() == "PowBackward0":
+            return True
+        edges = node.next_functions
+        return node.name() == "MulBackward0" and edges[0][0] is not None and edges[0] == edges[1]
 
     def _hold(self, slot: Slot, operation: str, kind: Any, make: Callable[[Tensor], Any], node: Any = None) -> None:
         """As others hold the same memory, or as `make` has it; exactly where nothing would be gained."""
@@ -386,13 +398,11 @@ class Pass:
             return True  # F.linear takes its weight transposed
         return graph.of_parameters(producer, self.shapes, self._without_history)
 
-    def _without_history(self, node: Any) -> Iterator[Tensor]:
+    def _without_history(self, node: Any) -> Iterator[tuple[int, ...]]:
+        """Shapes of what a node saves that is neither a parameter nor depends on one that is trained."""
         for packed in self.record(node).values():
-            if isinstance(packed, Untouched) and not packed.tensor.requires_grad:
-                if not graph.is_parameter(packed.tensor):
-                    yield packed.tensor
-            elif isinstance(packed, Slot) and packed.tensor is not None and not packed.follows:
-                yield packed.tensor
+            if isinstance(packed, Slot) and not packed.follows:
+                yield packed.shape
 
     # -- bookkeeping ------------------------------------------------------------------------------------------
     def _is_large(self, x: Tensor) -> bool:
