@@ -202,12 +202,13 @@ class Again:
     """Values that an operation makes of others that are kept.
 
     run: returns its result, which lies in memory as the first one did and covers all of it.
+    shared: whether several operations saved it.
     """
 
     how, codec, nbytes = "made again", None, 0
 
-    def __init__(self, run: Callable[[], Tensor], n: int) -> None:
-        self.run, self.n = run, n
+    def __init__(self, run: Callable[[], Tensor], n: int, shared: bool = True) -> None:
+        self.run, self.n, self.shared = run, n, shared
 
     def get(self) -> Tensor:
         y = self.run()

@@ -346,7 +346,7 @@ class Pass:
         else:
             both = self.attentions.setdefault(node._sequence_nr(), Both(run))
             index = 0 if name == "output" else 1
-            self._hold(slot, operation, "values", lambda flat: Again(partial(both.get, index), flat.numel()))
+            self._hold(slot, operation, "values", lambda flat: Again(partial(both.get, index), flat.numel(), index == 0))
 
     def _exactly(self, slot: Slot, operation: str) -> None:
         x = slot.tensor
@@ -439,7 +439,8 @@ class Pass:
             layout = (flat.dtype, flat.storage_offset(), flat.numel())
             reference = StorageWeakRef(flat.untyped_storage())
             self._decoded = [*self._decoded[1 - DECODED :], (weakref.ref(content), reference, layout)]
-            self._last[isinstance(content, Again)] = flat
+            if getattr(content, "shared", True):
+                self._last[isinstance(content, Again)] = flat
         return flat
 
     def _stored_of(self, x: Tensor) -> dict:
