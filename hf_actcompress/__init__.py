@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .config import ActCompressConfig
     from .models.layers import Layer, find_layers
     from .ops.cpu.malloc import keep_freed_memory
+    from .saved.rules import register_saved_rule
     from .workloads.options import CompressionArguments
 
 __version__ = "0.2.0.dev0"
@@ -22,12 +23,12 @@ _HOMES = {
     "CompressionArguments": "workloads.options", "Handle": "attach", "Layer": "models.layers", "Payload": "codecs",
     "codec_names": "codecs", "compress_model": "attach", "find_layers": "models.layers",
     "keep_freed_memory": "ops.cpu.malloc", "parse_codec": "codecs", "register_codec": "codecs",
-    "remove_compression": "attach",
+    "register_saved_rule": "saved.rules", "remove_compression": "attach",
 }  # fmt: skip
 __all__ = [
     "ActCompressCallback", "ActCompressConfig", "Codec", "CodecState", "CompressionArguments", "Handle", "Layer",
     "Payload", "codec_names", "compress_model", "find_layers", "keep_freed_memory", "parse_codec",
-    "register_codec", "remove_compression",
+    "register_codec", "register_saved_rule", "remove_compression",
 ]  # fmt: skip
 
 
