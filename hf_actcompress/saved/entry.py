@@ -7,6 +7,7 @@ A copy or a pickle of the model is one of its own class and carries no compressi
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ def _uncompiled(function: Any) -> Any:
     action = frames._FrameAction
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
     return function
+
+
+def _new(cls: type, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
 
 
 class _Entered:
@@ -66,7 +71,9 @@ def _entered(cls: type, site: SavedTensors) -> type:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         function, arguments, *rest = super(kind, self).__reduce_ex__(protocol)
-        return function, tuple(cls if a is kind else a for a in arguments), *rest
+        plain = tuple(cls if a is kind else a for a in arguments)
+        # pickle compares the class of the object with that of copyreg.__newobj__, which is another one here
+        return (_new if function is copyreg.__newobj__ else function), plain, *rest  # type: ignore[attr-defined]
 
     names = {"__call__": __call__, "_call_impl": _call_impl, "__reduce_ex__": __reduce_ex__,
              "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}  # fmt: skip

@@ -8,7 +8,7 @@ them one by one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -85,11 +85,11 @@ def is_parameter(x: Tensor) -> bool:
     return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
-def of_parameters(node: Any, shapes: set[tuple[int, ...]], saved: Callable[[Any], Iterator[tuple]]) -> bool:
+def of_parameters(node: Any, shapes: Container[tuple[int, ...]], has_data: Callable[[Any], bool]) -> bool:
     """Whether what `node` computes depends on parameters alone, so that it is a weight.
 
     shapes: of all parameters and buffers.
-    saved: of a node, the shapes of the tensors it saves that have no history.
+    has_data: of a node, whether it saves what is no weight.
     """
     todo, count = [node], 0
     while todo:
@@ -105,7 +105,7 @@ def of_parameters(node: Any, shapes: set[tuple[int, ...]], saved: Callable[[Any]
         if any(before is None for before, _ in node.next_functions):
             # An input without a gradient: a frozen weight, or data.
             if name in _PRODUCTS:
-                if not all(shape in shapes or not shape for shape in saved(node)):
+                if has_data(node):
                     return False
             elif tuple(node._input_metadata[0].shape) not in shapes:
                 return False

@@ -49,4 +49,7 @@ def unpack_flags(bits: Tensor, shape: tuple[int, ...], low: float, high: float, 
     """`high` where a bit is set and `low` elsewhere, in `dtype` (bool: True and False)."""
     if dtype == torch.bool:
         return decode_levels(bits, [low, high], shape, torch.uint8, 1).view(torch.bool)
+    if math.isinf(low) or math.isinf(high):  # which decoded values never are
+        above = decode_levels(bits, [0, 1], shape, torch.uint8, 1).view(torch.bool)
+        return torch.full_like(above, low, dtype=dtype).masked_fill_(above, high)
     return decode_levels(bits, [low, high], shape, dtype, 1)

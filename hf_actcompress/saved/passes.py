@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,9 @@ DECODED = 8  # tensors that are looked up, should they still be there
 class Slot:
     """What the graph holds in place of a saved tensor."""
 
-    __slots__ = ("__weakref__", "content", "follows", "layout", "node", "owner", "shape", "tensor", "version", "wrap")
+    __slots__ = (
+        "__weakref__", "content", "dtype", "follows", "layout", "node", "owner", "shape", "tensor", "version", "wrap",
+    )  # fmt: skip
 
     def __init__(self, owner: Pass, x: Tensor, local: Tensor, wrap: Callable[[Tensor], Tensor] | None = None) -> None:
         """x: as the operation has it.  local: its values here, another tensor where `x` is sharded."""
@@ -50,7 +52,7 @@ class Slot:
         self.follows = x.requires_grad  # whether it depends on what is trained
         self.content: Any = None
         self.layout: Layout | None = None
-        self.shape, self.wrap = tuple(local.shape), wrap
+        self.shape, self.dtype, self.wrap = tuple(local.shape), local.dtype, wrap
 
     def settle(self, content: Any, layout: Layout | None) -> None:
         """From now on `content` is what is held."""
@@ -103,9 +105,13 @@ def _unchanged(x: Tensor, version: int) -> None:
 
 
 class Pass:
-    """site: the SavedTensors whose codec, state and listeners serve this pass."""
+    """site: the SavedTensors whose codec, state and listeners serve this pass.
+    buffers: addresses of the storages of the model's buffers.
+    shapes: {shape: dtypes} of parameters and buffers.
+    names: of parameters, by their ids.
+    """
 
-    def __init__(self, site: Any, buffers: set[int], shapes: set[tuple[int, ...]], names: dict[int, str]) -> None:
+    def __init__(self, site: Any, buffers: set[int], shapes: dict[tuple, set], names: dict[int, str]) -> None:
         self.site, self.trial = site, site.trial
         self.buffers, self.shapes, self.names = buffers, shapes, names
         self.pending: dict[int, list[Slot]] = {}
@@ -129,6 +135,9 @@ class Pass:
         if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return Untouched(x)  # tangents may have no memory at all
         number = torch.autograd._get_sequence_nr() - 1
+        before = x.grad_fn
+        if before is not None and before.name() == "CloneBackward0" and before._sequence_nr() == number:
+            number -= 1  # what an operation in place saves of its input is a clone, made after its own node
         self.handled.add(number)
         local, wrap = x, None
         if type(x).__name__ == "DTensor" and not isinstance(x, nn.Parameter):
@@ -273,10 +282,10 @@ class Pass:
             self._exactly(slot, f"{operation} (weight)" if rule in (WEIGHT, CODES) else operation)
 
     def _is_square(self, node: Any) -> bool:
-        """x ** n or x * x: where it is small, what follows may divide by it, and the gradient is large just there.
+        """x ** 2 or x * x: where it is small, what follows may divide by it, and the gradient is large just there.
         The sum of a row spreads one gradient over all of it."""
         if node.name() == "PowBackward0":
-            return True
+            return float(node._saved_exponent) == 2.0
         edges = node.next_functions
         return node.name() == "MulBackward0" and edges[0][0] is not None and edges[0] == edges[1]
 
@@ -346,7 +355,8 @@ class Pass:
         else:
             both = self.attentions.setdefault(node._sequence_nr(), Both(run))
             index = 0 if name == "output" else 1
-            self._hold(slot, operation, "values", lambda flat: Again(partial(both.get, index), flat.numel(), index == 0))
+            get = partial(both.get, index)
+            self._hold(slot, operation, "values", lambda flat: Again(get, flat.numel(), shared=index == 0))
 
     def _exactly(self, slot: Slot, operation: str) -> None:
         x = slot.tensor
@@ -390,19 +400,24 @@ class Pass:
         x = slot.tensor
         assert x is not None
         if not slot.follows:  # data, a constant, or a cast of a frozen weight
-            return name not in INPUTS or tuple(x.shape) in self.shapes or tuple(x.shape[::-1]) in self.shapes
+            return name not in INPUTS or self._is_cast(tuple(x.shape), x.dtype)
         if slot.node is None:
             return False
         producer = slot.node[0]
         if name == "mat2" and x.dim() == 2 and producer.name() == "TBackward0":
             return True  # F.linear takes its weight transposed
-        return graph.of_parameters(producer, self.shapes, self._without_history)
+        return graph.of_parameters(producer, self.shapes, self._has_data)
 
-    def _without_history(self, node: Any) -> Iterator[tuple[int, ...]]:
-        """Shapes of what a node saves that is neither a parameter nor depends on one that is trained."""
-        for packed in self.record(node).values():
-            if isinstance(packed, Slot) and not packed.follows:
-                yield packed.shape
+    def _is_cast(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether a tensor without a gradient may be a cast of a frozen weight: one of its shape in another dtype.
+        In its own dtype it would be the parameter itself."""
+        kinds = self.shapes.get(shape, set()) | self.shapes.get(shape[::-1], set())
+        return bool(kinds) and dtype not in kinds
+
+    def _has_data(self, node: Any) -> bool:
+        """Whether a node saves what is neither a weight nor depends on one that is trained."""
+        slots = [packed for packed in self.record(node).values() if isinstance(packed, Slot) and not packed.follows]
+        return not all(not slot.shape or self._is_cast(slot.shape, slot.dtype) for slot in slots)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------
     def _is_large(self, x: Tensor) -> bool:

@@ -120,7 +120,9 @@ class SavedTensors:
         check([self.found])
         parameters = dict(self.model.named_parameters())
         buffers = list(self.model.buffers())
-        shapes = {tuple(t.shape) for t in (*parameters.values(), *buffers)}
+        shapes: dict[tuple, set] = {}
+        for t in (*parameters.values(), *buffers):
+            shapes.setdefault(tuple(t.shape), set()).add(t.dtype)
         addresses = {b.untyped_storage()._cdata for b in buffers if type(b) in (Tensor, nn.Parameter)}
         current = Pass(self, addresses, shapes, {id(p): name for name, p in parameters.items()})
         self.tell("", calls=1)

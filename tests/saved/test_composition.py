@@ -11,7 +11,7 @@ from helpers.saved import Wrapped, backward_of, gradients, only
 from torch import nn
 from torch.nn import functional as F
 
-from hf_actcompress import ActCompressConfig, compress_model, remove_compression
+from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.models.replay import undisturbed
 
 pytestmark = pytest.mark.usefixtures("small_tensors")
@@ -73,15 +73,22 @@ def test_a_tensor_that_is_kept_and_changed_in_place_raises_as_without():
 
 
 def test_backward_twice_and_second_derivatives():
+    """What was coded would make second derivatives wrong: they raise, and are exact where nothing was."""
     x = torch.randn(64, 64, requires_grad=True)
-    model = Wrapped(lambda x: (x.sin() * x).sum())
+    model = Wrapped(lambda x: (x.sigmoid() * x).sum())
     with compress_model(model, only("block:bits=16")):
         y = model(x)
         one, = torch.autograd.grad(y, x, retain_graph=True)
-        two, = torch.autograd.grad(y, x, create_graph=True)
+        two, = torch.autograd.grad(y, x, retain_graph=True)
         assert torch.equal(one, two)
-        second, = torch.autograd.grad(two.sum(), x)
-    torch.testing.assert_close(second, 2 * x.cos() - x * x.sin(), rtol=0, atol=1e-2)
+        with pytest.raises(RuntimeError, match=r"second derivatives .*handle.disabled\(\)"):
+            torch.autograd.grad(y, x, create_graph=True)
+    plain, = torch.autograd.grad(model(x), x, create_graph=True)
+    expected, = torch.autograd.grad(plain.sum(), x)
+    with compress_model(model, only("identity")):
+        first, = torch.autograd.grad(model(x), x, create_graph=True)
+        second, = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(first, plain) and torch.equal(second, expected)
 
 
 def test_functional_transforms_are_refused_by_torch_itself():
@@ -91,24 +98,17 @@ def test_functional_transforms_are_refused_by_torch_itself():
     assert not hooks_on(model)
 
 
-def test_compiled_models_are_refused():
-    model = build("bert")
-    with pytest.raises(ValueError, match="does not work inside torch.compile.*Train without torch_compile"):
-        compress_model(torch.compile(model), only("block:bits=4"))
-    assert not hooks_on(model)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_values_that_cannot_be_coded(bad):
     x = torch.randn(64, 64)
     x[3, 4] = bad
-    _, grad, record = backward_of(lambda x: x.square(), x)
+    _, grad, record = backward_of(lambda x: x.square().sum(1), x)
     assert record.nonfinite == 1
     lost = torch.zeros(64, 64, dtype=torch.bool)
-    lost.view(-1, 128)[1] = True  # the group of that value, which lies in row 3
+    lost[3] = True  # the group of that value
     assert torch.equal(grad.isnan(), lost)
     with pytest.raises(FloatingPointError, match=r"saved: NaN, Inf.*shape \(64, 64\)"):
-        backward_of(lambda x: x.square(), x, nonfinite="raise")
+        backward_of(lambda x: x.square().sum(1), x, nonfinite="raise")
     # the hooks were popped although the forward raised
     y = torch.randn(64, 64, requires_grad=True)
     y.square().sum().backward()
@@ -123,17 +123,17 @@ def test_no_hooks_without_gradients():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_compressed_and_cleaned(duplicate):
+def test_copies_are_plain_models(duplicate):
     model = build("resnet18")
+    kind = type(model)
     with compress_model(model, only("block:bits=4")) as handle:
+        assert type(model) is not kind and type(model).__name__ == kind.__name__ and isinstance(model, kind)
         twin = duplicate(model)
+        assert type(twin) is kind
         loss_of(twin, batch_of("resnet18")).backward()
         assert handle.meters["saved"].calls == 0
-        with pytest.raises(ValueError, match=r"compressed already \(there is a hook on the whole model\)"):
-            compress_model(twin, only("block:bits=4"))
-    assert not hooks_on(model) and hooks_on(twin)
-    assert "" in remove_compression(twin) and not hooks_on(twin)
-    assert not any(m._forward_hooks_always_called for m in twin.modules())
+        compress_model(twin, only("block:bits=4")).remove()
+    assert type(model) is kind and not hooks_on(model) and not hooks_on(twin)
 
 
 def test_isolated_works_on_copies_and_tells_other_listeners():

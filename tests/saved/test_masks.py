@@ -33,23 +33,30 @@ def test_bools_come_back(shape):
 
 @pytest.mark.parametrize(("policy", "dtype"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("value", [1.0, -2.0, 1 / 0.9])
-def test_masks_of_two_values_are_found(shape, value, dtype, policy, monkeypatch):
+@pytest.mark.parametrize(("other", "value"), [
+    (0.0, 1.0), (0.0, -2.0), (0.0, 1 / 0.9), (0.0, -math.inf), (-3.0, 2.0), (-math.inf, 1.0),
+])  # fmt: skip
+def test_masks_of_two_values_are_found(shape, other, value, dtype, policy, monkeypatch):
     monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", policy)
-    x = ((torch.rand(shape) > 0.1).float() * value).to(dtype)
+    x = torch.where(torch.rand(shape) > 0.1, value, other).to(dtype)
     x.view(-1)[-1] = value
-    bits, found = pack_two_values(x)
-    assert found == x.view(-1)[-1] and torch.equal(unpack_flags(bits, shape, 0.0, found, x.dtype), x)
+    bits, low, high = pack_two_values(x)
+    assert torch.equal(unpack_flags(bits, shape, low, high, x.dtype), x)
 
 
 @pytest.mark.parametrize("policy", ["0", "1"])
 def test_other_tensors_are_not(policy, monkeypatch):
     monkeypatch.setenv("HF_ACTCOMPRESS_KERNELS", policy)
-    for values in ([0.0, 2.0, 1.0], [0.0] * 4, [2.0, -2.0], [math.inf, 0.0], [math.nan, 1.0]):
+    for values in ([0.0, 2.0, 1.0], [-1.0, 0.0, 1.0], [math.nan, 1.0], [math.nan] * 2):
         assert pack_two_values(torch.tensor(values)) is None
+    rare = torch.zeros(100_000)
+    rare[50_001] = -math.inf  # a second value where the sample does not look
+    assert pack_two_values(rare)[1:] == (-math.inf, 0.0)
+    rare[50_003] = 1.0
+    assert pack_two_values(rare) is None
     many = torch.zeros(100_000)
     many[1::2] = 1
-    assert pack_two_values(many)[1] == 1
+    assert pack_two_values(many)[1:] == (0.0, 1.0)
     for odd in (0.5, math.nan):
         many[50_001] = odd  # where the sample does not look
         assert pack_two_values(many) is None

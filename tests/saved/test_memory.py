@@ -6,13 +6,13 @@ import weakref
 import pytest
 import torch
 from helpers.saved import backward_of, gradients, only
-from hf_actcompress.saved.kept import flatten, narrowest
 from torch import nn
 from torch.nn import functional as F
 
 from hf_actcompress import compress_model, parse_codec
 from hf_actcompress.ops import memory
 from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved.kept import flatten, narrowest
 from hf_actcompress.saved.tensors import SavedTensors
 
 pytestmark = pytest.mark.usefixtures("small_tensors")

@@ -38,12 +38,12 @@ def test_forward_values_stay_and_gradients_do_not():
     assert "loss" not in changed and "bert.encoder.layer.0.attention.self.query.weight" in changed
 
 
-@pytest.mark.parametrize("saves", [F.relu, lambda x: F.relu(x + 0, inplace=True)])
-def test_functional_rectifiers_are_values_like_others(saves):
-    """Only a module says that its saved tensor is asked for its sign alone."""
+@pytest.mark.parametrize("saves", [F.relu, lambda x: F.relu(x + 0, inplace=True), lambda x: x.relu()])
+def test_functional_rectifiers_are_rectifiers(saves):
+    """The operation decides, whatever called it."""
     x = torch.randn(40, 64)
-    y, grad, _ = backward_of(saves, x, "block:bits=8")
-    assert torch.equal(y, F.relu(x)) and grad.unique().tolist() == [0, 1]
+    y, grad, record = backward_of(saves, x, "block:bits=8")
+    assert torch.equal(y, F.relu(x)) and torch.equal(grad, (x > 0).float()) and record.payload_bytes == 40 * 64 // 8
 
 
 @pytest.mark.parametrize("module", [
@@ -122,7 +122,7 @@ def test_indices_of_pooling_take_the_fewest_bytes(size, width):
     F.max_pool2d(expected, 2).sum().backward()
     _, grad, record = backward_of(lambda x: F.max_pool2d(x, 2), x, "identity")
     assert torch.equal(grad, expected.grad)
-    assert record.payload_bytes == x.numel() * 4 + x.numel() // 4 * width
+    assert record.payload_bytes == x.numel() // 4 * width  # of the input only the shape is needed
 
 
 def test_bool_masks():
@@ -178,10 +178,10 @@ def test_every_pass_draws_fresh_noise_and_the_state_goes_on():
 
 def test_rounding_is_stochastic_unless_another_is_named():
     for spec, found in {
-        "block:bits=4": "block:bits=4,round=stochastic,equalize=none",
-        "block:bits=4,group=64": "block:bits=4,group=64,round=stochastic,equalize=none",
-        "block:bits=4,equalize=feature": "block:bits=4,round=stochastic,equalize=feature",
-        "block:bits=4,round=nearest": "block:bits=4,round=nearest,equalize=none",
+        "block:bits=4": "block:bits=4,round=stochastic",
+        "block:bits=4,group=64": "block:bits=4,group=64,round=stochastic",
+        "block:bits=4,equalize=none": "block:bits=4,round=stochastic,equalize=none",
+        "block:bits=4,round=nearest": "block:bits=4,round=nearest",
         "uniform:bits=4": "uniform:bits=4,round=stochastic",
     }.items():
         assert str(parse_codec(spec).for_saved()) == found
@@ -189,37 +189,18 @@ def test_rounding_is_stochastic_unless_another_is_named():
         assert parse_codec(spec).for_saved() == parse_codec(spec)
 
 
-@pytest.mark.parametrize(("module", "name"), [
-    (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.SiLU(), "silu"), (ACT2FN["gelu"], "gelu"),
-    (ACT2FN["silu"], "silu"), (ACT2FN["gelu_pytorch_tanh"], "gelu_tanh"), (nn.ReLU(), None), (None, None),
-    (ACT2FN["gelu_python"], None), (ACT2FN["gelu_new"], None),
-])  # fmt: skip
-def test_which_modules_ask_for_slopes(module, name):
-    assert slopes_of(module) == name
-
-
-@pytest.mark.parametrize("make", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, lambda: ACT2FN["gelu"]])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_gradients_through_smooth_activations_are_right_on_average(make, bits):
-    """Which values in few bits, whose slopes would be taken, cannot be: that would be biased."""
+@pytest.mark.parametrize("make", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Mish, lambda: ACT2FN["gelu"]])
+def test_what_an_activation_makes_of_a_kept_input_is_made_again(make):
+    """Its input in codes serves its slope and its output, which the layer after it needs."""
     torch.manual_seed(0)
-    x, model = torch.randn(8, 512) * 2, nn.Sequential(make())
-    y = x.clone().requires_grad_()
-    make()(y).sum().backward()
-    draws = []
-    with compress_model(model, only(f"block:bits={bits}")) as handle:
-        for _ in range(200):
-            z = x.clone().requires_grad_()
-            model(z).sum().backward()
-            draws.append(z.grad)
-        record = handle.meters["saved"]
-    assert record.payload_bytes * 8 == 200 * x.numel() * (3 if bits == 4 else bits)
-    draws, name = torch.stack(draws).double(), slopes_of(make())
-    least = SLOPES[name](-extreme(name))
-    width = (SLOPES[name](extreme(name)) - least) / (2 ** (3 if bits == 4 else bits) - 1)
-    # Not what was drawn: a slope very near a level may have been rounded to it 200 times out of 200.
-    part = ((y.grad.double() - least) / width) % 1
-    error = (draws.mean(0) - y.grad) / (width * (part * (1 - part) / 200).sqrt() + 1e-5)
-    assert draws.std(0).max() > 0.05
-    assert 0.8 < error.square().mean() < 1.25
-    assert (error.abs() < 3).double().mean() > 0.98
+    model, x = nn.Sequential(nn.Linear(64, 64), make(), nn.Linear(64, 64)), torch.randn(64, 64)
+    model(x).square().sum().backward()
+    expected, errors = gradients(model), {}
+    for bits in (2, 4, 8):
+        with compress_model(model, only(f"block:bits={bits}")) as handle:
+            model.zero_grad()
+            model(x).square().sum().backward()
+            held = {row["kept"]: row["held_bytes"] for row in handle.report() if row["operation"] == "Addmm"}
+        errors[bits] = float((gradients(model) - expected).norm() / expected.norm())
+        assert held["made again"] == 0
+    assert errors[8] < 0.01 and errors[4] < 0.2 and errors[8] < errors[4] < errors[2] < 1
