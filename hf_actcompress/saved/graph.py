@@ -57,6 +57,27 @@ def ask(node: Any, heard: Callable[[], list[Any]]) -> dict[str, Any]:
     return found
 
 
+class Number:
+    """A number that an operation saved as a tensor of no dimensions."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def value(self) -> Tensor:
+        return self.x
+
+
+def scalar_factor(node: Any) -> dict[str, Number]:
+    """Of `x * 0.5` the number, for which autograd calls no hooks."""
+    if node.name() != "MulBackward0" or node.next_functions[1][0] is not None:
+        return {}
+    try:
+        node._raw_saved_other.register_hooks(lambda x: x, lambda x: x)
+    except RuntimeError:  # there are hooks, so it is none
+        return {}
+    return {"other": Number(node._saved_other)}
+
+
 def new_nodes(roots: Iterable[Any], seen: set[int], users: dict[int, str]) -> list[Any]:
     """The nodes that lead to `roots` and were not seen before, in the order in which they were made.
 

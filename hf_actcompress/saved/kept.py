@@ -31,22 +31,26 @@ class Layout:
         return flat.as_strided(self.shape, self.stride)
 
 
-def flatten(x: Tensor) -> tuple[Tensor, Layout] | None:
-    """A contiguous view of the memory of `x`, and its layout; None if `x` leaves gaps in that memory.
+def flatten(x: Tensor) -> tuple[Tensor, Layout, bool]:
+    """The values of `x` in the order in which they lie, contiguous; their layout; whether `x` has gaps in its memory,
+    so that the values are a copy without them.
 
-    Expanded dimensions (stride 0) are one value long in the view.
+    Expanded dimensions (stride 0) are one value long.  The layout keeps the order of the dimensions, on which that of
+    the results of operations depends.
     """
     if x.is_contiguous():
-        return x, Layout(tuple(x.shape), x.stride())
+        return x, Layout(tuple(x.shape), x.stride()), False
     own = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None)
                   for size, stride in zip(x.shape, x.stride(), strict=True))]  # fmt: skip
     order = sorted(range(own.dim()), key=lambda d: (-own.stride(d), -own.shape[d]))
-    run = own.permute(order)
+    run, stride, gaps = own.permute(order), list(x.stride()), False
     if not run.is_contiguous():
-        return None
+        run, gaps = run.contiguous(), True
+        for place, d in enumerate(order):
+            stride[d] = 0 if x.stride(d) == 0 and x.shape[d] > 1 else run.stride(place)
     if order != sorted(order) and run.dim() == 4:  # channels_last: codecs take four dimensions for [B, C, H, W]
         run = run.view(-1, run.shape[-1])
-    return run, Layout(tuple(x.shape), x.stride())
+    return run, Layout(tuple(x.shape), tuple(stride)), gaps
 
 
 class Exact:

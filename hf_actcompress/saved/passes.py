@@ -30,7 +30,7 @@ from .rules import CODES, NORMALISED, OUTPUT, RULES, SHAPE, VIEWS, WEIGHT, Bits,
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16)
-SAVERS = frozenset(name for name, rules in RULES.items() if CODES in rules.values())
+SAVERS = frozenset(f"{name}Backward0" for name in ("Addmm", "Mm", "Bmm", "Convolution", "NativeLayerNorm"))
 SUMS = frozenset({"Mean", "Sum"})
 # The operand that data passes through, where it has no gradient itself: the first layer, or one after a frozen part.
 INPUTS = {"mat1", "input", "self"}
@@ -65,8 +65,8 @@ class Slot:
         if self.tensor is not None:
             _unchanged(self.tensor, self.version)
             return self.tensor
-        flat = self.owner.values(self.content)
-        return flat.view(self.shape) if self.layout is None else self.layout.restore(flat)
+        assert self.layout is not None
+        return self.layout.restore(self.owner.values(self.content))
 
     def unpack(self) -> Tensor:
         if self.tensor is None and torch.is_grad_enabled():
@@ -203,8 +203,8 @@ class Pass:
         number = node._sequence_nr()
         found = self.records.get(number)
         if found is None:
-            if number not in self.handled:
-                return {}  # it saved past these hooks, and asking could run a checkpointed part again
+            if number not in self.handled:  # it saved past these hooks: asking could run a checkpointed part again
+                return graph.scalar_factor(node)
             self._asked = []
             try:
                 found = self.records[number] = graph.ask(node, self._heard)
@@ -220,7 +220,7 @@ class Pass:
     # -- what can be made again -------------------------------------------------------------------------------
     def saved(self, node: Any, name: str) -> Maker | None:
         packed = self.record(node).get(name)
-        if isinstance(packed, Untouched):
+        if isinstance(packed, (Untouched, graph.Number)):
             return packed.value
         if isinstance(packed, Slot) and packed.wrap is None and not isinstance(packed.content, (Flags, Empty)):
             return packed.value
@@ -293,9 +293,8 @@ class Pass:
         """As others hold the same memory, or as `make` has it; exactly where nothing would be gained."""
         x = slot.tensor
         assert x is not None
-        found = flatten(x)
-        run, layout = (x.contiguous(), None) if found is None else found
-        stored, place = self._stored_of(x), _place(x, run, found is None)
+        run, layout, gaps = flatten(x)
+        stored, place = self._stored_of(x), _place(x, run, gaps)
         content = _alive(stored, ("exactly", *place)) or _alive(stored, (kind, *place))
         if content is None:
             content = make(run.detach())
@@ -330,7 +329,7 @@ class Pass:
         assert x is not None
         record, layout = self.record(node), Layout(tuple(x.shape), x.stride())
         mean, rstd = (record.get(f"result{i}") for i in (1, 2))
-        if mean is None or rstd is None or flatten(x) is None or run.numel() != x.numel():
+        if mean is None or rstd is None or flatten(x)[2] or run.numel() != x.numel():
             return self._encode(run, node, operation)
         if "Batch" in operation:
             mean, rstd = (_channel_wise(p.value, x.dim()) for p in (mean, rstd))
@@ -341,7 +340,7 @@ class Pass:
             mean, rstd = mean.value, rstd.value
         normal = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         torch.sub(x, mean(), out=normal).mul_(rstd())
-        codes = self._encode(flatten(normal)[0], node, operation, rows="Layer" in operation)  # type: ignore[index]
+        codes = self._encode(flatten(normal)[0], node, operation, rows="Layer" in operation)
         return None if codes is None else Normalised(codes, layout, mean, rstd)
 
     def _attention_output(self, slot: Slot, node: Any, name: str, operation: str) -> None:
@@ -365,9 +364,9 @@ class Pass:
             # One token of every row: a copy is smaller than the storage with all tokens.
             slot.tensor = x = x.clone()
             slot.version = x._version
-        found = flatten(x)
-        run = x if found is None else found[0]
-        stored, place = self._stored_of(x), _place(x, run, found is None)
+        run, _, gaps = flatten(x)
+        run = x if gaps else run
+        stored, place = self._stored_of(x), _place(x, run, gaps)
         content = _alive(stored, ("exactly", *place))
         if content is None:
             content = Exact(run)
@@ -392,9 +391,9 @@ class Pass:
             self._exactly(slot, operation)
 
     def _mask_of(self, x: Tensor) -> Flags | None:
-        run = flatten(x)
-        found = None if run is None else pack_two_values(run[0])
-        return None if found is None else Flags(found[0], run[0].numel(), *found[1:], x.dtype, exact=True)
+        run, _, _ = flatten(x)
+        found = pack_two_values(run)
+        return None if found is None else Flags(found[0], run.numel(), *found[1:], x.dtype, exact=True)
 
     def _is_weight(self, slot: Slot, node: Any, name: str) -> bool:
         x = slot.tensor
