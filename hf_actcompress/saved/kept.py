@@ -73,9 +73,10 @@ class Encoded:
     """Values as a codec's payload.
 
     row: values of a row, where the codec took rows that were filled up to a multiple of 8.
+    place: the name of the place where the tensor was saved.
     """
 
-    how = "codes"
+    how, place = "codes", ""
 
     def __init__(self, codec: Codec, payload: Payload, row: int | None = None) -> None:
         self.codec, self.payload, self.row = codec, payload, row
@@ -186,6 +187,10 @@ class Normalised:
     @property
     def codec(self) -> Codec | None:
         return self.codes.codec
+
+    @property
+    def place(self) -> str:
+        return self.codes.place
 
     @property
     def nbytes(self) -> int:

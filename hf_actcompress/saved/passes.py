@@ -237,7 +237,7 @@ class Pass:
         if before is None:
             return None
         if before.name() == graph.LEAF:
-            return before.variable.detach
+            return before.variable.detach if isinstance(before.variable, nn.Parameter) else None
         reference = self.made_by.get((before._sequence_nr(), output))
         slot = None if reference is None else reference()
         values = slot is not None and slot.wrap is None and not isinstance(slot.content, (Flags, Empty, type(None)))
@@ -320,7 +320,9 @@ class Pass:
         name = self.names.get(id(weight), "").removesuffix(".weight") or operation
         place = f"{name}#{self.counts[name]}"
         self.counts[name] += 1
-        return self.site.encode(place, run, rows)
+        content = self.site.encode(place, run, rows)
+        content.place = place
+        return content
 
     def _normalised(self, slot: Slot, run: Tensor, node: Any, operation: str) -> Any:
         if not self.site.gains(run):
@@ -449,7 +451,7 @@ class Pass:
                 return flat
         with torch.no_grad(), self.pool.used():
             flat = content.get()
-        if self.trial is None and flat.dtype in FLOATS:
+        if self.trial is None and flat.dtype in FLOATS and type(flat) is torch.Tensor:
             layout = (flat.dtype, flat.storage_offset(), flat.numel())
             reference = StorageWeakRef(flat.untyped_storage())
             self._decoded = [*self._decoded[1 - DECODED :], (weakref.ref(content), reference, layout)]
@@ -476,7 +478,7 @@ class Pass:
         row = self.report.setdefault((operation, content.how), [0, 0, 0])
         for i, value in enumerate((1, raw, content.nbytes)):
             row[i] += value
-        self.site.tell(operation, raw, content.nbytes, codec=content.codec)
+        self.site.tell(getattr(content, "place", operation), raw, content.nbytes, codec=content.codec)
 
 
 def _sharded(kind: type, spec: Any, local: Tensor) -> Tensor:

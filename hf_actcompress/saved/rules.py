@@ -71,17 +71,16 @@ def _hardsigmoid(node: Any) -> Rule:
 
 
 def _clamp(node: Any) -> Rule:
-    """Both bounds belong to what lets the gradient pass."""
-    low = getattr(node, "_saved_min", None)
-    high = getattr(node, "_saved_max", None)
+    """A bound itself lets no gradient pass."""
+    low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
     if low is None and high is None:
         return None
-    if low is None:  # mirrored: above the bound no gradient passes
-        return Bits(float(high), None, float(high), _after(float(high), True))
-    bottom = _after(float(low), False)
+    if low is None:  # at the bound or above it
+        below = _after(float(high), False)
+        return Bits(below, None, below, float(high))
     if high is None:
-        return Bits(bottom, None, bottom, float(low))
-    return Bits(bottom, _after(float(high), True), bottom, (float(low) + float(high)) / 2)
+        return Bits(float(low), None, float(low), _after(float(low), True))
+    return Bits(float(low), float(high), float(low), (float(low) + float(high)) / 2)
 
 
 def _power(node: Any) -> Rule:
@@ -177,6 +176,11 @@ RULES: dict[str, dict[str, Rule | Callable[[Any], Rule]]] = {
         _POOL,
     ),
 }  # fmt: skip
+
+# Of these the gradient of the input comes out exactly.
+BITS_OR_SHAPE = frozenset(
+    name for name, rules in RULES.items() if all(rule == SHAPE or callable(rule) for rule in rules.values())
+) - {"PowBackward0"}
 
 # Nodes that hand on the same memory under another shape.
 VIEWS = frozenset(

@@ -63,7 +63,7 @@ class Slot:
 class Tried:
     """A tensor of a trial: the tensor itself, rounded in the backward passes in which the trial says so."""
 
-    how, codec = "tried", None
+    how, codec, place = "tried", None, ""
 
     def __init__(self, trial: Trial, slot: Slot, exact: Tensor, encode: Callable[[Codec], Any], nbytes: int) -> None:
         self.trial, self.slot, self.exact, self.encode, self.nbytes = trial, slot, exact, encode, nbytes
@@ -133,7 +133,9 @@ class Trial:
         total, users = sum(errors.values()), self._users.get(name, [])
         if not users or not all("BatchNorm" in operation and weight is not None for operation, weight in users):
             return total
-        own = sum(errors.get(id(weight), 0.0) for _, weight in users)
+        # What follows the norm gets its error by the values; what comes before it through its backward pass.
+        order, first = list(errors), min(list(errors).index(id(weight)) for _, weight in users)
+        own = sum(errors[key] for key in order[first:])
         values = self.slots[name].numel / users[0][1].numel()
         return own + (total - own) * (1 + SETTLED / values) / (1 + SETTLED * self.scale / values)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import batch_of, build, loss_of
+from helpers import loss_of
 from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
@@ -35,41 +35,30 @@ def passes_of(monkeypatch):
     return seen
 
 
-def convolutions():
-    torch.manual_seed(0)
-    parts = [part for i in range(4) for part in (nn.Conv2d(4 * 2**i, 8 * 2**i, 3, padding=1), nn.SiLU())]
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).train(), torch.randn(16, 4, 8, 8)
+class Sums(nn.Module):
+    """Saves nothing, and its result cannot be made again."""
+
+    def forward(self, x):
+        return x.cumsum(-1)
 
 
-def two_layers(name):
-    model = build(name).train()
-    del (model.bert.encoder.layer if name == "bert" else model.transformer.h)[2:]
-    return model
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "convolutions"])
-def test_together_and_one_by_one_are_the_same(name, monkeypatch):
+def test_together_and_one_by_one_are_the_same(monkeypatch):
     """Layers whose input goes into their own gradient alone share one backward pass."""
-    model, batch = convolutions() if name == "convolutions" else (two_layers(name), batch_of(name))
-    run = (lambda m: m(batch).square().sum()) if name == "convolutions" else (lambda m: loss_of(m, batch))
+    torch.manual_seed(0)
+    parts = [part for i in range(4) for part in (nn.Conv2d(4 * 2**i, 8 * 2**i, 3, padding=1), Sums())]
+    model, batch = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).train(), torch.randn(16, 4, 8, 8)
+
+    def run(model):
+        return model(batch).square().sum()
+
     seen = passes_of(monkeypatch)
     together, few = means_of(model, run), len(seen)
-    monkeypatch.setattr(sensitivity, "weight_of", lambda module: None)
+    monkeypatch.setattr(sensitivity, "PRODUCTS", ())
     alone = means_of(model, run)
     assert few < len(seen) - few and together.keys() == alone.keys()
-    linear = [n for n in together if weight_of(model.get_submodule(n.split("#")[0])) is not None]
-    ratios = torch.tensor([together[n] / alone[n] for n in linear if alone[n] > 1e-9])
+    ratios = torch.tensor([together[n] / alone[n] for n in together if alone[n] > 1e-9])
     assert len(ratios) > 3 and ((0.4 < ratios) & (ratios < 2.5)).all(), ratios  # means of a few draws
     assert 0.8 < ratios.log().mean().exp() < 1.25
-
-
-def test_queries_keys_and_values_share_a_slot():
-    model = build("bert").train()
-    trial = trial_of(model, batch_of("bert"))
-    attention = model.bert.encoder.layer[0].attention.self
-    weights = {id(getattr(attention, part).weight) for part in ("query", "key", "value")}
-    found = [set(ids) for ids in trial.local().values() if set(ids) & weights]
-    assert found == [weights]
 
 
 def test_a_layer_that_runs_twice_is_measured_alone():
@@ -79,7 +68,7 @@ def test_a_layer_that_runs_twice_is_measured_alone():
             self.shared, self.once = nn.Linear(32, 32), nn.Linear(32, 32)
 
         def forward(self, x):
-            return self.once(self.shared(self.shared(x).sin()).sin()).sum()  # sin saves its input
+            return self.once(self.shared(self.shared(x).cumsum(1)).cumsum(1)).sum()
 
     trial = trial_of(Twice(), torch.randn(64, 32))
     assert set(trial.local()) == {"once#0"}
@@ -118,4 +107,4 @@ def test_batch_norms_of_few_rows_are_rated_as_on_all(monkeypatch):
 
     whole = error(64)
     assert whole / 3 < error(4) < whole * 3
-    assert error(4, settled=0) > 3 * whole  # as they come out
+    assert error(4, settled=0) > 1.3 * whole  # as they come out, with what the next layer adds
