@@ -169,6 +169,23 @@ def gradient_error(record: dict[str, Any]) -> str:
     )
 
 
+def held(record: dict[str, Any]) -> str:
+    """Bytes held and error of the gradient, a row per model."""
+    lines = []
+    for model, found in record["models"].items():
+        cells = []
+        for row in found.values():
+            low, high = row["error_range"]
+            cells += [f"1/{row['raw_mb'] / row['held_mb']:.1f}", f"{row['error']:.3f} ({low:.3f}-{high:.3f})"]
+        lines.append((model, f"{next(iter(found.values()))['raw_mb']:.1f}", *cells))
+    bits = [spec.rpartition("=")[2] for spec in next(iter(record["models"].values()))]
+    head = ("", "autograd, MB", *(f"{b} bits: {what}" for b in bits for what in ("held", "error")))
+    return harness.table(head, lines, "l") + (
+        f"\n\nHeld: as the site counts it. Error: |g' - g| / |g| over all parameters, median of {record['draws']} draws "
+        f"of the noise (range). `{record['command']}`."
+    )
+
+
 def accuracy(records: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> str:
     """What was saved in training against runs without compression: mean and deviation over seeds.
 
@@ -248,6 +265,8 @@ def parts() -> Iterator[tuple[str, str, str]]:
         plot(record, FIGURES / "memory.png")
         yield page, "memory", section(record)
         yield "README.md", "memory summary", summary(record)
+    if (record := read("saved_held")) is not None:
+        yield page, "saved held", held(record)
     if (record := read("saved_gradient_error")) is not None:
         yield page, "gradient error", gradient_error(record)
     if (RESULTS / "saved").is_dir():
