@@ -408,7 +408,7 @@ def operation_of(node: "Node") -> str:
 
 
 # -- the hooks ------------------------------------------------------------------------------------------------------
-_PAIRS: dict[str, tuple["GraphModule", "GraphModule"]] = {}
+_PAIRS: dict[tuple, tuple["GraphModule", "GraphModule"]] = {}
 _PLANS: dict[str, "weakref.WeakKeyDictionary[Graph, Plan]"] = {}
 _REPORTS: dict[str, list[list[Row]]] = {}
 
@@ -436,7 +436,8 @@ def graph_hooks(
     Use: `torch._C._autograd._push_saved_tensors_default_hooks(*graph_hooks(...))` around the call of the model.
     """
     codec = codec.for_saved()
-    if (name := str(codec)) not in _PAIRS:
+    name = str(codec)
+    if (key := (name, pack, unpack)) not in _PAIRS:
         _check(codec)
 
         def pack_saved(x: Tensor) -> Any:
@@ -454,8 +455,8 @@ def graph_hooks(
             _plan(context, codec).fetch(context["_node"].name)
             return packed
 
-        _PAIRS[name] = _module(pack_saved, name), _module(unpack_saved, name)
-    return _PAIRS[name]
+        _PAIRS[key] = _module(pack_saved, name), _module(unpack_saved, name)
+    return _PAIRS[key]
 
 
 def _check(codec: Codec) -> None:
