@@ -478,7 +478,8 @@ class Pass:
         row = self.report.setdefault((operation, content.how), [0, 0, 0])
         for i, value in enumerate((1, raw, content.nbytes)):
             row[i] += value
-        self.site.tell(getattr(content, "place", operation), raw, content.nbytes, codec=content.codec)
+        more = {} if content.codec is None else {"x": run, "decode": lambda: content.get().view(run.shape)}
+        self.site.tell(getattr(content, "place", operation), raw, content.nbytes, codec=content.codec, **more)
 
 
 def _sharded(kind: type, spec: Any, local: Tensor) -> Tensor:

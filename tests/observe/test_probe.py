@@ -70,7 +70,7 @@ def test_saved_tensors(saved, monkeypatch):
     assert differing(trace, other) == []
     assert states["saved"] == others["saved"]
     rows = [row for row in handle.probe.rows if row["site"] == "saved"]
-    assert len(rows) > 20 and all(row["rel_error"] > 0 and row["ratio"] > 1 for row in rows)
+    assert len(rows) > 10 and all(row["rel_error"] > 0 and row["ratio"] > 1 for row in rows)
 
 
 @pytest.mark.parametrize("options", [
