@@ -181,8 +181,8 @@ def held(record: dict[str, Any]) -> str:
     bits = [spec.rpartition("=")[2] for spec in next(iter(record["models"].values()))]
     head = ("", "autograd, MB", *(f"{b} bits: {what}" for b in bits for what in ("held", "error")))
     return harness.table(head, lines, "l") + (
-        f"\n\nHeld: as the site counts it. Error: |g' - g| / |g| over all parameters, median of {record['draws']} draws "
-        f"of the noise (range). `{record['command']}`."
+        f"\n\nHeld: as the site counts it. Error: |g' - g| / |g| over all parameters, median of {record['draws']} "
+        f"draws of the noise (range). `{record['command']}`."
     )
 
 
