@@ -276,7 +276,8 @@ def _plain(x: Tensor) -> Tensor:
 def _full_precision(x: Tensor) -> AbstractContextManager:
     """Products inside a codec (rotation, factors) must not be cast to bf16 by a surrounding autocast."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not for "meta"
+    return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
 
 

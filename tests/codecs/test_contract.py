@@ -160,6 +160,15 @@ def test_a_tensor_of_many_tiles(spec):
         check(parse_codec(spec), make((150_001, 1), "gauss", 0, 1).bfloat16())
 
 
+def test_tensors_without_values_have_shapes():
+    """On the device "meta", as when a large model is only planned."""
+    x = torch.empty(64, 64, device="meta")
+    for spec in ("identity", "block:bits=4", "uniform:bits=8", "topk:ratio=0.1", "rotated:bits=3", "float8"):
+        with naming(spec):
+            y = parse_codec(spec).roundtrip(x)
+            assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
+
+
 def test_empty_tensors():
     for spec, shape in product(SPECS, EMPTY):
         codec, x = parse_codec(spec), torch.empty(shape, dtype=torch.bfloat16)

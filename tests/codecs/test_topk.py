@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,3 +67,20 @@ def test_a_bitmap_of_a_length_that_is_no_multiple_of_8():
 def test_a_tensor_of_equal_values():
     y = TopK(0.25).roundtrip(torch.full((4, 8), -2.0))
     assert torch.equal(y.view(-1), torch.tensor([-2.0] * 8 + [0.0] * 24))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4])
+def test_decoding_is_one_graph(ratio):
+    """Positions are checked where that does not depend on values that a graph cannot know."""
+    codec, x = TopK(ratio=ratio), torch.randn(64, 64)
+    payload, found = codec.encode(x), []
+
+    def decode(values, positions):
+        return codec.decode(dataclasses.replace(payload, tensors={"values": values, "positions": positions}))
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(decode, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(*payload.tensors.values()), codec.decode(payload)) and len(found) == 1

@@ -23,6 +23,17 @@ def cache(monkeypatch, tmp_path):
         cached.cache_clear()
 
 
+@pytest.mark.parametrize("value", ["relative/cache", "~/cache", ""])
+def test_a_cache_folder_that_is_no_absolute_path_is_passed_over(cache, value, monkeypatch):
+    """Else the library would lie in whatever folder a run was started from."""
+    monkeypatch.chdir(cache)
+    monkeypatch.setenv("HOME", str(cache / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    (cache / "home").mkdir()
+    assert library._private_folder() == (cache / "home" / ".cache" / "hf_actcompress").resolve()
+    assert [path.name for path in cache.iterdir()] == ["home"]
+
+
 def test_without_a_compiler_nothing_changes(cache, monkeypatch, caplog):
     codec, x = parse_codec("block:bits=4"), torch.randn(64, 256)
     monkeypatch.setattr(library, "_compiler", lambda: None)

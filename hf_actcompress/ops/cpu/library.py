@@ -81,9 +81,11 @@ def _private_folder() -> Path:
     What lies there is loaded and run, so nobody else may be able to put anything there.  Raises OSError where that
     is not sure.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    Path(cache).mkdir(parents=True, exist_ok=True)
-    folder = Path(cache).resolve(strict=True) / "hf_actcompress"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # as the XDG specification has it: neither ~ nor a path from wherever we are
+        cache = Path.home() / ".cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache.resolve(strict=True) / "hf_actcompress"
     folder.mkdir(mode=0o700, exist_ok=True)
     about = folder.lstat()
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
