@@ -31,7 +31,8 @@ from .rules import CODES, NORMALISED, OUTPUT, RULES, SHAPE, VIEWS, WEIGHT, Bits,
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16)
 SAVERS = frozenset(f"{name}Backward0" for name in ("Addmm", "Mm", "Bmm", "Convolution", "NativeLayerNorm"))
-SUMS = frozenset({"Mean", "Sum"})
+# Of a row of squares: they spread one gradient, or products with a weight, over all of it.
+SUMS = frozenset({"Addmm", "Convolution", "Mean", "Mm", "Sum"})
 # The operand that data passes through, where it has no gradient itself: the first layer, or one after a frozen part.
 INPUTS = {"mat1", "input", "self"}
 DECODED = 8  # tensors that are looked up, should they still be there
