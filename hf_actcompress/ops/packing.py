@@ -30,7 +30,7 @@ def ceil8(n: int) -> int:
 
 def codes_nbytes(n: int, cols: int, bits: int) -> int:
     """Bytes of n codes in rows of `cols`, each packed for itself, the last one up to a multiple of 8."""
-    full, rest = divmod(n, cols)
+    full, rest = n // cols, n % cols  # not divmod, which torch.compile does not know for symbolic sizes
     return (full * cols + ceil8(rest)) * bits // 8
 
 

@@ -132,3 +132,19 @@ def test_large_values_are_values_like_others(codec):
     x = sample((700, 128))
     y = codec.roundtrip(x * 2.0**100)
     assert y.isfinite().all() and ((y / 2.0**100 - x).norm() - (codec.roundtrip(x) - x).norm()).abs() < 0.02 * x.norm()
+
+
+def test_encoding_is_one_graph_for_every_batch_size():
+    torch._dynamo.reset()
+    codec, graphs = Block(bits=4), []
+    codec.encode(torch.randn(64, 64))
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: codec.encode(x).tensors["codes"], fullgraph=True, backend=backend)
+    for rows in (64, 40, 33):
+        x = torch.randn(rows, 64)
+        assert torch.equal(compiled(x), codec.encode(x).tensors["codes"])
+    assert len(graphs) == 2  # of the first size, and of any

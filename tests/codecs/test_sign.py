@@ -31,3 +31,11 @@ def test_feedback_makes_up_for_the_lost_magnitudes():
             w -= 0.05 * codec.roundtrip(w - goal, state)
         far[spec] = float((w - goal).norm() / goal.norm())
     assert far["ef+sign"] < 0.02 < 0.1 < far["sign"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_group_of_an_infinity_becomes_nan(dtype):
+    x = torch.randn(4, 128).to(dtype)
+    x[2, 5] = torch.inf
+    y = parse_codec("sign").roundtrip(x)
+    assert y[2].isnan().all() and y[[0, 1, 3]].isfinite().all()
