@@ -38,7 +38,7 @@ class Sign(Codec):
         count = torch.full((len(rows),), float(self.group), dtype=torch.float32, device=x.device)
         count[-1:] = flat.numel() - (len(rows) - 1) * self.group
         scales = (rows.abs().sum(1) / count).bfloat16()
-        scales = torch.where(scales.isfinite(), scales, torch.nan)  # an infinite one would be finite again in fp16
+        scales = scales.fmod(math.inf)  # NaN for an infinite one, which would be finite again in fp16
         return self._payload(x, {"codes": pack((rows >= 0).to(torch.uint8), 1), "scales": scales})
 
     def _decode(self, payload: Payload) -> Tensor:

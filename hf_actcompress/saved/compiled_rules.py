@@ -74,9 +74,8 @@ def hint(size: Any) -> int:
     """A number for a size that may be symbolic: the one of the call that was compiled."""
     if isinstance(size, int):
         return size
-    from torch.fx.experimental.symbolic_shapes import size_hint
-
-    return int(size_hint(size, fallback=4096))
+    found = size.node.hint
+    return 4096 if found is None else int(found)
 
 
 def numel(node: Node) -> int:
