@@ -36,7 +36,7 @@ from tqdm import tqdm
 import hf_actcompress.ops.triton as kernels
 from hf_actcompress import ActCompressConfig, compress_model, parse_codec
 from hf_actcompress.ops.library import FORMS
-from hf_actcompress.saved import tensors as saved_tensors
+from hf_actcompress.saved import passes
 
 sys.path.append(str(harness.ROOT / "tests"))
 from helpers.launches import backward, no_values  # noqa: E402
@@ -238,7 +238,7 @@ def main() -> None:
     for spec in {*args.codecs, *args.steps} & set(CODECS):
         parse_codec(spec).roundtrip(torch.randn(8, 384))  # levels and limits, which are computed once on the host
     # Saved tensors of a subclass are left alone; FakeTensor is one, but stands for plain ones here.
-    with no_values(), mock.patch.object(saved_tensors, "Tensor", FakeTensor):
+    with no_values(), mock.patch.object(passes, "Tensor", FakeTensor):
         for spec, shape, dtype in tqdm(calls, desc="codecs"):
             with told(f"{spec} {shape}"):
                 found = codec_launches(spec, shape, getattr(torch, dtype), compiled)

@@ -19,7 +19,6 @@ from harness import median_ms
 from hf_actcompress.codecs import parse_codec
 from hf_actcompress.ops.library import VARIABLE
 from hf_actcompress.ops.memory import fresh
-from hf_actcompress.saved.slopes import encode_slopes
 
 
 def with_kernels(choice: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -41,7 +40,6 @@ def main() -> None:
     x, codec = torch.randn(4096, 1536), parse_codec("block:bits=4,equalize=none,round=stochastic")
     calls = {
         "groups of block, 4 bits, stochastic": lambda: codec.encode(x),
-        "slopes of GELU, 3 bits": lambda: encode_slopes(x, "gelu", 3, None),
     }
     ways = {"C++": "1", "plain torch": "0"}
     kernels = {name: median_ms({way: with_kernels(choice, call) for way, choice in ways.items()})

@@ -1,4 +1,4 @@
-"""Flags in one bit a value, slopes of activation functions in a few, and values by a table of codes.
+"""Flags in one bit a value, and values by a table of codes.
 
 All are packed in rows of COLS elements (packing.py), the last row up to a multiple of 8.
 """
@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from .cpu import forms
-from .groups import counters, rows, tiles
+from .groups import tiles
 from .library import operator
-from .packing import COLS, code_dtype, codes_nbytes, pack, unpack
-from .rounding import noise
-
-FUNCTIONS = ("gelu", "gelu_tanh", "silu")
-FLAT = 40.0  # beyond, the slope of each function has reached its limit
+from .packing import COLS, codes_nbytes, pack, unpack
 
 
 def _flags(x: Tensor, low: float, high: float | None) -> Tensor:
@@ -37,37 +33,6 @@ def _flags(x: Tensor, low: float, high: float | None) -> Tensor:
 
 def _flags_fake(x: Tensor, low: float, high: float | None) -> Tensor:
     return x.new_empty(codes_nbytes(x.numel(), COLS, 1), dtype=torch.uint8)
-
-
-def _slope(x: Tensor, function: str) -> Tensor:
-    if function == "gelu":
-        return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
-    if function == "gelu_tanh":
-        k = (2 / math.pi) ** 0.5
-        t = torch.tanh(k * (x + 0.044715 * x * x * x))
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (k * (1 + 3 * 0.044715 * x * x))
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
-
-
-def _encode_slopes(
-    x: Tensor, function: str, least: float, most: float, bits: int, key: int, nonfinite: Tensor | None
-) -> Tensor:
-    flat, top = x.reshape(-1), 2**bits - 1
-    out = _encode_slopes_fake(x, function, least, most, bits, key, nonfinite)
-    for first, count, width in tiles(flat.numel(), COLS, x.device):
-        y = rows(flat, first, count, width, COLS).float()
-        y = (_slope(y.clamp(-FLAT, FLAT), function) - least) * (top / (most - least))
-        codes = torch.floor(y + noise(counters(first, y, COLS), key)).clamp(0, top).nan_to_num_(0.0)
-        begin = first * COLS * bits // 8
-        out[begin : begin + count * width * bits // 8] = pack(codes.to(code_dtype(bits)), bits).view(-1)
-    if nonfinite is not None:
-        nonfinite += flat.isnan().any()
-    return out
-
-
-def _encode_slopes_fake(x, function, least, most, bits, key, nonfinite):  # noqa: ANN001, ANN202
-    return x.new_empty(codes_nbytes(x.numel(), COLS, bits), dtype=torch.uint8)
 
 
 def _decode_table(codes: Tensor, table: Tensor, shape: list[int], bits: int) -> Tensor:
@@ -103,13 +68,6 @@ def _decode_levels_fake(codes, levels, shape, dtype, bits):  # noqa: ANN001, ANN
 # above `low`, as in torch's gradient of ReLU.
 pack_flags = operator("pack_flags(Tensor x, float low, float? high) -> Tensor", _flags, _flags_fake,
                       cpu=forms.pack_flags, triton="bitmaps:pack_flags")  # fmt: skip
-# Slopes of a function at x, from `least` to `most` in 2**bits - 1 steps, rounded stochastically.  The C++ and Triton
-# forms compute slopes to about 1e-7, which in rare cases is another code.  NaN gets code 0 and raises `nonfinite`.
-encode_slopes = operator(
-    "encode_slopes(Tensor x, str function, float least, float most, int bits, int key, Tensor(a!)? nonfinite) "
-    "-> Tensor",
-    _encode_slopes, _encode_slopes_fake, cpu=forms.encode_slopes, triton="bitmaps:encode_slopes",
-)  # fmt: skip
 # table[codes] of that shape; table [2**bits] in the dtype of the result.
 decode_table = operator(
     "decode_table(Tensor codes, Tensor table, SymInt[] shape, int bits) -> Tensor",

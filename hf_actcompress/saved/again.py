@@ -2,10 +2,10 @@
 
 What one cheap function makes of a kept tensor need not be kept: the output of a norm from the normalised value, that
 of GELU from its input, a product from its factors, that of attention from q, k and v.  The operation that torch ran
-runs again, on tensors of the same shapes and strides, so its result lies in memory as the first one did.
+runs again on tensors of the same shapes and strides.
 Source: recomputation of cheap operations as in selective activation checkpointing (Korthikanti et al., 2022); here it
 starts from decoded values.
-This file knows operations and `kept_of`, what a pass keeps of an operation's saved tensors and inputs.
+This file knows operations, and what a pass keeps of their saved tensors and inputs (`Kept`).
 """
 
 from __future__ import annotations
@@ -50,12 +50,17 @@ def source(node: Any, index: int, kept: Kept, depth: int) -> Maker | None:
     return None if before is None else maker(before, output, kept, depth - 1)
 
 
+def _signed(option: Any) -> Any:
+    """A node gives a dimension of -1 as 2**64 - 1."""
+    return option - 2**64 if isinstance(option, int) and option >= 2**63 else option
+
+
 def _unary(function: Callable[..., Tensor], *names: str) -> Callable[[Any, Kept, int], Maker | None]:
     """function(input, options that the node saves)"""
 
     def make(node: Any, kept: Kept, depth: int) -> Maker | None:
         x = kept.saved(node, "self") or source(node, 0, kept, depth)
-        options = [getattr(node, f"_saved_{name}") for name in names]
+        options = [_signed(getattr(node, f"_saved_{name}")) for name in names]
         return None if x is None else lambda: function(x(), *options)
 
     return make
@@ -95,21 +100,15 @@ def _channels(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _channel_norm(node: Any, kept: Kept, depth: int) -> Maker | None:
-    """Batch and group norm.  The node does not save the bias; the edge to it leads there while it is trained."""
-    x, weight = kept.normalised(node, "input"), kept.saved(node, "weight")
-    edges = node.next_functions
-    bias_node = edges[2][0] if len(edges) > 2 else None
-    if x is None or (bias_node is None) != (weight is None):
-        return None  # a frozen bias is nowhere to be found
-    bias = getattr(bias_node, "variable", None)
-    if bias_node is not None and bias is None:
+    """Batch and group norm.  The node does not save the bias; the edge to it leads there while it is trained.  Without
+    a weight there may be a frozen bias, which is nowhere to be found."""
+    x, weight, bias = kept.normalised(node, "input"), kept.saved(node, "weight"), kept.edge(node, 2)
+    if x is None or weight is None or bias is None:
         return None
 
     def run() -> Tensor:
         y = x()
-        if weight is not None:
-            y = y.mul_(_channels(weight(), y)).add_(_channels(bias.detach(), y))  # type: ignore[union-attr]
-        return y
+        return y.mul_(_channels(weight(), y)).add_(_channels(bias(), y))
 
     return run
 
@@ -125,8 +124,9 @@ def _product(node: Any, kept: Kept, depth: int) -> Maker | None:
 
 
 def _cast(node: Any, kept: Kept, depth: int) -> Maker | None:
-    x, dtype = source(node, 0, kept, depth), node._input_metadata[0].dtype
-    return None if x is None else lambda: x().to(dtype)
+    x, (about, *_) = source(node, 0, kept, depth), node._input_metadata
+    dtype, device = about.dtype, about.device
+    return None if x is None else lambda: x().to(device, dtype)
 
 
 def _dropout(node: Any, kept: Kept, depth: int) -> Maker | None:

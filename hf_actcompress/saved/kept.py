@@ -6,12 +6,14 @@ and `nbytes`, what is held for it.  This file knows tensors and codecs, not auto
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..codecs import Codec, CodecState, Payload
 from ..ops.bitmaps import pack_flags
@@ -27,6 +29,10 @@ class Layout:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @classmethod
+    def of(cls, x: Tensor) -> Layout:
+        return cls(tuple(x.shape), x.stride())
+
     def restore(self, flat: Tensor) -> Tensor:
         return flat.as_strided(self.shape, self.stride)
 
@@ -39,7 +45,7 @@ def flatten(x: Tensor) -> tuple[Tensor, Layout, bool]:
     the results of operations depends.
     """
     if x.is_contiguous():
-        return x, Layout(tuple(x.shape), x.stride()), False
+        return x, Layout.of(x), False
     own = x[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None)
                   for size, stride in zip(x.shape, x.stride(), strict=True))]  # fmt: skip
     order = sorted(range(own.dim()), key=lambda d: (-own.stride(d), -own.shape[d]))
@@ -172,58 +178,26 @@ class Empty:
         return torch.zeros(self.n, dtype=self.dtype, device=self.device)
 
 
-class Normalised:
-    """The input of a norm, as codes of its normalised value, whose statistics are kept exactly.
-
-    codes: of the normalised values, a flat run in the memory order of the input.
-    layout: of the input, by which statistics broadcast.
-    """
-
-    how = "normalised"
-
-    def __init__(self, codes: Any, layout: Layout, mean: Callable[[], Tensor], rstd: Callable[[], Tensor]) -> None:
-        self.codes, self.layout, self.mean, self.rstd = codes, layout, mean, rstd
-
-    @property
-    def codec(self) -> Codec | None:
-        return self.codes.codec
-
-    @property
-    def place(self) -> str:
-        return self.codes.place
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes
-
-    def normalised(self) -> Tensor:
-        """With shape and strides of the input."""
-        return self.layout.restore(self.codes.get())
-
-    def get(self) -> Tensor:
-        flat = self.codes.get()
-        x = self.layout.restore(flat)
-        x.div_(self.rstd()).add_(self.mean())
-        return flat
-
-
 class Again:
     """Values that an operation makes of others that are kept.
 
-    run: returns its result, which lies in memory as the first one did and covers all of it.
+    run: returns its result.
+    layout: of the first result, which fills its memory.
     shared: whether several operations saved it.
     """
 
     how, codec, nbytes = "made again", None, 0
 
-    def __init__(self, run: Callable[[], Tensor], n: int, shared: bool = True) -> None:
-        self.run, self.n, self.shared = run, n, shared
+    def __init__(self, run: Callable[[], Tensor], layout: Layout, shared: bool = True) -> None:
+        self.run, self.layout, self.shared = run, layout, shared
 
     def get(self) -> Tensor:
-        y = self.run()
-        if y.numel() != self.n:
-            raise RuntimeError(f"an operation that ran again gave {y.numel()} values in place of {self.n}")
-        return y.as_strided((self.n,), (1,))
+        y, (shape, stride) = self.run(), (self.layout.shape, self.layout.stride)
+        if tuple(y.shape) != shape:
+            raise RuntimeError(f"an operation that ran again gave the shape {tuple(y.shape)} in place of {shape}")
+        if y.stride() != stride or y.storage_offset():  # the first one wrote into memory that was there
+            y = torch.empty_strided(shape, stride, dtype=y.dtype, device=y.device).copy_(y)
+        return y.as_strided((y.numel(),), (1,))
 
 
 def narrowest(x: Tensor) -> torch.dtype | None:
@@ -234,3 +208,46 @@ def narrowest(x: Tensor) -> torch.dtype | None:
         if info.min <= low and high <= info.max:
             return dtype if dtype.itemsize < x.dtype.itemsize else None
     return None
+
+
+class Memory:
+    """What is held of each storage, so that what lies in the same memory is held once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, tuple[StorageWeakRef, Held]] = {}
+
+    def of(self, x: Tensor) -> Held:
+        storage = x.untyped_storage()
+        entry = self._storages.get(storage._cdata)
+        if entry is None or entry[0].expired():  # the reference keeps the address from being used again meanwhile
+            entry = self._storages[storage._cdata] = (StorageWeakRef(storage), Held())
+        return entry[1]
+
+    def clear(self) -> None:
+        self._storages.clear()
+
+
+class Held:
+    """Contents that stand for places of one storage, by a place and how it is kept."""
+
+    def __init__(self) -> None:
+        self._contents: dict[tuple, weakref.ref] = {}
+        self._counted: set[tuple] = set()
+
+    def get(self, how: Any, place: tuple) -> Any:
+        reference = self._contents.get((how, place))
+        return None if reference is None else reference()
+
+    def put(self, how: Any, place: tuple, content: Any, run: Tensor) -> int:
+        """Returns the bytes that autograd would hold for the place, the first time."""
+        self._contents[how, place] = weakref.ref(content)
+        if place in self._counted:
+            return 0
+        self._counted.add(place)
+        return run.numel() * run.element_size()
+
+
+def place_of(x: Tensor, run: Tensor, gaps: bool) -> tuple:
+    """A key of the memory of `x` within its storage.  One with gaps is told by its strides too."""
+    strides = (tuple(x.shape), x.stride()) if gaps else None
+    return x.storage_offset(), run.numel(), x.dtype, x._version, strides

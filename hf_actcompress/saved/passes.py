@@ -9,6 +9,7 @@ What lies in the same memory is held once.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,117 +20,44 @@ import torch
 import torch.autograd.forward_ad
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..ops.memory import Pool
 from . import graph
 from .again import Both, Maker, attention, maker
-from .kept import Again, Empty, Exact, Flags, Layout, Narrow, Normalised, flatten, narrowest
+from .kept import Again, Empty, Encoded, Exact, Flags, Layout, Memory, Narrow, flatten, narrowest, place_of
 from .masks import pack_two_values
+from .normalised import Normalised, statistic
 from .rules import CODES, NORMALISED, OUTPUT, RULES, SHAPE, VIEWS, WEIGHT, Bits, rule_of
+from .slots import Decoded, Slot, Untouched, local_shard
+from .weights import Weights, weight_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16)
 SAVERS = frozenset(f"{name}Backward0" for name in ("Addmm", "Mm", "Bmm", "Convolution", "NativeLayerNorm"))
-# Of a row of squares: they spread one gradient, or products with a weight, over all of it.
-SUMS = frozenset({"Addmm", "Convolution", "Mean", "Mm", "Sum"})
 # The operand that data passes through, where it has no gradient itself: the first layer, or one after a frozen part.
 INPUTS = {"mat1", "input", "self"}
-DECODED = 8  # tensors that are looked up, should they still be there
-
-
-class Slot:
-    """What the graph holds in place of a saved tensor."""
-
-    __slots__ = (
-        "__weakref__", "content", "dtype", "follows", "layout", "node", "owner", "shape", "tensor", "version", "wrap",
-    )  # fmt: skip
-
-    def __init__(self, owner: Pass, x: Tensor, local: Tensor, wrap: Callable[[Tensor], Tensor] | None = None) -> None:
-        """x: as the operation has it.  local: its values here, another tensor where `x` is sharded."""
-        # Not x, whose grad_fn would make a cycle of an output and the node that saved it.
-        self.owner, self.tensor, self.version = owner, local.detach(), local._version
-        self.node: tuple[Any, int] | None = None if x.grad_fn is None else (x.grad_fn, x.output_nr)
-        self.follows = x.requires_grad  # whether it depends on what is trained
-        self.content: Any = None
-        self.layout: Layout | None = None
-        self.shape, self.dtype, self.wrap = tuple(local.shape), local.dtype, wrap
-
-    def settle(self, content: Any, layout: Layout | None) -> None:
-        """From now on `content` is what is held."""
-        self.content, self.layout, self.node = content, layout, None
-        if not isinstance(content, Exact):
-            self.tensor = None
-
-    def value(self) -> Tensor:
-        """With the shape and the strides of the tensor."""
-        if self.tensor is not None:
-            _unchanged(self.tensor, self.version)
-            return self.tensor
-        assert self.layout is not None
-        return self.layout.restore(self.owner.values(self.content))
-
-    def unpack(self) -> Tensor:
-        if self.tensor is None and torch.is_grad_enabled():
-            raise RuntimeError(
-                "saved= keeps what second derivatives need (create_graph=True) in codes, so they would be wrong. "
-                "Compute them in a forward pass under `with handle.disabled():`."
-            )
-        x = self.value()
-        return x if self.wrap is None else self.wrap(x)
-
-
-class Untouched:
-    """The tensor itself: a parameter, a few values, or what is none of ours."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, x: Tensor, detached: bool = True) -> None:
-        # A parameter whose storage is freed while it is sharded has to be held itself.
-        self.tensor, self.version = x.detach() if detached else x, x._version
-
-    def unpack(self) -> Tensor:
-        _unchanged(self.tensor, self.version)
-        return self.tensor
-
-    value = unpack
-
-
-def _unchanged(x: Tensor, version: int) -> None:
-    """Like autograd, refuse a tensor that was changed in place since it was saved."""
-    if x._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a saved "
-            f"tensor of shape {tuple(x.shape)} is at version {x._version}, expected version {version}. Use the "
-            "operation's version that is not in place, or clone its input first."
-        )
 
 
 class Pass:
     """site: the SavedTensors whose codec, state and listeners serve this pass.
-    buffers: addresses of the storages of the model's buffers.
-    shapes: {shape: dtypes} of parameters and buffers.
-    names: of parameters, by their ids.
+    weights: of its model.
     """
 
-    def __init__(self, site: Any, buffers: set[int], shapes: dict[tuple, set], names: dict[int, str]) -> None:
-        self.site, self.trial = site, site.trial
-        self.buffers, self.shapes, self.names = buffers, shapes, names
+    def __init__(self, site: Any, weights: Weights) -> None:
+        self.site, self.trial, self.weights = site, site.trial, weights
+        self.first = torch.autograd._get_sequence_nr()  # of the nodes that this pass makes
         self.pending: dict[int, list[Slot]] = {}
         self.records: dict[int, dict[str, Any]] = {}
         self.handled: set[int] = set()  # sequence numbers of nodes that have saved something here
         self.seen: set[int] = set()
         self.users: dict[int, str] = {}  # by the number of a node, the operation that takes its result
         self.made_by: dict[tuple[int, int], weakref.ref[Slot]] = {}
-        self.stored: dict[int, tuple[StorageWeakRef, dict]] = {}
+        self.memory = Memory()
         self.counts: Counter[str] = Counter()
         self.report: dict[tuple[str, str], list[int]] = {}
         self.attentions: dict[int, Both] = {}
         self.passed_by = 0  # operations that saved past these hooks
-        self.pool = Pool()
+        self.decoded = Decoded(again=self.trial is None)
         self._asked: list[Any] | None = None
-        self._decoded: list[tuple[weakref.ref, StorageWeakRef, tuple]] = []
-        self._last: dict[bool, Tensor] = {}
 
     # -- hooks ------------------------------------------------------------------------------------------------
     def pack(self, x: Tensor) -> Any:
@@ -140,18 +68,18 @@ class Pass:
         if before is not None and before.name() == "CloneBackward0" and before._sequence_nr() == number:
             number -= 1  # what an operation in place saves of its input is a clone, made after its own node
         self.handled.add(number)
-        local, wrap = x, None
-        if type(x).__name__ == "DTensor" and not isinstance(x, nn.Parameter):
-            local, wrap = x._local_tensor, partial(_sharded, type(x), x._spec)  # type: ignore[attr-defined]
+        local, wrap = local_shard(x)
         if type(local) is not Tensor or local.layout != torch.strided or local.device.type == "meta":
-            return Untouched(x, detached=not isinstance(x, nn.Parameter))
-        if graph.is_parameter(local) or local.untyped_storage()._cdata in self.buffers:
-            return Untouched(x, detached=not graph.is_parameter(local))
-        slot = Slot(self, x, local, wrap)
+            return Untouched(x)
+        if self.weights.has(local):
+            return Untouched(x)
+        slot = Slot(x, local, self.decoded, wrap)
         self.find(x.grad_fn, number)
         self.pending.setdefault(number, []).append(slot)
-        if slot.node is not None:
-            self.made_by.setdefault((x.grad_fn._sequence_nr(), x.output_nr), weakref.ref(slot))
+        if x.grad_fn is not None:
+            key = x.grad_fn._sequence_nr(), x.output_nr
+            if key not in self.made_by or self.made_by[key]() is None:
+                self.made_by[key] = weakref.ref(slot)
         return slot
 
     def unpack(self, packed: Any) -> Tensor:
@@ -162,15 +90,12 @@ class Pass:
 
     def finish(self, outputs: Iterable[Tensor]) -> None:
         """The pass has ended with these outputs: decide about what is still open."""
-        self._resolve(graph.new_nodes([y.grad_fn for y in outputs], self.seen, self.users))
+        self._resolve(y.grad_fn for y in outputs)
         for slots in self.pending.values():
             for slot in slots:
                 self._unknown(slot, "not reached from the outputs")
-        self.pending.clear()
-        self.records.clear()
-        self.attentions.clear()
-        self.made_by.clear()
-        self.stored.clear()
+        for table in (self.pending, self.records, self.attentions, self.made_by, self.memory):
+            table.clear()
 
     # -- from nodes to rules ----------------------------------------------------------------------------------
     def find(self, node: Any, current: int) -> None:
@@ -178,13 +103,12 @@ class Pass:
         if node is None:
             return
         if node._sequence_nr() == current:  # it saves its own result, and is not ready to be asked
-            roots = [before for before, _ in node.next_functions]
+            self._resolve(before for before, _ in node.next_functions)
         else:
-            roots = [node]
-        self._resolve(graph.new_nodes(roots, self.seen, self.users))
+            self._resolve([node])
 
-    def _resolve(self, nodes: list[Any]) -> None:
-        for node in nodes:
+    def _resolve(self, roots: Iterable[Any]) -> None:
+        for node in graph.new_nodes(roots, self.first, self.seen, self.users):
             number = node._sequence_nr()
             slots = self.pending.pop(number, [])
             if number not in self.handled:
@@ -223,10 +147,11 @@ class Pass:
         packed = self.record(node).get(name)
         if isinstance(packed, (Untouched, graph.Number)):
             return packed.value
-        if isinstance(packed, Slot) and packed.wrap is None and not isinstance(packed.content, (Flags, Empty)):
-            return packed.value
-        masks = isinstance(packed, Slot) and isinstance(packed.content, Flags) and packed.content.exact
-        return packed.value if masks else None
+        if not isinstance(packed, Slot) or packed.wrap is not None:
+            return None
+        content = packed.content
+        sides = isinstance(content, Empty) or isinstance(content, Flags) and not content.exact
+        return None if sides else packed.value
 
     def normalised(self, node: Any, name: str) -> Maker | None:
         packed = self.record(node).get(name)
@@ -238,77 +163,65 @@ class Pass:
         if before is None:
             return None
         if before.name() == graph.LEAF:
-            return before.variable.detach if isinstance(before.variable, nn.Parameter) else None
+            return Untouched(before.variable).value if isinstance(before.variable, nn.Parameter) else None
         reference = self.made_by.get((before._sequence_nr(), output))
         slot = None if reference is None else reference()
-        values = slot is not None and slot.wrap is None and not isinstance(slot.content, (Flags, Empty, type(None)))
-        return slot.value if values else None  # type: ignore[union-attr]
+        if slot is None or slot.wrap is not None or isinstance(slot.content, (Flags, Empty, type(None))):
+            return None
+        return slot.value
 
     def _again(self, slot: Slot, run: Tensor) -> Again | None:
-        """Made by the operation whose result lies in the slot's memory and fills it."""
-        size = run.numel() * run.element_size()
-        assert slot.tensor is not None
-        if slot.node is None or slot.wrap or slot.tensor.untyped_storage().nbytes() != size:
+        """Made by the operation whose result is the tensor, or what the tensor is a view of, and fills its memory."""
+        x, made_by = slot.tensor, slot.node
+        if slot.made is None or made_by is None:
             return None
-        node, output = slot.node
-        while node is not None and node.name() in VIEWS:
-            node, output = node.next_functions[0]
-        if node is None or node.name() == graph.LEAF:
+        node, output, layout = slot.made
+        while made_by[0] is not None and made_by[0].name() in VIEWS and made_by != (node, output):
+            made_by = made_by[0].next_functions[0]
+        if made_by != (node, output):  # a function between, as FSDP's, behind which weights are not at hand
+            return None
+        assert x is not None
+        if not run.numel() == math.prod(layout.shape) == x.untyped_storage().nbytes() // x.element_size():
             return None
         run_again = maker(node, output, self)
-        return None if run_again is None else Again(run_again, run.numel())
+        return None if run_again is None else Again(run_again, layout)
 
     # -- how a tensor is kept ---------------------------------------------------------------------------------
     def _decide(self, slot: Slot, node: Any, name: str) -> None:
         x = slot.tensor
         assert x is not None
-        rule, operation = rule_of(node, name), graph.operation(node)
-        if rule == CODES and self._is_square(node) and self.users.get(node._sequence_nr()) not in SUMS:
-            rule = None
+        rule, operation = rule_of(node, name, self.users.get(node._sequence_nr(), "")), graph.operation(node)
         if x.dtype not in FLOATS or x._version != slot.version or (rule != OUTPUT and not self._is_large(x)):
             self._unknown(slot, operation)
         elif rule == SHAPE:
-            self._hold(slot, operation, "shape", lambda run: Empty(run))
+            self._hold(slot, operation, "shape", Empty)
         elif isinstance(rule, Bits):
             self._hold(slot, operation, rule, lambda run: Flags.of(run, rule))
         elif rule == OUTPUT:
             self._attention_output(slot, node, name, operation)
         elif rule == NORMALISED:
-            self._hold(slot, operation, "values", lambda run: self._normalised(slot, run, node, operation), node)
-        elif not slot.follows and (mask := self._mask_of(x)) is not None:
+            self._hold(slot, operation, "values", lambda run: self._normalised(x, run, node, operation), node)
+        elif not slot.follows and (mask := _mask_of(x)) is not None:
             self._hold(slot, operation, "values", lambda run: mask)
         elif rule == CODES and not self._is_weight(slot, node, name):
             self._hold(slot, operation, "values", lambda run: self._values(slot, run, node, operation), node)
         else:
             self._exactly(slot, f"{operation} (weight)" if rule in (WEIGHT, CODES) else operation)
 
-    def _is_square(self, node: Any) -> bool:
-        """x ** 2 or x * x: where it is small, what follows may divide by it, and the gradient is large just there.
-        The sum of a row spreads one gradient over all of it."""
-        if node.name() == "PowBackward0":
-            return float(node._saved_exponent) == 2.0
-        edges = node.next_functions
-        return node.name() == "MulBackward0" and edges[0][0] is not None and edges[0] == edges[1]
-
-    def _hold(self, slot: Slot, operation: str, kind: Any, make: Callable[[Tensor], Any], node: Any = None) -> None:
+    def _hold(self, slot: Slot, operation: str, how: Any, make: Callable[[Tensor], Any], node: Any = None) -> None:
         """As others hold the same memory, or as `make` has it; exactly where nothing would be gained."""
         x = slot.tensor
         assert x is not None
         run, layout, gaps = flatten(x)
-        stored, place = self._stored_of(x), _place(x, run, gaps)
-        content = _alive(stored, ("exactly", *place)) or _alive(stored, (kind, *place))
-        if content is None:
-            content = make(run.detach())
-            if content is None:
-                self._exactly(slot, operation)
-                return
-            stored[(kind, *place)] = weakref.ref(content)
-            self._tell(operation, content, self._raw(stored, place, run), run)
-        if isinstance(content, Exact):
+        held, place = self.memory.of(x), place_of(x, run, gaps)
+        content = held.get("exactly", place) or held.get(how, place)
+        if content is None and (content := make(run.detach())) is not None:
+            self._tell(operation, content, held.put(how, place, content, run), run)
+        if content is None or isinstance(content, Exact):
             self._exactly(slot, operation)
             return
         if self.trial is not None and node is not None:
-            self.trial.use(content, operation, self._weight_edge(node))
+            self.trial.use(content, operation, weight_of(node))
         slot.settle(content, layout)
 
     def _values(self, slot: Slot, run: Tensor, node: Any, operation: str) -> Any:
@@ -316,49 +229,36 @@ class Pass:
             return None
         return self._again(slot, run) or self._encode(run, node, operation)
 
-    def _encode(self, run: Tensor, node: Any, operation: str, rows: bool = True) -> Any:
-        weight = self._weight_edge(node)
-        name = self.names.get(id(weight), "").removesuffix(".weight") or operation
+    def _encode(self, run: Tensor, node: Any, operation: str, rows: bool = True) -> Encoded:
+        name = self.weights.names.get(id(weight_of(node)), "").removesuffix(".weight") or operation
         place = f"{name}#{self.counts[name]}"
         self.counts[name] += 1
         content = self.site.encode(place, run, rows)
         content.place = place
         return content
 
-    def _normalised(self, slot: Slot, run: Tensor, node: Any, operation: str) -> Any:
+    def _normalised(self, x: Tensor, run: Tensor, node: Any, operation: str) -> Any:
         if not self.site.gains(run):
             return None
-        x = slot.tensor
-        assert x is not None
-        record, layout = self.record(node), Layout(tuple(x.shape), x.stride())
-        mean, rstd = (record.get(f"result{i}") for i in (1, 2))
+        mean, rstd = (self.record(node).get(f"result{i}") for i in (1, 2))
         if mean is None or rstd is None or flatten(x)[2] or run.numel() != x.numel():
             return self._encode(run, node, operation)
-        if "Batch" in operation:
-            mean, rstd = (_channel_wise(p.value, x.dim()) for p in (mean, rstd))
-        elif "Group" in operation:
-            each = x.shape[1] // mean.value().shape[-1]
-            mean, rstd = (_group_wise(p.value, x.dim(), each) for p in (mean, rstd))
-        else:
-            mean, rstd = mean.value, rstd.value
-        normal = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        torch.sub(x, mean(), out=normal).mul_(rstd())
-        codes = self._encode(flatten(normal)[0], node, operation, rows="Layer" in operation)
-        return None if codes is None else Normalised(codes, layout, mean, rstd)
+        mean, rstd = (statistic(p.value, operation, tuple(x.shape)) for p in (mean, rstd))
+        return Normalised.of(x, mean, rstd, lambda y: self._encode(y, node, operation, rows="Layer" in operation))
 
     def _attention_output(self, slot: Slot, node: Any, name: str, operation: str) -> None:
-        values = [p.content for key, p in self.record(node).items()
-                  if key in ("query", "key", "value") and isinstance(p, Slot)]  # fmt: skip
-        run = attention(node, self)
-        if run is None or all(isinstance(content, Exact) for content in values):
-            self._exactly(slot, operation)
+        x, run, saved = slot.tensor, attention(node, self), self.record(node)
+        operands = [saved.get(key) for key in ("query", "key", "value")]
+        assert x is not None
+        if run is None or all(isinstance(getattr(p, "content", p), (Exact, Untouched)) for p in operands):
+            self._exactly(slot, operation)  # which fits exact operands
         elif name == "output" and node._saved_dropout_p:
             self._hold(slot, operation, "values", lambda flat: self._encode(flat, node, operation))
         else:
-            both = self.attentions.setdefault(node._sequence_nr(), Both(run))
             index = 0 if name == "output" else 1
-            get = partial(both.get, index)
-            self._hold(slot, operation, "values", lambda flat: Again(get, flat.numel(), shared=index == 0))
+            get = partial(self.attentions.setdefault(node._sequence_nr(), Both(run)).get, index)
+            layout = Layout.of(x)
+            self._hold(slot, operation, "values", lambda flat: Again(get, layout, shared=index == 0))
 
     def _exactly(self, slot: Slot, operation: str) -> None:
         x = slot.tensor
@@ -369,13 +269,12 @@ class Pass:
             slot.version = x._version
         run, _, gaps = flatten(x)
         run = x if gaps else run
-        stored, place = self._stored_of(x), _place(x, run, gaps)
-        content = _alive(stored, ("exactly", *place))
+        held, place = self.memory.of(x), place_of(x, run, gaps)
+        content = held.get("exactly", place)
         if content is None:
             content = Exact(run)
-            stored[("exactly", *place)] = weakref.ref(content)
             operation = operation if self._is_large(x) else "small tensors"
-            self._tell(operation, content, self._raw(stored, place, run), run)
+            self._tell(operation, content, held.put("exactly", place, content, run), run)
         slot.settle(content, None)
 
     def _unknown(self, slot: Slot, operation: str) -> None:
@@ -388,92 +287,32 @@ class Pass:
             self._hold(slot, operation, "values", lambda run: Flags.of(run, Bits(0.0, None, 0.0, 1.0), exact=True))
         elif x.dtype in INTS and x.device.type == "cpu" and (narrow := narrowest(x)) is not None:
             self._hold(slot, operation, "values", lambda run: Narrow(run, narrow))
-        elif x.dtype in FLOATS and not slot.follows and (mask := self._mask_of(x)) is not None:
+        elif x.dtype in FLOATS and not slot.follows and (mask := _mask_of(x)) is not None:
             self._hold(slot, operation, "values", lambda run: mask)
         else:
             self._exactly(slot, operation)
 
-    def _mask_of(self, x: Tensor) -> Flags | None:
-        run, _, _ = flatten(x)
-        found = pack_two_values(run)
-        return None if found is None else Flags(found[0], run.numel(), *found[1:], x.dtype, exact=True)
-
     def _is_weight(self, slot: Slot, node: Any, name: str) -> bool:
-        x = slot.tensor
-        assert x is not None
         if not slot.follows:  # data, a constant, or a cast of a frozen weight
-            return name not in INPUTS or self._is_cast(tuple(x.shape), x.dtype)
+            return name not in INPUTS or self.weights.is_cast(slot.shape, slot.dtype)
         if slot.node is None:
             return False
-        producer = slot.node[0]
-        if name == "mat2" and x.dim() == 2 and producer.name() == "TBackward0":
+        producer, _ = slot.node
+        if name == "mat2" and len(slot.shape) == 2 and producer.name() == "TBackward0":
             return True  # F.linear takes its weight transposed
-        return graph.of_parameters(producer, self.shapes, self._has_data)
-
-    def _is_cast(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether a tensor without a gradient may be a cast of a frozen weight: one of its shape in another dtype.
-        In its own dtype it would be the parameter itself."""
-        kinds = self.shapes.get(shape, set()) | self.shapes.get(shape[::-1], set())
-        return bool(kinds) and dtype not in kinds
+        return self.weights.computed(producer, self._has_data)
 
     def _has_data(self, node: Any) -> bool:
         """Whether a node saves what is neither a weight nor depends on one that is trained."""
         slots = [packed for packed in self.record(node).values() if isinstance(packed, Slot) and not packed.follows]
-        return not all(not slot.shape or self._is_cast(slot.shape, slot.dtype) for slot in slots)
+        return not all(not slot.shape or self.weights.is_cast(slot.shape, slot.dtype) for slot in slots)
 
-    # -- bookkeeping ------------------------------------------------------------------------------------------
     def _is_large(self, x: Tensor) -> bool:
         rows = 1 if self.trial is None else self.trial.scale
         if x.numel() * rows < self.site.smallest:
             return False
         # Means and deviations of norms: few, and everything depends on them.
         return not (x.dtype in FLOATS and x.dim() > 1 and x.shape[-1] == 1)
-
-    def _weight_edge(self, node: Any) -> Any:
-        """The parameter that a layer multiplies its input with: the gradient of no other depends on that input."""
-        for before, _ in node.next_functions:
-            while before is not None and before.name() in VIEWS:
-                before = before.next_functions[0][0]
-            if before is not None and before.name() == graph.LEAF and before.variable.dim() > 1:
-                return before.variable
-        for before, _ in node.next_functions:
-            if before is not None and before.name() == graph.LEAF:
-                return before.variable
-        return None
-
-    def values(self, content: Any) -> Tensor:
-        """The memory of a content, flat.
-
-        Neighbouring operations often saved the same tensor, so the last one of codes and the last one that was made
-        again stay, and what an operation still uses is found again.
-        """
-        for known, storage, layout in self._decoded:
-            if known() is content and (flat := _revived(storage, *layout)) is not None:
-                return flat
-        with torch.no_grad(), self.pool.used():
-            flat = content.get()
-        if self.trial is None and flat.dtype in FLOATS and type(flat) is torch.Tensor:
-            layout = (flat.dtype, flat.storage_offset(), flat.numel())
-            reference = StorageWeakRef(flat.untyped_storage())
-            self._decoded = [*self._decoded[1 - DECODED :], (weakref.ref(content), reference, layout)]
-            if getattr(content, "shared", True):
-                self._last[isinstance(content, Again)] = flat
-        return flat
-
-    def _stored_of(self, x: Tensor) -> dict:
-        """What of this storage is held.  The weak reference keeps its address from being used again."""
-        storage = x.untyped_storage()
-        entry = self.stored.get(storage._cdata)
-        if entry is None or entry[0].expired():
-            entry = self.stored[storage._cdata] = (StorageWeakRef(storage), {})
-        return entry[1]
-
-    def _raw(self, stored: dict, place: tuple, run: Tensor) -> int:
-        """Bytes that autograd would hold for this memory, once."""
-        if ("raw", *place) in stored:
-            return 0
-        stored[("raw", *place)] = None
-        return run.numel() * run.element_size()
 
     def _tell(self, operation: str, content: Any, raw: int, run: Tensor) -> None:
         row = self.report.setdefault((operation, content.how), [0, 0, 0])
@@ -483,34 +322,7 @@ class Pass:
         self.site.tell(getattr(content, "place", operation), raw, content.nbytes, codec=content.codec, **more)
 
 
-def _sharded(kind: type, spec: Any, local: Tensor) -> Tensor:
-    return kind(local, spec, requires_grad=False)
-
-
-def _place(x: Tensor, run: Tensor, gaps: bool) -> tuple:
-    """A key of a run of memory.  One with gaps is told by its strides too."""
-    strides = (tuple(x.shape), x.stride()) if gaps else None
-    return x.storage_offset(), run.numel(), x.dtype, x._version, strides
-
-
-def _alive(stored: dict, key: tuple) -> Any:
-    reference = stored.get(key)
-    return None if reference is None else reference()
-
-
-def _revived(reference: StorageWeakRef, dtype: torch.dtype, offset: int, n: int) -> Tensor | None:
-    """A flat tensor in that storage, if something still holds it."""
-    storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-    return None if storage is None else torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, (n,))
-
-
-def _channel_wise(value: Maker, dims: int) -> Maker:
-    return lambda: value().view(1, -1, *[1] * (dims - 2))
-
-
-def _group_wise(value: Maker, dims: int, each: int) -> Maker:
-    def run() -> Tensor:
-        values = value()
-        return values.repeat_interleave(each, dim=-1).view(values.shape[0], -1, *[1] * (dims - 2))
-
-    return run
+def _mask_of(x: Tensor) -> Flags | None:
+    run, _, _ = flatten(x)
+    found = pack_two_values(run)
+    return None if found is None else Flags(found[0], run.numel(), *found[1:], x.dtype, exact=True)

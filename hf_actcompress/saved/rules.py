@@ -48,29 +48,29 @@ def _after(value: float, up: bool) -> float:
     return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), end))
 
 
-def _relu(node: Any) -> Rule:
+def _relu(node: Any, user: str) -> Rule:
     return Bits(0.0, None, 0.0, 1.0)
 
 
-def _leaky(node: Any) -> Rule:
+def _leaky(node: Any, user: str) -> Rule:
     return Bits(0.0, None, -1.0, 1.0)
 
 
-def _threshold(node: Any) -> Rule:
+def _threshold(node: Any, user: str) -> Rule:
     t = float(node._saved_threshold)
     return Bits(t, None, t, _after(t, True))
 
 
-def _hardtanh(node: Any) -> Rule:
+def _hardtanh(node: Any, user: str) -> Rule:
     low, high = float(node._saved_min_val), float(node._saved_max_val)
     return Bits(low, high, low, (low + high) / 2)
 
 
-def _hardsigmoid(node: Any) -> Rule:
+def _hardsigmoid(node: Any, user: str) -> Rule:
     return Bits(-3.0, 3.0, -3.0, 0.0)
 
 
-def _clamp(node: Any) -> Rule:
+def _clamp(node: Any, user: str) -> Rule:
     """A bound itself lets no gradient pass."""
     low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
     if low is None and high is None:
@@ -83,11 +83,27 @@ def _clamp(node: Any) -> Rule:
     return Bits(float(low), float(high), float(low), (float(low) + float(high)) / 2)
 
 
-def _power(node: Any) -> Rule:
-    return CODES if float(node._saved_exponent) in (1.0, 2.0, 3.0) else None
+# What spreads one gradient over all of a row of squares.
+SPREADING = frozenset({"Addmm", "Convolution", "Mean", "Mm", "Sum"})
 
 
-def _norm(node: Any) -> Rule:
+def _square(user: str) -> Rule:
+    """Where a square is small, what follows may divide by it, and the gradient is large just there; not so in a sum,
+    or in a product with a weight."""
+    return CODES if user in SPREADING else None
+
+
+def _power(node: Any, user: str) -> Rule:
+    exponent = float(node._saved_exponent)
+    return _square(user) if exponent == 2.0 else CODES if exponent in (1.0, 3.0) else None
+
+
+def _factor(node: Any, user: str) -> Rule:
+    one, other = node.next_functions
+    return _square(user) if one == other and one[0] is not None else CODES
+
+
+def _norm(node: Any, user: str) -> Rule:
     """In evaluation mode the statistics do not depend on the input, which then goes in linearly."""
     return NORMALISED if getattr(node, "_saved_training", True) else CODES
 
@@ -101,8 +117,9 @@ _POOL = {"self": SHAPE}
 _ATTENTION = {**dict.fromkeys(("query", "key", "value"), CODES),
               **dict.fromkeys(("output", "logsumexp", "log_sumexp"), OUTPUT)}  # fmt: skip
 
-# "<Operation>Backward<n>": {saved tensor: rule, or a function of the node that gives one}
-RULES: dict[str, dict[str, Rule | Callable[[Any], Rule]]] = {
+# "<Operation>Backward<n>": {saved tensor: rule, or a function that gives one for the node and the operation that takes
+# its result}
+RULES: dict[str, dict[str, Rule | Callable[[Any, str], Rule]]] = {
     # Products.
     "AddmmBackward0": {"mat1": CODES, "mat2": CODES},
     "MmBackward0": {"self": CODES, "mat2": CODES},
@@ -113,7 +130,7 @@ RULES: dict[str, dict[str, Rule | Callable[[Any], Rule]]] = {
     "AddmvBackward0": {"mat": CODES, "vec": CODES},
     "AddrBackward0": {"vec1": CODES, "vec2": CODES},
     "DotBackward0": {"self": CODES, "tensor": CODES},
-    "MulBackward0": _PRODUCT,
+    "MulBackward0": {"self": _factor, "other": _factor},
     "AddcmulBackward0": {"tensor1": CODES, "tensor2": CODES},
     "MatmulBackward0": _PRODUCT,
     "LinearBackward0": {"input": CODES, "weight": WEIGHT},
@@ -180,7 +197,7 @@ RULES: dict[str, dict[str, Rule | Callable[[Any], Rule]]] = {
 # Of these the gradient of the input comes out exactly.
 BITS_OR_SHAPE = frozenset(
     name for name, rules in RULES.items() if all(rule == SHAPE or callable(rule) for rule in rules.values())
-) - {"PowBackward0"}
+) - {"MulBackward0", "PowBackward0"}
 
 # Nodes that hand on the same memory under another shape.
 VIEWS = frozenset(
@@ -191,22 +208,22 @@ VIEWS = frozenset(
 )
 
 
-def rule_of(node: Any, saved: str) -> Rule:
-    """How the tensor `saved` of this node may be kept; None: exactly."""
+def rule_of(node: Any, saved: str, user: str = "") -> Rule:
+    """How the tensor `saved` of this node may be kept; None: exactly.  user: the operation that takes its result."""
     rule = RULES.get(node.name(), {}).get(saved)
-    return rule(node) if callable(rule) else rule
+    return rule(node, user) if callable(rule) else rule
 
 
 def register_saved_rule(operation: str, **rules: str) -> None:
     """Say how what an operation saves may be kept, for operations that this table does not know.
 
-    operation: the name of its node in autograd's graph, without "Backward<n>" of the end or with it: what
-        `handle.report()` shows, such as "MyAttentionBackward" for a torch.autograd.Function named MyAttention.
+    operation: what `handle.report()` shows, such as "MyAttention" for a torch.autograd.Function of that name; or the
+        whole name of its node in autograd's graph ("MyAttentionBackward").
     rules: for each saved tensor "codes" (its backward is linear in it, or smooth), "shape" (needs its shape alone) or
         "exact".  Of a torch.autograd.Function they are called tensor0, tensor1, ... in the order of
         `ctx.save_for_backward`.
 
-        register_saved_rule("MyAttentionBackward", tensor0="codes", tensor1="codes")
+        register_saved_rule("MyAttention", tensor0="codes", tensor1="codes")
 
     Raises ValueError for another rule.
     """
@@ -215,5 +232,7 @@ def register_saved_rule(operation: str, **rules: str) -> None:
         if rule not in known:
             raise ValueError(f"{operation}: {name}={rule!r} is not a rule; choose one of: {', '.join(known)}.")
     if not isinstance(operation, str) or not operation:
-        raise ValueError(f"operation={operation!r} is not the name of a node, such as 'MyAttentionBackward'.")
-    RULES[operation] = {name: known[rule] for name, rule in rules.items()}
+        raise ValueError(f"operation={operation!r} is not the name of an operation, such as 'MyAttention'.")
+    whole = "Backward" in operation
+    for node in [operation] if whole else [f"{operation}Backward", f"{operation}Backward0"]:
+        RULES[node] = {name: known[rule] for name, rule in rules.items()}

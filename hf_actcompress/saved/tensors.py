@@ -24,7 +24,9 @@ from ..codecs import Codec, raw_nbytes
 from ..observe.events import Event, Listener
 from ..observe.nonfinite import Nonfinite, check
 from .kept import encode
-from .passes import Pass, Untouched
+from .passes import Pass
+from .slots import Untouched
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +120,7 @@ class SavedTensors:
             yield
             return
         check([self.found])
-        parameters = dict(self.model.named_parameters())
-        buffers = list(self.model.buffers())
-        shapes: dict[tuple, set] = {}
-        for t in (*parameters.values(), *buffers):
-            shapes.setdefault(tuple(t.shape), set()).add(t.dtype)
-        addresses = {b.untyped_storage()._cdata for b in buffers if type(b) in (Tensor, nn.Parameter)}
-        current = Pass(self, addresses, shapes, {id(p): name for name, p in parameters.items()})
+        current = Pass(self, Weights(self.model))
         self.tell("", calls=1)
         hooks, before = self._hooks(), self._compiled()
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)

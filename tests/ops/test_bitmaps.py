@@ -1,16 +1,15 @@
-"""Flags, slopes, tables and 8-bit floats: the forms agree, and each does what it says."""
+"""Flags, tables and 8-bit floats: the forms agree, and each does what it says."""
 
 import math
 
 import pytest
 import torch
-from helpers.operators import agree, agree_in_triton, interpreted, needs_compiler, needs_triton, run
+from helpers.operators import agree, agree_in_triton, needs_compiler, needs_triton, run
 
-from hf_actcompress.ops.bitmaps import FUNCTIONS, decode_table, encode_slopes, pack_flags
+from hf_actcompress.ops.bitmaps import decode_table, pack_flags
 from hf_actcompress.ops.cpu.forms import two_valued
 from hf_actcompress.ops.float8 import FORMATS
 from hf_actcompress.ops.ranges import tensor_scale
-from hf_actcompress.saved.slopes import SLOPES, extreme
 
 SHAPES = [(256,), (3, 5, 128), (7, 1000), (13,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,32 +42,6 @@ def test_tables(bits, dtype):
         codes = torch.randint(0, 256, ((n // 128 * 128 + -(-(n % 128) // 8) * 8) * bits // 8,), dtype=torch.uint8)
         y = agree("decode_table", codes, table, list(shape), bits)
         assert set(y.view(-1).tolist()) <= set(table.tolist())
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(
-    "form", [pytest.param("cpu", marks=needs_compiler), pytest.param("triton", marks=needs_triton)]
-)
-def test_slopes_are_those_of_the_definition_but_for_the_last_bit(form, function):
-    least, most = SLOPES[function](-extreme(function)), SLOPES[function](extreme(function))
-    for shape in SHAPES[1:] if form == "triton" else SHAPES:
-        x = torch.randn(shape) * 3
-        x.view(-1)[:2] = torch.tensor([math.inf, -math.inf])
-        expected, _ = run("encode_slopes", "reference", x, function, least, most, 3, 42, "count")
-        with interpreted():
-            found, count = run("encode_slopes", form, x, function, least, most, 3, 42, "count")
-        assert count == 0 and (expected != found).float().mean() < 0.002
-        x.view(-1)[5] = math.nan
-        with interpreted():
-            assert run("encode_slopes", form, x, function, least, most, 3, 42, "count")[1]
-
-
-def test_slopes_are_right_on_average():
-    x = torch.full((1 << 15,), 0.3)
-    least, most = SLOPES["gelu"](-extreme("gelu")), SLOPES["gelu"](extreme("gelu"))
-    codes = encode_slopes(x, "gelu", least, most, 2, 1, None)
-    levels = torch.tensor([least + (most - least) * i / 3 for i in range(4)])
-    assert abs(decode_table(codes, levels, list(x.shape), 2).mean() - SLOPES["gelu"](0.3)) < 0.01
 
 
 def test_two_values():

@@ -15,7 +15,6 @@ from .library import library_for
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FUNCTIONS = ("gelu", "gelu_tanh", "silu")
 LARGEST = 1024  # columns of a group
 
 
@@ -165,19 +164,6 @@ def two_valued(x: Tensor, value: float) -> Tensor | None:
     bits = torch.empty(codes_nbytes(x.numel(), COLS, 1), dtype=torch.uint8)
     strange = library.two_flags(x.data_ptr(), KINDS[x.dtype], x.numel(), value, bits.data_ptr())
     return None if strange else bits
-
-
-def encode_slopes(x, function, least, most, bits, key, nonfinite):  # noqa: ANN001, ANN201
-    if x.dtype not in FLOATS or bits > 8 or not x.numel() or (library := library_for(x.numel())) is None:
-        return NotImplemented
-    x, n = x.contiguous(), x.numel()
-    codes = torch.empty(codes_nbytes(n, COLS, bits), dtype=torch.uint8)
-    count = library.slope_encode(
-        x.data_ptr(), KINDS[x.dtype], FUNCTIONS.index(function), bits, n, least, (2**bits - 1) / (most - least),
-        key & 0xFFFFFFFF, codes.data_ptr(),
-    )  # fmt: skip
-    raise_counter(nonfinite, bool(count))
-    return codes
 
 
 def decode_table(codes, table, shape, bits):  # noqa: ANN001, ANN201

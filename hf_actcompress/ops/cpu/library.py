@@ -22,8 +22,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in (
-    "native.cpp", "native_decode.cpp", "native_rotated.cpp", "native_selection.cpp", "native_slopes.cpp",
-    "native_tables.cpp",
+    "native.cpp", "native_decode.cpp", "native_rotated.cpp", "native_selection.cpp", "native_tables.cpp",
 )]  # fmt: skip
 HEADERS = [Path(__file__).with_name(name) for name in ("native.h", "native_levels.h")]
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off",
@@ -41,7 +40,6 @@ SIGNATURES: dict[str, tuple] = {  # name: result, arguments
     "keep_largest": (_i, _p, _i, _n, _n, _i, _p),
     "place_values": (None, _p, _n, _i, _p, _n, _p),
     "sorted_codes": (None, _p, _i, _n, _p, _p, _p, _p, _i, _i, _p, _p),
-    "slope_encode": (_n, _p, _i, _i, _i, _n, _f, _f, _u, _p),
     "group_values": (None, _p, _i, _p, _i, _i, _p, _p, _n, _n, _i, _i, _p),
     "rotated_codes": (_n, _p, _i, _p, _p, _p, _n, _n, _i, _i, _i, _i, _p, _p, _p, _p, _p, _p, _p, _p),
     "rotated_values": (None, _p, _p, _p, _p, _n, _n, _i, _i, _i, _i, _p, _p, _p, _i, _p),
