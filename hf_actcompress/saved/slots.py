@@ -33,8 +33,8 @@ class Untouched:
         unchanged(x, self.version)
         if x.numel() and not x.untyped_storage().nbytes():
             raise RuntimeError(
-                f"saved: backward needs a parameter of shape {tuple(x.shape)} whose memory was freed, as by FSDP after "
-                "the forward pass. Shard that layer and the one that takes its output together, or with "
+                f"saved: backward needs a parameter of shape {tuple(x.shape)} whose memory was freed, as by FSDP "
+                "after the forward pass. Shard that layer and the one that takes its output together, or with "
                 "reshard_after_forward=False."
             )
         return x
