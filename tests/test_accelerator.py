@@ -14,7 +14,7 @@ from helpers.trainers import make_trainer, same, weights
 
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved import kept
 from hf_actcompress.weights import LCCallback, load_compressed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -135,7 +135,7 @@ def test_identity_boundaries_change_no_bit(autocast):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(site, "SMALLEST", 16)
+    monkeypatch.setattr(kept, "SMALLEST", 16)
 
 
 def gradients(model, batch, spec, autocast=False):

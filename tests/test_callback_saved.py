@@ -16,9 +16,9 @@ from hf_actcompress import ActCompressCallback, ActCompressConfig
 
 
 def test_saved_tensors_are_coded_and_logged(tmp_path, monkeypatch):
-    from hf_actcompress.saved import tensors as saved
+    from hf_actcompress.saved import kept
 
-    monkeypatch.setattr(saved, "SMALLEST", 16)
+    monkeypatch.setattr(kept, "SMALLEST", 16)
     callback = ActCompressCallback(ActCompressConfig(first=0, last=0, saved="block:bits=4"))
     trainer = make_trainer(tmp_path, callback)
     trainer.train()
@@ -40,9 +40,9 @@ def test_saved_with_identity_is_training_without(tmp_path):
 
 
 def test_bits_of_a_budget_are_logged_and_saved(tmp_path, monkeypatch, caplog):
-    from hf_actcompress.saved import tensors as saved
+    from hf_actcompress.saved import kept
 
-    monkeypatch.setattr(saved, "SMALLEST", 16)
+    monkeypatch.setattr(kept, "SMALLEST", 16)
     callback = ActCompressCallback(ActCompressConfig(first=0, last=0, saved="auto:budget=0.2"))
     trainer = make_trainer(tmp_path, callback, save_strategy="steps", save_steps=3)
     with caplog.at_level("INFO", logger="hf_actcompress.saved.budget"):
@@ -58,9 +58,9 @@ def test_bits_of_a_budget_are_logged_and_saved(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("codec", ["block:bits=2", "auto:budget=0.2"])
 @pytest.mark.parametrize("restore", [False, True])
 def test_saved_tensors_resume_as_if_unbroken(tmp_path, monkeypatch, restore, codec):
-    from hf_actcompress.saved import tensors as saved
+    from hf_actcompress.saved import kept
 
-    monkeypatch.setattr(saved, "SMALLEST", 16)
+    monkeypatch.setattr(kept, "SMALLEST", 16)
 
     def callback():
         return ActCompressCallback(ActCompressConfig(first=0, last=0, saved=codec))

@@ -129,6 +129,11 @@ def _cast(node: Any, kept: Kept, depth: int) -> Maker | None:
     return None if x is None else lambda: x().to(device, dtype)
 
 
+def _view(node: Any, kept: Kept, depth: int) -> Maker | None:
+    x, shape = source(node, 0, kept, depth + 1), node._input_metadata[0].shape
+    return None if x is None else lambda: x().reshape(shape)
+
+
 def _dropout(node: Any, kept: Kept, depth: int) -> Maker | None:
     x, mask, p = source(node, 0, kept, depth), kept.saved(node, "result1"), node._saved_p
     if x is None or mask is None or p >= 1:
@@ -203,6 +208,7 @@ MAKERS: dict[str, Callable[[Any, Kept, int], Maker | None]] = {
     "FusedRmsNormBackward0": _rms_norm,
     "MulBackward0": _product,
     "ToCopyBackward0": _cast,
+    "ViewBackward0": _view, "ReshapeAliasBackward0": _view, "UnsafeViewBackward0": _view,
     "NativeDropoutBackward0": _dropout,
     **dict.fromkeys(
         ("NativeBatchNormBackward0", "NativeBatchNormLegitBackward0", "CudnnBatchNormBackward0",

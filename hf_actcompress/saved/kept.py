@@ -21,6 +21,11 @@ from ..ops.memory import fresh
 from .masks import unpack_flags
 from .rules import Bits
 
+# Elements; smaller tensors are a thousandth of the bytes.  What a pooler or a classifier takes is among them, and half
+# of the error of all gradients would come from there.
+SMALLEST = 1 << 14
+SHORT = 32  # values; a shorter row is joined with its neighbours, since a scale takes as much as 8 codes of 4 bits
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -111,9 +116,6 @@ def encode(
     table = run.view(-1, width)
     filled = torch.cat([table, table[:, -1:].expand(-1, padded - width)], 1)
     return Encoded(codec, codec.encode(filled, state, nonfinite=nonfinite), width)
-
-
-SHORT = 32  # values; a shorter row is joined with its neighbours, since a scale takes as much as 8 codes of 4 bits
 
 
 def row_of(shape: tuple[int, ...]) -> int:

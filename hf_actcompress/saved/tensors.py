@@ -23,16 +23,12 @@ from torch import Tensor, nn
 from ..codecs import Codec, raw_nbytes
 from ..observe.events import Event, Listener
 from ..observe.nonfinite import Nonfinite, check
-from .kept import encode
+from . import kept
 from .passes import Pass
 from .slots import Untouched
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
-
-# Elements; smaller tensors are a thousandth of the bytes.  What a pooler or a classifier takes is among them, and half
-# of the error of all gradients would come from there.
-SMALLEST = 1 << 14
 
 _running = threading.local()  # .passes: the passes of this thread, the innermost last
 
@@ -79,6 +75,8 @@ class SavedTensors:
         self.rows: list[dict[str, Any]] = []  # of the last pass
         self._said: set[str] = set()
         self._entered = 0
+        module = sys.modules.get(f"{__package__}.compiled")
+        self._graphs = 0 if module is None else len(module.graphs_of(self.codec))  # that were compiled before
 
     # -- measurements -------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -140,23 +138,25 @@ class SavedTensors:
     def _hooks(self) -> tuple[Any, Any]:
         """Functions; or, where torch.compile may meet them, GraphModules that call them or are inlined."""
         if self.bits is None and self.trial is None and "torch._dynamo" in sys.modules:
-            from .compiled import graph_hooks
+            from . import compiled
 
             with contextlib.suppress(ValueError):  # a codec that cannot be used there; in eager mode it can
-                return graph_hooks(self.codec, pack, unpack)
+                return compiled.graph_hooks(self.codec, pack, unpack, self.state)
         return pack, unpack
 
     def _compiled(self) -> tuple[int, int]:
         """Bytes so far that compiled graphs would have held, and bytes that they held."""
-        module = sys.modules.get(f"{__package__}.compiled_ops")
-        total = None if module is None else module.TOTALS.get(str(self.codec))
+        module = sys.modules.get(f"{__package__}.compiled")
+        total = None if module is None else module.totals(self.codec)
         return (0, 0) if total is None else (total.raw, total.held)
 
     def _note(self, done: Pass, before: tuple[int, int]) -> None:
         raw, held = (now - then for now, then in zip(self._compiled(), before, strict=True))
         if raw:
-            done.report["compiled graphs", "codes"] = [1, raw, held]
+            from . import compiled
+
             self.tell("compiled graphs", raw, held)
+            done.report.update(compiled.report(self.codec, self._graphs, raw, held))
         self.rows = [
             {"operation": operation, "kept": how, "tensors": n, "raw_bytes": raw, "held_bytes": held}
             for (operation, how), (n, raw, held) in sorted(done.report.items(), key=lambda row: -row[1][2])
@@ -196,7 +196,7 @@ class SavedTensors:
     # -- what a pass asks ---------------------------------------------------------------------------------------
     @property
     def smallest(self) -> int:
-        return SMALLEST
+        return kept.SMALLEST
 
     def gains(self, run: Tensor) -> bool:
         """Whether the codec takes such a tensor, and saves bytes."""
@@ -210,7 +210,7 @@ class SavedTensors:
         """Codes of a contiguous tensor, which is saved at the place of that name."""
 
         def by(codec: Codec) -> Any:
-            found = encode(codec, run, self.state, self.found.on(run.device), rows)
+            found = kept.encode(codec, run, self.state, self.found.on(run.device), rows)
             self.found.check_at_once(run)
             return found
 

@@ -27,7 +27,7 @@ from helpers import build, differing, hooks_on, text_batch, train_steps  # noqa:
 from helpers.trainers import make_trainer, weights  # noqa: E402
 from hf_actcompress import ActCompressCallback, ActCompressConfig, compress_model  # noqa: E402
 from hf_actcompress.pipeline.launch import leave  # noqa: E402
-from hf_actcompress.saved import tensors as site  # noqa: E402
+from hf_actcompress.saved import kept  # noqa: E402
 
 CODECS = ("identity", "block:bits=4", "auto:budget=0.2")
 
@@ -123,7 +123,7 @@ def trained(found: dict, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    site.SMALLEST = 16  # tiny models have tiny tensors
+    kept.SMALLEST = 16  # tiny models have tiny tensors
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), {}
     replicated(found, rank)

@@ -65,7 +65,7 @@ def test_bf16_autocast():
 
 @pytest.mark.parametrize("saved", ["block:bits=4", "auto:budget=0.2"])
 def test_saved_tensors(saved, monkeypatch):
-    monkeypatch.setattr("hf_actcompress.saved.tensors.SMALLEST", 16)
+    monkeypatch.setattr("hf_actcompress.saved.kept.SMALLEST", 16)
     (trace, _, states, handle), (other, _, others, _) = traces("bert", config(saved=saved), steps=2)
     assert differing(trace, other) == []
     assert states["saved"] == others["saved"]

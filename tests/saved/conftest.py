@@ -2,10 +2,10 @@
 
 import pytest
 
-from hf_actcompress.saved import tensors
+from hf_actcompress.saved import kept
 
 
 @pytest.fixture
 def small_tensors(monkeypatch):
     """Compress tensors of 16 elements too: tiny models have no larger ones."""
-    monkeypatch.setattr(tensors, "SMALLEST", 16)
+    monkeypatch.setattr(kept, "SMALLEST", 16)

@@ -12,8 +12,7 @@ from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.observe.gradients import ExactPass
-from hf_actcompress.saved import budget, sensitivity
-from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved import budget, kept, sensitivity
 from hf_actcompress.saved.budget import CHOICES, Budget, allot
 from hf_actcompress.saved.sensitivity import REFERENCE, Slot, Trial
 
@@ -21,7 +20,7 @@ from hf_actcompress.saved.sensitivity import REFERENCE, Slot, Trial
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Tiny models have tiny tensors."""
-    monkeypatch.setattr(site, "SMALLEST", 16)
+    monkeypatch.setattr(kept, "SMALLEST", 16)
 
 
 def auto(share, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.saved.compiled import compiled_report, graph_hooks
+from hf_actcompress.saved.compiled import graph_hooks, graphs_of
 
 BACKEND = "aot_eager_decomp_partition"  # inductor's graphs, run by torch
 IDS = torch.randint(5, 200, (8, 64), generator=torch.Generator().manual_seed(0))
@@ -47,11 +47,11 @@ def bert(layers=2):
     return model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS[:, 0] % 2}
 
 
-def llama():
+def llama(layers=2):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=200, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=200, hidden_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=384,
     )  # fmt: skip
     return LlamaForCausalLM(config).train(), {"input_ids": IDS, "labels": IDS}
@@ -70,7 +70,7 @@ def error(a, b):
 
 
 def rows_of(spec):
-    return compiled_report(parse_codec(spec))[-1]
+    return graphs_of(parse_codec(spec))[-1]
 
 
 def ratio_of(spec):

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from hf_actcompress import compress_model
 from hf_actcompress.ops import memory
-from hf_actcompress.saved import passes
-from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved import kept, passes
 from hf_actcompress.saved.kept import Encoded, Exact, flatten, narrowest
 from hf_actcompress.saved.normalised import Normalised
 from hf_actcompress.saved.slots import Untouched
@@ -201,7 +200,7 @@ def test_means_and_deviations_of_norms_are_kept():
 
 def test_a_small_view_of_a_large_tensor_does_not_hold_it(monkeypatch):
     """As of one token of every row, which a pooler takes."""
-    monkeypatch.setattr(site, "SMALLEST", 1 << 14)
+    monkeypatch.setattr(kept, "SMALLEST", 1 << 14)
     x, weight = torch.randn(64, 128, 32), torch.randn(4, 32, requires_grad=True)
     _, grad, record = backward_of(lambda x, w: F.linear((x * 1)[:, 0], w).square(), x, parameters=(weight,))
     assert record.payload_bytes <= 64 * (32 + 4) * 4

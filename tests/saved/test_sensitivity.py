@@ -7,13 +7,12 @@ from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.observe.gradients import ExactPass
-from hf_actcompress.saved import sensitivity
-from hf_actcompress.saved import tensors as site
+from hf_actcompress.saved import kept, sensitivity
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(site, "SMALLEST", 16)
+    monkeypatch.setattr(kept, "SMALLEST", 16)
     monkeypatch.setattr(sensitivity, "COST", 1e9)
 
 

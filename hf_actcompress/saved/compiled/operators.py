@@ -19,15 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs.base import Codec
-from ..codecs.block import Block
-from ..codecs.parse import parse_codec
-from ..codecs.payload import Payload
-from ..codecs.rounding import RoundingState, key_of
-from ..ops.bitmaps import decode_table, pack_flags
-from ..ops.groups import dequantize_groups, quantize_groups
-from ..ops.library import operator
-from ..ops.packing import COLS, codes_nbytes
+from ...codecs.base import Codec, CodecState
+from ...codecs.block import Block
+from ...codecs.parse import parse_codec
+from ...codecs.payload import Payload
+from ...codecs.rounding import key_of
+from ...ops.bitmaps import decode_table, pack_flags
+from ...ops.groups import dequantize_groups, quantize_groups
+from ...ops.library import operator
+from ...ops.packing import COLS, codes_nbytes
 
 
 @dataclass
@@ -40,12 +40,8 @@ class Totals:
 
 
 TOTALS: dict[str, Totals] = {}
-STATES: dict[str, RoundingState] = {}  # by codec: which noise comes next
+STATES: dict[str, CodecState | None] = {}  # by codec: of the site whose pass runs: which noise comes next
 codec_of = functools.lru_cache(64)(parse_codec)
-
-
-def state_of(codec: str) -> RoundingState:
-    return STATES.setdefault(codec, RoundingState("compiled"))
 
 
 def _count(codec: str, x: Tensor, payload: Tensor, again: float, exact: float) -> None:
@@ -63,10 +59,10 @@ def _encode(x: Tensor, codec: str, group: int, tail: int, again: float, exact: f
     form, x = codec_of(codec), x.contiguous()
     if group:
         out = _encode_fake(x, codec, group, tail, again, exact)
-        key = key_of(form, state_of(codec))
+        key = key_of(form, STATES.get(codec))
         parts = quantize_groups(x, None, 1, None, group, form.bits, key, None)
     else:
-        parts = list(form.encode(x, form.init_state()).tensors.values())
+        parts = list(form.encode(x, STATES.get(codec)).tensors.values())
         out = x.new_empty(sum(part.nbytes for part in parts), dtype=torch.uint8)
     flat, begin = out.view(-1), 0
     for part in parts:
@@ -113,14 +109,14 @@ def _as_payload(codec: Codec, flat: Tensor, shape: tuple[int, ...], dtype: torch
     return Payload(str(codec), shape, dtype, tensors)
 
 
-def _bits(x: Tensor, codec: str) -> Tensor:
-    out, packed = _bits_fake(x, codec), pack_flags(x.contiguous(), 0.0, None)
+def _bits(x: Tensor, codec: str, itemsize: int) -> Tensor:
+    out, packed = _bits_fake(x, codec, itemsize), pack_flags(x.contiguous(), 0.0, None)
     out.view(-1)[: packed.numel()].copy_(packed)
-    _count(codec, x, out, 0.0, 0.0)
+    _count(codec, x, out, itemsize - 1, 0.0)
     return out
 
 
-def _bits_fake(x, codec):  # noqa: ANN001, ANN202
+def _bits_fake(x, codec, itemsize):  # noqa: ANN001, ANN202
     return x.new_empty([*x.shape[:-1], -(-x.shape[-1] // 8)], dtype=torch.uint8)
 
 
@@ -148,6 +144,6 @@ decode_saved = operator(
     "decode_saved(Tensor payload, str codec, int group, int[] tail, ScalarType dtype) -> Tensor",
     _decode, _decode_fake,
 )  # fmt: skip
-# bool [*lead, row] -> uint8 [*lead, row / 8 rounded up], and back.
-bits_saved = operator("bits_saved(Tensor x, str codec) -> Tensor", _bits, _bits_fake)
+# bool [*lead, row] -> uint8 [*lead, row / 8 rounded up], and back.  itemsize: of the tensor that it stands for, bytes.
+bits_saved = operator("bits_saved(Tensor x, str codec, int itemsize) -> Tensor", _bits, _bits_fake)
 flags_saved = operator("flags_saved(Tensor payload, int row) -> Tensor", _flags, _flags_fake)
