@@ -78,6 +78,8 @@ def test_images_with_channels_last_keep_their_order(key):
         ((300, 24), torch.float32, 128, 4, None, True), ((2, 16, 8, 8), torch.float32, 16, 3, -7, True),
         ((5, 9, 70), torch.bfloat16, 128, 2, 5, False), ((3, 7, 5), torch.float16, 64, 7, None, False),
         ((2500,), torch.float32, 128, 8, 5, False), ((5,), torch.float32, 128, 1, None, False),
+        ((40, 192), torch.float32, 192, 4, 11, True), ((31, 104), torch.bfloat16, 24, 3, None, False),
+        ((9, 200), torch.float32, 200, 2, 5, False), ((7, 96), torch.float16, 96, 7, 3, True),
     ],
 )  # fmt: skip
 def test_triton(shape, dtype, cols, bits, key, scaled):

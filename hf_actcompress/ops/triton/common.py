@@ -28,7 +28,7 @@ def is_wide(n: int) -> bool:
 
 
 def takes(x: Tensor, cols: int, bits: int) -> bool:
-    return x.dtype in FLOATS and x.numel() > 0 and bits <= 8 and 8 <= cols <= 1024 and cols & (cols - 1) == 0
+    return x.dtype in FLOATS and x.numel() > 0 and bits <= 8 and 8 <= cols <= 1024 and cols % 8 == 0
 
 
 
