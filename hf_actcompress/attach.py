@@ -185,7 +185,17 @@ class Handle:
         return result
 
     def load_state_dict(self, values: dict[str, Any]) -> list[str]:
-        """Take over the state of boundaries that have the same codec; returns the names of those that did not."""
+        """Take over the state of sites that have the same codec; returns the names of those that did not.
+
+        Raises ValueError for what `state_dict` does not return.
+        """
+        whole = isinstance(values, dict) and all(
+            key == "auto" or isinstance(entry, dict) and {"codec", "state"} <= entry.keys()
+            for key, entry in values.items()
+        )
+        if not whole:
+            found = f"a dict of {sorted(map(str, values))}" if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"load_state_dict got {found}; give it what handle.state_dict() returned.")
         missed = []
         if self.auto is not None and "auto" in values:
             self.auto.load_state_dict(values["auto"])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import batch_of, boundaries_on, build, hooks_on, logits_of, points, stack, train_steps
+from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.attach import remove_compression
@@ -207,3 +208,12 @@ def test_a_removed_handle_is_not_entered_again():
     handle.remove()
     with pytest.raises(ValueError, match="was removed from its model. Call compress_model again"), handle:
         pass
+
+
+@pytest.mark.parametrize("values", [None, [], {"saved": 1}, {"a/forward": {"codec": "block:bits=4"}}])
+def test_state_of_another_form_is_refused(values):
+    with compress_model(nn.Sequential(nn.Linear(4, 4)), ActCompressConfig(saved="block:bits=4")) as handle:
+        before = handle.state_dict()
+        with pytest.raises(ValueError, match="load_state_dict got .*; give it what handle.state_dict"):
+            handle.load_state_dict(values)
+        assert handle.state_dict() == before
