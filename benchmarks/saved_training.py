@@ -151,8 +151,10 @@ def main() -> None:
     parser = harness.arguments(__doc__, data=True, force=True, plan=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(SPECS), choices=list(SPECS))
+    parser.add_argument("--only", nargs="+", help="these ways of saving only ('none' is one)")
     args = parser.parse_args()
-    runs = [Run(task, spec, seed) for seed in args.seeds for task in args.tasks for spec in SPECS[task]]
+    runs = [Run(task, spec, seed) for seed in args.seeds for task in args.tasks for spec in SPECS[task]
+            if args.only is None or spec in args.only]  # fmt: skip
     if args.list:
         return harness.list_runs(runs)
     if set(args.tasks) & set(RECIPES):
