@@ -94,3 +94,25 @@ def test_transformers_keep_codes_and_make_the_rest_again(make, errors, ratio):
     kept = {row.kept for row in rows_of(spec)}
     assert {"codes", "again", "exact"} <= kept
     assert all(row.why for row in rows_of(spec) if row.kept == "exact")
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_the_mask_of_a_relu_is_exact(image):
+    """The gradient of the input depends on weights and masks alone."""
+    nn = torch.nn
+    if image:
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+        x = torch.randn(4, 3, 38, 38)
+    else:
+        model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
+        x = torch.randn(256, 64)
+    found = []
+    for call in (model, torch.compile(model.forward, fullgraph=True, backend=BACKEND)):
+        own = x.clone().requires_grad_()
+        with contextlib.nullcontext() if call is model else saving("block:bits=2"):
+            y = call(own)
+            (gradient,) = torch.autograd.grad(y, own, torch.ones_like(y))
+        found.append(gradient)
+    assert error(*found) < 1e-5
+    assert sum(row.kept == "codes" and "relu" in row.operation for row in rows_of("block:bits=2")) == 2
+    assert ratio_of("block:bits=2") > 6

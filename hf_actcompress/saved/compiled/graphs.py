@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .operators import bits_saved, decode_saved, encode_saved, flags_saved
-from .plan import Plan, two_values
+from .operators import bits_saved, decode_saved, encode_saved, flags_saved, row_nbytes
+from .plan import Form, Plan, two_values
 
 aten = torch.ops.aten
 
@@ -17,20 +18,24 @@ aten = torch.ops.aten
 # -- the forward graph ----------------------------------------------------------------------------------------------
 def encoded(plan: Plan, name: str, x: Tensor) -> Tensor:
     """What is saved of `x`: traced into the forward graph."""
-    kept = plan.kept.get(name, "exact")
+    kept, form, codec = plan.kept.get(name, "exact"), plan.forms.get(name), str(plan.codec)
     if kept == "exact":
         return x
+    sides = bits_saved(~(form.dense(x) <= 0), codec, len(form.tail), 0) if name in plan.sided else None
     if kept == "again":
+        if sides is not None:
+            return sides
         primal = plan.fetched.get(name)
         if primal is None:
             return x.new_empty(0)
         like = primal.meta["val"]
         return x.new_empty(like.shape, dtype=like.dtype)  # `fetch` makes it a copy of the input
-    form, codec = plan.forms[name], str(plan.codec)
     if kept == "bits":
         values = two_values(plan.nodes[name])
-        return bits_saved(form.dense(x if values is None else x == values[0]), codec, x.element_size())
-    return encode_saved(form.dense(x), codec, form.group, len(form.tail), *plan.shares[name])
+        flags = x if values is None else x == values[0]
+        return bits_saved(form.dense(flags), codec, len(form.tail), x.element_size())
+    payload = encode_saved(form.dense(x), codec, form.group, len(form.tail), *plan.shares[name])
+    return payload if sides is None else torch.cat([payload, sides], -1)
 
 
 def fetch(plan: Plan, name: str) -> None:
@@ -60,17 +65,40 @@ def decode(plan: Plan, name: str) -> None:
 def _decoded(plan: Plan, name: str) -> Node:
     node, form, placeholder = plan.nodes[name], plan.forms[name], plan.inputs[name]
     x: Tensor = node.meta["val"]
-    payload = encoded(plan, name, x)
     if plan.kept[name] == "bits":
-        new = _call(plan, flags_saved, payload, (placeholder, form.tail[0]))
-    else:
-        new = _call(plan, decode_saved, payload, (placeholder, str(plan.codec), form.group, form.tail, x.dtype))
-    if form.back != list(range(x.dim())):
-        new = _call(plan, aten.permute.default, new.meta["val"], (new, form.back))
-    if values := two_values(node):
-        low, high = (_constant(plan, value, x) for value in values)
-        new = _call(plan, aten.where.self, new.meta["val"], (new, low, high))
+        new = _flags(plan, name, placeholder)
+        if values := two_values(node):
+            low, high = (_constant(plan, value, x) for value in values)
+            new = _call(plan, aten.where.self, (new, low, high))
+        return new
+    codes = placeholder
+    if name in plan.sided:
+        begin = row_nbytes(plan.codec, form.group, math.prod(form.tail))
+        codes = _call(plan, aten.slice.Tensor, (placeholder, -1, 0, begin))
+    new = _call(plan, decode_saved, (codes, str(plan.codec), form.group, form.tail, x.dtype))
+    new = _back(plan, form, new)
+    if name in plan.sided:
+        new = _with_sides(plan, name, new, _call(plan, aten.slice.Tensor, (placeholder, -1, begin)))
     return new
+
+
+def _back(plan: Plan, form: Form, new: Node) -> Node:
+    if form.back == list(range(len(form.back))):
+        return new
+    return _call(plan, aten.permute.default, (new, form.back))
+
+
+def _flags(plan: Plan, name: str, bits: Node) -> Node:
+    """bool, with the dimensions of the tensor of that name."""
+    form = plan.forms[name]
+    return _back(plan, form, _call(plan, flags_saved, (bits, form.tail)))
+
+
+def _with_sides(plan: Plan, name: str, value: Node, bits: Node) -> Node:
+    """Above 0 where the result of the ReLU was, and 0 elsewhere."""
+    x: Tensor = plan.nodes[name].meta["val"]
+    above = _call(plan, aten.clamp_min.default, (value, torch.finfo(x.dtype).tiny))
+    return _call(plan, aten.where.self, (_flags(plan, name, bits), above, _constant(plan, 0.0, x)))
 
 
 def _constant(plan: Plan, value: float, like: Tensor) -> Node:
@@ -81,13 +109,19 @@ def _constant(plan: Plan, value: float, like: Tensor) -> Node:
     return new
 
 
-def _call(plan: Plan, target: Any, first: Tensor, args: tuple) -> Node:
-    """A new node, with the shape of its result; `first` is the value of the first argument."""
+def _call(plan: Plan, target: Any, args: tuple) -> Node:
+    """A new node, with its value in its meta data."""
     new = plan.backward.call_function(target, args)
-    rest = [entry.meta["val"] if hasattr(entry, "meta") else entry for entry in args[1:]]
-    with first.fake_mode:
-        new.meta["val"] = target(first, *rest)
+    values = [_value(plan, entry) if isinstance(entry, Node) else entry for entry in args]
+    with values[0].fake_mode:
+        new.meta["val"] = target(*values)
     return new
+
+
+def _value(plan: Plan, node: Node) -> Tensor:
+    """Of what will have been saved, for an input that is a saved tensor: it is traced with the tensor itself."""
+    saved = plan.inputs.get(node.name) is node and plan.kept.get(node.name) in ("codes", "bits", "again")
+    return encoded(plan, node.name, plan.nodes[node.name].meta["val"]) if saved else node.meta["val"]
 
 
 def make_again(plan: Plan) -> None:
@@ -106,7 +140,8 @@ def _make(plan: Plan, name: str, made: dict[str, Node]) -> Node:
     if name not in made:
         own = plan.inputs[name]
         if plan.kept.get(name) == "again":
-            own = _copy(plan, plan.nodes[name], own, plan.fetched.get(name), made)
+            copy = _copy(plan, plan.nodes[name], own, plan.fetched.get(name), made)
+            own = _with_sides(plan, name, copy, own) if name in plan.sided else copy
         made[name] = own
     return made[name]
 

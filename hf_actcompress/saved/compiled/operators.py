@@ -109,15 +109,16 @@ def _as_payload(codec: Codec, flat: Tensor, shape: tuple[int, ...], dtype: torch
     return Payload(str(codec), shape, dtype, tensors)
 
 
-def _bits(x: Tensor, codec: str, itemsize: int) -> Tensor:
-    out, packed = _bits_fake(x, codec, itemsize), pack_flags(x.contiguous(), 0.0, None)
+def _bits(x: Tensor, codec: str, tail: int, itemsize: int) -> Tensor:
+    out, packed = _bits_fake(x, codec, tail, itemsize), pack_flags(x.contiguous(), 0.0, None)
     out.view(-1)[: packed.numel()].copy_(packed)
     _count(codec, x, out, itemsize - 1, 0.0)
     return out
 
 
-def _bits_fake(x, codec, itemsize):  # noqa: ANN001, ANN202
-    return x.new_empty([*x.shape[:-1], -(-x.shape[-1] // 8)], dtype=torch.uint8)
+def _bits_fake(x, codec, tail, itemsize):  # noqa: ANN001, ANN202
+    lead, row = list(x.shape[: x.dim() - tail]), math.prod(x.shape[x.dim() - tail :])
+    return x.new_empty([*lead, -(-row // 8)], dtype=torch.uint8)
 
 
 @functools.lru_cache(8)
@@ -125,14 +126,14 @@ def _zero_one(device: torch.device) -> Tensor:
     return torch.arange(2, dtype=torch.uint8, device=device)
 
 
-def _flags(payload: Tensor, row: int) -> Tensor:
-    shape = [*payload.shape[:-1], row]
+def _flags(payload: Tensor, tail: list[int]) -> Tensor:
+    shape = [*payload.shape[:-1], *tail]
     packed = payload.contiguous().view(-1)[: codes_nbytes(math.prod(shape), COLS, 1)]
     return decode_table(packed, _zero_one(payload.device), shape, 1).view(torch.bool)
 
 
-def _flags_fake(payload, row):  # noqa: ANN001, ANN202
-    return payload.new_empty([*payload.shape[:-1], row], dtype=torch.bool)
+def _flags_fake(payload, tail):  # noqa: ANN001, ANN202
+    return payload.new_empty([*payload.shape[:-1], *tail], dtype=torch.bool)
 
 
 # x [*lead, *tail], whose last `tail` dimensions are a row.  group: elements, a divisor of the row; 0: any other codec.
@@ -144,6 +145,7 @@ decode_saved = operator(
     "decode_saved(Tensor payload, str codec, int group, int[] tail, ScalarType dtype) -> Tensor",
     _decode, _decode_fake,
 )  # fmt: skip
-# bool [*lead, row] -> uint8 [*lead, row / 8 rounded up], and back.  itemsize: of the tensor that it stands for, bytes.
-bits_saved = operator("bits_saved(Tensor x, str codec, int itemsize) -> Tensor", _bits, _bits_fake)
-flags_saved = operator("flags_saved(Tensor payload, int row) -> Tensor", _flags, _flags_fake)
+# bool [*lead, *tail] -> uint8 [*lead, row / 8 rounded up], and back.
+# itemsize: of the tensor that it stands for, bytes; 0 where that is counted elsewhere.
+bits_saved = operator("bits_saved(Tensor x, str codec, int tail, int itemsize) -> Tensor", _bits, _bits_fake)
+flags_saved = operator("flags_saved(Tensor payload, int[] tail) -> Tensor", _flags, _flags_fake)

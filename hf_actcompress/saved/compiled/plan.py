@@ -55,15 +55,13 @@ def form_of(x: Tensor, codec: Codec | None) -> Form | None:
             return None
         expected *= rules.hint(x.shape[d])
     sizes = [x.shape[d] for d in order]
-    if codec is None:
-        return Form(order, sizes[-1:], 0) if sizes and isinstance(sizes[-1], int) and sizes[-1] >= 8 else None
-    if not in_rows(codec):
+    if codec is not None and not in_rows(codec):
         return Form(order, sizes, 0) if all(isinstance(size, int) for size in sizes) else None
     for tail in range(1, len(sizes) + 1):
         if not isinstance(sizes[-tail], int):
             return None
         row = math.prod(sizes[-tail:])
-        group = divisor(row, codec.group or GROUP)
+        group = 8 if codec is None else divisor(row, codec.group or GROUP)
         if group and (row >= limits.SHORT or tail == len(sizes)):
             return Form(order, sizes[-tail:], group)
     return None
@@ -124,6 +122,7 @@ class Plan:
         self.why: dict[str, str] = {}
         self.forms: dict[str, Form] = {}
         self.fetched: dict[str, Node] = {}  # a small input of the forward graph that is saved in place of a tensor
+        self.sided: set[str] = set()  # whose ReLU's mask is kept beside them: one bit
         self.decoded: set[str] = set()
         self.leaves: dict[str, str] = {}  # of a tensor that is made again: the first saved one that it is made from
         if isinstance(codec, Identity):
@@ -149,7 +148,7 @@ class Plan:
             if (found := rules.attention_of(node)) and not rules.argument(found, "dropout_p", 0.0)
         }
         while True:
-            self.kept, self.why, self.fetched, self.leaves = {}, {}, {}, {}
+            self.kept, self.why, self.forms, self.fetched, self.leaves, self.sided = {}, {}, {}, {}, {}, set()
             uses = rules.Uses(self.backward, attentions, self.nodes)
             for node in self.order:
                 self._decide_one(node, uses, attentions)
@@ -178,6 +177,13 @@ class Plan:
             why = "statistic"
         elif why := uses.objection(self.inputs[name]):
             pass
+        elif uses.sided:
+            form = form_of(value, self.codec)
+            if form is None or not form.group:
+                why = "aten::le"
+            else:
+                self.forms[name], kept = form, "again" if self._again(node, attentions, fetch=False) else "codes"
+                self.sided.add(name)
         elif self._again(node, attentions):
             kept = "again"
         else:
@@ -185,8 +191,11 @@ class Plan:
             kept, why = ("codes", "") if form else ("exact", "layout")
         self.kept[name], self.why[name] = kept, why
 
-    def _again(self, node: Node, attentions: set) -> bool:
-        """Whether cheap operations make a saved tensor from others that are kept, and at most one small input."""
+    def _again(self, node: Node, attentions: set, fetch: bool = True) -> bool:
+        """Whether cheap operations make a saved tensor from others that are kept.
+
+        fetch: and from one small input, which is saved in its place.
+        """
         waiting, seen, leaves, missing = list(node.all_input_nodes), set(), [], []
         while waiting:
             entry = waiting.pop()
@@ -206,7 +215,7 @@ class Plan:
             else:
                 return False
         cheap = rules.cheap(node) or rules.attention_of(node) in attentions
-        if not cheap or len(seen) > LONGEST or len(missing) > 1 or not any(n in self.kept for n in leaves):
+        if not cheap or len(seen) > LONGEST or len(missing) > fetch or not any(n in self.kept for n in leaves):
             return False
         if missing:
             self.fetched[node.name] = missing[0]
@@ -230,16 +239,17 @@ class Plan:
         name, kept = node.name, self.kept[node.name]
         if kept == "exact":
             return raw
-        if kept == "again":
-            return rules.nbytes(self.fetched[name]) if name in self.fetched else 0
-        if kept == "bits":
-            row = self.forms[name].tail[0]
-            return rules.numel(node) // row * -(-row // 8)
+        if name in self.fetched:
+            return rules.nbytes(self.fetched[name])
+        if name not in self.forms:
+            return 0
         form = self.forms[name]
-        if not form.group:
+        if kept == "codes" and not form.group:
             return self.codec.payload_nbytes(tuple(form.tail), node.meta["val"].dtype)
         row = math.prod(form.tail)
-        return rules.numel(node) // row * row_nbytes(self.codec, form.group, row)
+        bits = -(-row // 8) if kept == "bits" or name in self.sided else 0
+        codes = row_nbytes(self.codec, form.group, row) if kept == "codes" else 0
+        return rules.numel(node) // row * (bits + codes)
 
     def _shares(self) -> dict[str, tuple[float, float]]:
         """Bytes made again, and kept exactly, over those of the coded tensor that they are counted with."""

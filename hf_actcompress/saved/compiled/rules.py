@@ -146,13 +146,22 @@ class Uses:
         self.gradients, self.attentions, self.forward_of = depends_on_gradients(graph), attentions, forward_of
 
     def objection(self, saved: Node) -> str:
-        """The first operation that needs the saved tensor exactly, or "" if there is none."""
-        self.size, seen, waiting = numel(saved), {saved}, [saved]
+        """The first operation that needs the saved tensor exactly, or "" if there is none.
+
+        Afterwards `sided` says whether one asks which values are 0 or less: the mask of a ReLU.
+        """
+        self.size, seen, waiting, self.sided = numel(saved), {saved}, [saved], False
+        same = {saved}
         while waiting:
             node = waiting.pop()
             for user in node.users:
                 if user in seen or user.op == "output":
                     continue
+                if node in same and operator_of(user) == "aten::le" and user.args[1] == 0:
+                    self.sided = True
+                    continue
+                if node in same and operator_of(user) in ("aten::alias", "aten::detach"):
+                    same.add(user)
                 goes_on = self._gradient(node, user) if user in self.gradients else self._forward(node, user, seen)
                 if goes_on is None:
                     return operator_of(user) or str(user.target)
