@@ -19,7 +19,9 @@ from .boundary.channel import Channel
 from .boundary.hook import Boundary, Passes
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
-from .models.layers import Layer, check_model, find_layers, match_layers, select_boundaries
+from .models.first_pass import FirstPass
+from .models.layers import Layer, check_model, find_layers, layers_after, match_layers, select_boundaries
+from .models.tracing import Run
 from .observe.auto import AutoCodec
 from .observe.events import Listener
 from .observe.meter import Meter
@@ -68,6 +70,30 @@ class Handle:
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
+
+    def _settle(self, run: Run) -> None:
+        """Cut where the first batch shows that the layers are, if no made-up input could be traced."""
+        layers = layers_after(self.model, run, self.config.blocks, option="blocks")
+        cuts, named = _cuts(self.config, layers)
+        _check_fits(self.config, layers, cuts, named)
+        before = [layer.module for layer in self.cuts.values()]
+        if set(before) == set(cuts):
+            shapes = {layer.module: layer for layer in layers}
+            self.layers, self.cuts = layers, {name: shapes[layer.module] for name, layer in self.cuts.items()}
+            return
+        if self.saved is not None or self.auto is not None or self.probe is not None:
+            raise ValueError(
+                f"The first batch shows that the boundaries belong to {', '.join(cuts)}, and they are at "
+                f"{', '.join(before)}, because no input for {type(self.model).__name__} could be made up when they "
+                "were attached. Pass example_inputs= to compress_model."
+            )
+        logger.warning("from the next step on, boundaries are at %s and no longer at %s, as the first batch shows",
+                       ", ".join(cuts), ", ".join(before))  # fmt: skip
+        self.remove()
+        for known in (self.boundaries, self.cuts, self.meters, self._named):
+            known.clear()
+        self.layers = layers
+        _attach(self, cuts, named)
 
     @property
     def sites(self) -> list[Boundary | SavedTensors]:
@@ -249,6 +275,8 @@ def compress_model(
     handle = Handle(inner, config, layers)
     try:
         _attach(handle, cuts, named)
+        if any(layer.shape is None for layer in layers):
+            handle._removers.append(FirstPass(inner, handle._settle))
         if handle.saved is not None and hasattr(model, "_orig_mod"):
             # It may have compiled the model's call as it was.
             handle._removers.append(Entry(model, handle.saved))
@@ -293,7 +321,8 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
         handle.cuts[layer.name] = layer
         if layer.module in named:
             handle._named.add(layer.name)
-        handle._removers.append(model.get_submodule(layer.module).register_forward_hook(boundary))
+        # Before the hooks of others, such as those that collect hidden states: all get what the next layer gets.
+        handle._removers.append(model.get_submodule(layer.module).register_forward_hook(boundary, prepend=True))
     if handle.boundaries:
         handle._removers.append(model.register_forward_pre_hook(passes, prepend=True))
         handle._removers.append(model.register_forward_hook(passes, always_call=True))

@@ -22,13 +22,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from .tracing import CONVOLUTIONS, Run, first_tensor, inside, replace_first_tensor, trace_or_none
+from .inputs import CONVOLUTIONS
+from .structure import (
+    checkpointed,
+    children,
+    covered,
+    has_parameters,
+    innermost,
+    is_unit,
+    level,
+    listed,
+    named,
+    ran,
+    resolutions,
+)
+from .tracing import Run, first_tensor, inside, replace_first_tensor, trace_or_none
 
 __all__ = ["Layer", "find_layers", "first_tensor", "match_layers", "replace_first_tensor", "select_boundaries"]
 
 logger = logging.getLogger(__name__)
-
-CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 @dataclass(frozen=True)
@@ -61,34 +73,37 @@ def find_layers(model: nn.Module, example_inputs: Any = None, names: Sequence[st
     """
     check_model(model)
     modules = dict(model.named_modules())
-    by_structure = False
-    if names:
-        candidates = _named(modules, [names] if isinstance(names, str) else names, option)
-    else:
-        candidates = _innermost([path for path, module in modules.items() if _is_checkpointing_layer(module)])
-        if not candidates:
-            candidates, by_structure = _structural(modules), True
-    if not candidates:
-        raise ValueError(_nothing_found(model, modules, "none was found"))
+    _chosen(modules, names, option)  # a wrong name is found before the pass
+    return layers_after(model, trace_or_none(model, modules, example_inputs), names, option=option)
 
-    run = trace_or_none(model, modules, example_inputs, candidates)
+
+def layers_after(model: nn.Module, run: Run | None, names: Sequence[str] | None = None, *, option: str = "names"
+                 ) -> list[Layer]:  # fmt: skip
+    """The layers in the order of a pass that was recorded; None for a model that could not be traced."""
+    modules = dict(model.named_modules())
+    chosen = _chosen(modules, names, option)
+    owners: dict[str, str] = {}  # module -> the block that ends with it
     if run is None:
-        run, blocks = Run(events=list(modules)), _innermost(candidates)
-        if names:  # the caller knows the run order
+        blocks = innermost(chosen or checkpointed(modules) or listed(modules) or children(modules))
+        run = Run(events=list(modules))
+        if chosen:  # the caller knows the run order
             slots = sorted(map(run.events.index, blocks))
             for slot, path in zip(slots, blocks, strict=True):
                 run.events[slot] = path
-    else:
-        blocks = _level(modules, candidates, run) if by_structure else candidates
-        idle = [path for path in blocks if path not in run.calls]
-        blocks = [path for path in blocks if path in run.calls]
-        if names and idle:
+        reason = "none was found"
+    elif chosen:
+        owners = ran(chosen, run)
+        blocks, idle = list(owners), [path for path in chosen if path not in owners.values()]
+        if blocks and idle:
             logger.warning("left out of the layers, because they did not run in the traced forward: %s", idle)
-        if not blocks:
-            raise ValueError(_nothing_found(model, modules, f"none of {idle} ran in the traced forward"))
+        reason = f"none of {idle} ran in the traced forward"
+    else:
+        blocks, owners, reason = _found(modules, run)
+    if not blocks:
+        raise ValueError(_nothing_found(model, modules, reason))
 
     layers = [layer for stack, own, glue in _stacks(model, modules, blocks, run)
-              for layer in _number(modules, stack, own, glue, blocks, run)]
+              for layer in _number(modules, stack, own, glue, blocks, run, owners)]
     for layer in layers:
         if layer.kind == "block" and layer.calls > 1:
             logger.warning("%s runs %d times in one forward and counts as one layer: whatever is attached to it acts "
@@ -146,62 +161,27 @@ def check_model(model: Any) -> None:
 
 
 
-def _innermost(paths: list[str]) -> list[str]:
-    return [p for p in paths if not any(inside(q, p) for q in paths)]
+def _chosen(modules: dict[str, nn.Module], names: Sequence[str] | None, option: str) -> list[str] | None:
+    return named(modules, [names] if isinstance(names, str) else names, option, _listing) if names else None
 
 
-def _is_checkpointing_layer(module: nn.Module) -> bool:
-    # By name, so that finding layers does not import transformers.
-    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
-
-
-def _has_own_parameters(module: nn.Module) -> bool:
-    return any(p is not None for p in module._parameters.values())
-
-
-def _named(modules: dict[str, nn.Module], names: Sequence[str], option: str) -> list[str]:
-    found: list[str] = []
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"{option}={names!r} is not a list of module paths or globs, such as 'encoder.layer.*'.")
-        pattern = name.split(".")
-        hits = [path for path in modules if path and path.count(".") == name.count(".")
-                and all(map(fnmatch.fnmatchcase, path.split("."), pattern))]
-        if not hits:
-            raise ValueError(f"{option}={name!r} matches no module; {_listing(name, list(modules)[1:])}")
-        found += [path for path in hits if path not in found]
-    for inner in found:
-        outer = next((path for path in found if inside(inner, path)), None)
-        if outer is not None:
-            raise ValueError(f"{option}: {inner!r} lies inside {outer!r}; name one of the two")
-    return found
-
-
-def _structural(modules: dict[str, nn.Module]) -> list[str]:
-    """Members of ModuleList/Sequential that are not containers themselves and hold two parametrised leaves; and,
-    where such members lie in one of several siblings of a class, that sibling (torchvision's Inception)."""
-    def holds_two(module: nn.Module) -> bool:
-        return sum(map(_has_own_parameters, module.modules())) >= 2
-
-    found = [path for path, module in modules.items() if path and not isinstance(module, CONTAINERS)
-             and isinstance(modules.get(path.rpartition(".")[0]), CONTAINERS) and holds_two(module)]
-    around = {path.rsplit(".", n)[0] for path in found for n in range(1, path.count(".") + 1)} - set(found)
-    for path in sorted(around):
-        parent = modules[path.rpartition(".")[0]]
-        twins = sum(type(child) is type(modules[path]) for child in parent.children())
-        if twins > 1 and not isinstance(modules[path], CONTAINERS) and not isinstance(parent, CONTAINERS):
-            found.append(path)
-    return found
-
-
-def _level(modules: dict[str, nn.Module], candidates: list[str], run: Run) -> list[str]:
-    """Of nested candidates the outermost, but stages are opened: a stage hands on its last member's output untouched,
-    while a residual block adds to it. A class is opened only if all its instances are stages, because blocks without
-    a residual look like stages where their neighbours do not."""
-    ran = [path for path in candidates if path in run.calls]
-    closed = {type(modules[path]) for path in ran if path not in run.opened}
-    blocks = [path for path in ran if type(modules[path]) in closed]
-    return [path for path in blocks if not any(inside(path, outer) for outer in blocks)]
+def _found(modules: dict[str, nn.Module], run: Run) -> tuple[list[str], dict[str, str], str]:
+    """(modules with which blocks end, the blocks that they end, why there are none)"""
+    layers = checkpointed(modules)
+    if owners := ran(layers, run):
+        return list(owners), owners, ""
+    candidates = listed(modules)
+    owners = ran(candidates, run)
+    blocks = level(modules, owners, run)
+    share = covered(modules, [owners[path] for path in blocks], run)
+    if share < 0.5:  # most of the model is elsewhere
+        more = ran([*candidates, *children(modules)], run)
+        others = level(modules, more, run)
+        if covered(modules, [more[path] for path in others], run) > share:
+            blocks, owners = others, more
+    idle = layers + candidates
+    reason = f"none of {idle} ran in the traced forward" if idle else "none was found"
+    return blocks or resolutions(modules, run), owners, reason
 
 
 def _stacks(model: nn.Module, modules: dict, blocks: list[str], run: Run) -> Iterator[tuple[str, list, list]]:
@@ -210,7 +190,7 @@ def _stacks(model: nn.Module, modules: dict, blocks: list[str], run: Run) -> Ite
     for i, path in enumerate(run.events):
         first.setdefault(path, i)
     blocks = sorted(blocks, key=first.__getitem__)
-    glue = [path for path in first if _is_unit(modules[path]) and path
+    glue = [path for path in first if is_unit(modules[path]) and path
             and not any(path == b or inside(path, b) or inside(b, path) for b in blocks)]
 
     def side(path: str) -> str:
@@ -227,14 +207,8 @@ def _stacks(model: nn.Module, modules: dict, blocks: list[str], run: Run) -> Ite
     yield "decoder", decoder, [path for path in glue if path not in early]
 
 
-def _is_unit(module: nn.Module) -> bool:
-    """Does something by itself: a leaf, or a parent with parameters of its own (a fused norm and activation)."""
-    leaf = next(module.children(), None) is None
-    return (leaf or _has_own_parameters(module)) and not isinstance(module, (nn.Identity, *CONTAINERS, nn.ModuleDict))
-
-
 def _number(modules: dict[str, nn.Module], stack: str, own: list[str], glue: list[str], blocks: list[str],
-            run: Run) -> list[Layer]:
+            run: Run, owners: dict[str, str]) -> list[Layer]:
     starts = [run.events.index(path) for path in own]
     end = len(run.events) - 1 - next(i for i, path in enumerate(reversed(run.events)) if path in own)
     # What runs between two blocks goes with the block that it feeds; the last group is the head.
@@ -244,20 +218,20 @@ def _number(modules: dict[str, nn.Module], stack: str, own: list[str], glue: lis
         place = bisect.bisect_left(starts, at)
         groups[place - 1 if place == len(own) and at < end else place].append(path)
     called = set(run.events)
-    ran = {path for path in called if _is_unit(modules[path])} | set(blocks)
-    parts = [_outermost_parts(modules, group, ran, called) for group in groups]
+    running = {path for path in called if is_unit(modules[path])} | set(blocks)
+    parts = [_outermost_parts(modules, group, running, called) for group in groups]
 
     layers = []
-    if parts[0] and _is_convolutional(modules[own[0]]):
+    if parts[0] and _is_stem([modules[path] for path in parts[0]], modules[own[0]]):
         # Attached to a module that runs again elsewhere (a shared activation), a hook would fire there too.
         once = [path for path in parts[0] if run.calls.get(path, 1) == 1] or parts[0]
-        name = next((path for path in parts[0] if _has_parameters(modules[path])), parts[0][0])
+        name = next((path for path in parts[0] if has_parameters(modules[path])), parts[0][0])
         layers.append(Layer(0, name, once[-1], "stem", parts=tuple(parts[0])))
         parts[0] = []
-    layers += [Layer(0, path, path, "block", parts=(*before, path))
+    layers += [Layer(0, owners.get(path, path), path, "block", parts=(*before, path))
                for path, before in zip(own, parts[:-1], strict=True)]
     if parts[-1]:
-        named = [path for path in parts[-1] if _has_parameters(modules[path])] or parts[-1]
+        named = [path for path in parts[-1] if has_parameters(modules[path])] or parts[-1]
         layers.append(Layer(0, named[-1], parts[-1][-1], "head", parts=tuple(parts[-1])))
     numbered = []
     for i, layer in enumerate(layers):
@@ -280,14 +254,12 @@ def _outermost_parts(modules: dict[str, nn.Module], group: list[str], ran: set[s
     return list(dict.fromkeys(parts))
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _is_convolutional(block: nn.Module) -> bool:
-    """Tells a CNN, whose stem is a layer, from a transformer, whose embeddings belong to block 0."""
+def _is_stem(parts: list[nn.Module], block: nn.Module) -> bool:
+    """Tells a CNN, whose stem is a layer, from a transformer or a state space model, whose embeddings belong to
+    block 0."""
     attends = any("attn" in path.lower() or "attention" in path.lower() for path, _ in block.named_modules())
-    return not attends and any(isinstance(module, CONVOLUTIONS) for module in block.modules())
+    embeds = any(isinstance(module, nn.Embedding) for part in parts for module in part.modules())
+    return not attends and not embeds and any(isinstance(module, CONVOLUTIONS) for module in block.modules())
 
 
 # Messages
@@ -307,7 +279,7 @@ def _listing(pattern: str, candidates: list[str]) -> str:
 
 
 def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], why: str) -> str:
-    children = [path for path, module in modules.items() if path and _has_parameters(module)]
+    children = [path for path, module in modules.items() if path and has_parameters(module)]
     listed = ", ".join(children[:20]) + (", ..." if len(children) > 20 else "")
     return (
         f"no layers in {type(model).__name__}: looked for transformers GradientCheckpointingLayer blocks and for "

@@ -6,8 +6,6 @@ They leave gradients, buffers and random numbers as they were.  This file knows 
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+
+from .untouched import random_states
 
 _side = threading.local()
 
@@ -28,19 +28,12 @@ def on_the_side() -> bool:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restores buffers (statistics of batch norms) and random numbers at the end of the context."""
     buffers = [(b, b.clone()) for b in model.buffers()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    devices = [] if device.type in ("cpu", "meta") else [device]
-    numpy = sys.modules.get("numpy")  # not imported only to save its random state
-    python, arrays = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    with random_states(model):
         _side.depth = getattr(_side, "depth", 0) + 1
         try:
             yield
         finally:
             _side.depth -= 1
-            random.setstate(python)
-            if numpy:
-                numpy.random.set_state(arrays)
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

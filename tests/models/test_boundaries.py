@@ -1,6 +1,7 @@
 """Which layers first, last, placement and patterns choose, and where the hidden state is in their outputs."""
 
 import collections
+import dataclasses
 
 import pytest
 import timm
@@ -102,8 +103,35 @@ def test_the_hidden_state_is_replaced_in_a_copy_of_the_same_type(output):
         assert len(changed) == len(output)
         keys = list(output) if hasattr(output, "keys") else range(len(output))
         assert list(changed) == keys if hasattr(output, "keys") else True
-        same = [changed[k] is output[k] for k in keys]
-        assert same.count(False) == 1
+        for key in keys:
+            holds = any(each is HIDDEN for each in (output[key] if isinstance(output[key], tuple) else [output[key]]))
+            assert (changed[key] is not output[key]) == holds, key
+
+
+def test_every_place_of_the_hidden_state_is_replaced_and_nothing_else():
+    """A head may read the last of hidden_states where the next layer reads last_hidden_state."""
+    first = torch.rand(2, 3)
+    changed = replace_first_tensor(BaseModelOutput(last_hidden_state=HIDDEN, hidden_states=(first, HIDDEN)), NEW)
+    assert changed.last_hidden_state is changed.hidden_states[1] is NEW
+    assert changed.hidden_states[0] is first
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    mask: torch.Tensor
+    hidden: torch.Tensor
+
+
+@pytest.mark.parametrize(("output", "read"), [
+    (((HIDDEN, MASK), 4, 4), lambda o: o[0][0]),  # PVTv2: the layer's tuple, the height, the width
+    ([[MASK, HIDDEN], "text"], lambda o: o[0][1]), (Output(MASK, HIDDEN), lambda o: o.hidden),
+])
+def test_the_hidden_state_may_lie_deeper_or_in_a_dataclass(output, read):
+    assert first_tensor(output) is HIDDEN
+    changed = replace_first_tensor(output, NEW)
+    assert type(changed) is type(output)
+    assert read(changed) is NEW
+    assert read(output) is HIDDEN
 
 
 def test_model_outputs_keep_attribute_and_item_the_same():
