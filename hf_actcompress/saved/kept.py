@@ -19,7 +19,7 @@ from ..codecs import Codec, CodecState, Payload
 from ..ops.bitmaps import pack_flags
 from ..ops.memory import fresh
 from .masks import unpack_flags
-from .rules import Bits
+from .rules import Bits, Sides
 
 # Elements; smaller tensors are a thousandth of the bytes.  What a pooler or a classifier takes is among them, and half
 # of the error of all gradients would come from there.
@@ -150,6 +150,34 @@ class Flags:
     @property
     def nbytes(self) -> int:
         return self.bits.numel()
+
+
+class Sided:
+    """Values that stay on their side of a bound, where a slope jumps: whatever keeps them, and one bit for each.
+
+    flags: of what lies above the low bound, and below the high one if there is one.
+    """
+
+    def __init__(self, values: Any, run: Tensor, rule: Sides) -> None:
+        self.values, self.rule = values, rule
+        self.flags = Flags.of(run, Bits(rule.low, rule.high, 0.0, 1.0))
+        self.codes, self.how, self.codec = getattr(values, "codes", values), values.how, values.codec
+
+    @property
+    def place(self) -> str:
+        return self.values.place
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.flags.nbytes
+
+    def get(self) -> Tensor:
+        y, inside, low, high = self.values.get(), self.flags.get().bool(), self.rule.low, self.rule.high
+        near = max(abs(low) * 2**-7, torch.finfo(y.dtype).tiny)  # a bound itself is outside
+        if high is None:
+            return torch.where(inside, y.clamp_min(low + near), y.clamp_max(low))
+        outside = torch.where(y < (low + high) / 2, y.clamp_max(low), y.clamp_min(high))
+        return torch.where(inside, y.clamp(low + near, high - near), outside)
 
 
 class Narrow:

@@ -23,10 +23,10 @@ from torch.autograd.function import BackwardCFunction
 
 from . import graph
 from .again import Both, Maker, attention, maker
-from .kept import Again, Empty, Encoded, Exact, Flags, Layout, Memory, Narrow, flatten, narrowest, place_of
+from .kept import Again, Empty, Encoded, Exact, Flags, Layout, Memory, Narrow, Sided, flatten, narrowest, place_of
 from .masks import pack_two_values
 from .normalised import Normalised, statistic
-from .rules import CODES, NORMALISED, OUTPUT, RULES, SHAPE, VIEWS, WEIGHT, Bits, rule_of
+from .rules import CODES, NORMALISED, OUTPUT, RULES, SHAPE, VIEWS, WEIGHT, Bits, Sides, rule_of
 from .slots import Decoded, Slot, Untouched, local_shard
 from .weights import Weights, weight_of
 
@@ -45,7 +45,7 @@ class Pass:
     def __init__(self, site: Any, weights: Weights) -> None:
         self.site, self.trial, self.weights = site, site.trial, weights
         self.first = torch.autograd._get_sequence_nr()  # of the nodes that this pass makes
-        self.pending: dict[int, list[Slot]] = {}
+        self.pending: dict[int, list[weakref.ref[Slot]]] = {}  # weak: what nobody takes goes before the pass ends
         self.records: dict[int, dict[str, Any]] = {}
         self.handled: set[int] = set()  # sequence numbers of nodes that have saved something here
         self.seen: set[int] = set()
@@ -75,7 +75,7 @@ class Pass:
             return Untouched(x)
         slot = Slot(x, local, self.decoded, wrap)
         self.find(x.grad_fn, number)
-        self.pending.setdefault(number, []).append(slot)
+        self.pending.setdefault(number, []).append(weakref.ref(slot))
         if x.grad_fn is not None:
             key = x.grad_fn._sequence_nr(), x.output_nr
             if key not in self.made_by or self.made_by[key]() is None:
@@ -91,9 +91,8 @@ class Pass:
     def finish(self, outputs: Iterable[Tensor]) -> None:
         """The pass has ended with these outputs: decide about what is still open."""
         self._resolve(y.grad_fn for y in outputs)
-        for slots in self.pending.values():
-            for slot in slots:
-                self._unknown(slot, "not reached from the outputs")
+        for slot in alive(reference for references in self.pending.values() for reference in references):
+            self._unknown(slot, "not reached from the outputs")
         for table in (self.pending, self.records, self.attentions, self.made_by, self.memory):
             table.clear()
 
@@ -110,7 +109,7 @@ class Pass:
     def _resolve(self, roots: Iterable[Any]) -> None:
         for node in graph.new_nodes(roots, self.first, self.seen, self.users):
             number = node._sequence_nr()
-            slots = self.pending.pop(number, [])
+            slots = alive(self.pending.pop(number, []))
             if number not in self.handled:
                 self.passed_by += node.name() in SAVERS
                 continue
@@ -195,6 +194,8 @@ class Pass:
             self._unknown(slot, operation)
         elif rule == SHAPE:
             self._hold(slot, operation, "shape", Empty)
+        elif isinstance(rule, Sides):
+            self._hold(slot, operation, rule, lambda run: self._sided(slot, run, node, operation, rule), node)
         elif isinstance(rule, Bits):
             self._hold(slot, operation, rule, lambda run: Flags.of(run, rule))
         elif rule == OUTPUT:
@@ -228,6 +229,10 @@ class Pass:
         if not self.site.gains(run):
             return None
         return self._again(slot, run) or self._encode(run, node, operation)
+
+    def _sided(self, slot: Slot, run: Tensor, node: Any, operation: str, rule: Sides) -> Any:
+        values = self._values(slot, run, node, operation)
+        return None if values is None else Sided(values, run, rule)
 
     def _encode(self, run: Tensor, node: Any, operation: str, rows: bool = True) -> Encoded:
         name = self.weights.names.get(id(weight_of(node)), "").removesuffix(".weight") or operation
@@ -320,6 +325,10 @@ class Pass:
             row[i] += value
         more = {} if content.codec is None else {"x": run, "decode": lambda: content.get().view(run.shape)}
         self.site.tell(getattr(content, "place", operation), raw, content.nbytes, codec=content.codec, **more)
+
+
+def alive(references: Iterable[weakref.ref[Slot]]) -> list[Slot]:
+    return [slot for reference in references if (slot := reference()) is not None]
 
 
 def _mask_of(x: Tensor) -> Flags | None:

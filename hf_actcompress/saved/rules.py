@@ -7,6 +7,7 @@ module or composite of them made it.  For each tensor that the node saves (its `
     NORMALISED  the input of a norm: codes of the normalised value, statistics exactly
     OUTPUT      made again by running the operation on what was decoded of its inputs
     BITS        only on which side of a bound, or within which two, a value lies: one bit
+    Sides       as CODES, but the slope jumps at bounds: codes, and one bit for the side
     SHAPE       only its shape: nothing
     WEIGHT      a weight by its role: exactly, and not worth a word
 
@@ -37,7 +38,15 @@ class Bits:
     above: float
 
 
-Rule = str | Bits | None  # None: exactly
+@dataclass(frozen=True)
+class Sides:
+    """Codes of a value, which stays above `low` (and below `high`) where it was."""
+
+    low: float
+    high: float | None
+
+
+Rule = str | Bits | Sides | None  # None: exactly
 
 
 def _after(value: float, up: bool) -> float:
@@ -68,6 +77,16 @@ def _hardtanh(node: Any, user: str) -> Rule:
 
 def _hardsigmoid(node: Any, user: str) -> Rule:
     return Bits(-3.0, 3.0, -3.0, 0.0)
+
+
+def _hardswish(node: Any, user: str) -> Rule:
+    return Sides(-3.0, 3.0)
+
+
+def _elu(node: Any, user: str) -> Rule:
+    """Smooth where the slope below 0 begins with 1; that of SELU begins with 1.67."""
+    slope = float(node._saved_alpha) * float(node._saved_input_scale)
+    return CODES if abs(slope - 1) < 0.02 else Sides(0.0, None)
 
 
 def _clamp(node: Any, user: str) -> Rule:
@@ -172,8 +191,8 @@ RULES: dict[str, dict[str, Rule | Callable[[Any, str], Rule]]] = {
     "SigmoidBackward0": _RESULT, "TanhBackward0": _RESULT,
     # Smooth activations, whose slope follows the input.
     "GeluBackward0": _SAME_INPUT, "SiluBackward0": _SAME_INPUT, "MishBackward0": _SAME_INPUT,
-    "SoftplusBackward0": _SAME_INPUT, "EluBackward0": _SAME_INPUT, "CeluBackward0": _SAME_INPUT,
-    "HardswishBackward0": _SAME_INPUT, "GluBackward0": _SAME_INPUT,
+    "SoftplusBackward0": _SAME_INPUT, "EluBackward0": {"self": _elu}, "CeluBackward0": _SAME_INPUT,
+    "HardswishBackward0": {"self": _hardswish}, "GluBackward0": _SAME_INPUT,
     "PowBackward0": {"self": _power},
     # One side of a bound or the other.
     "ReluBackward0": {"result": _relu},
@@ -197,7 +216,7 @@ RULES: dict[str, dict[str, Rule | Callable[[Any, str], Rule]]] = {
 # Of these the gradient of the input comes out exactly.
 BITS_OR_SHAPE = frozenset(
     name for name, rules in RULES.items() if all(rule == SHAPE or callable(rule) for rule in rules.values())
-) - {"MulBackward0", "PowBackward0"}
+) - {"EluBackward0", "HardswishBackward0", "MulBackward0", "PowBackward0"}
 
 # Nodes that hand on the same memory under another shape.
 VIEWS = frozenset(

@@ -207,3 +207,16 @@ def test_a_small_view_of_a_large_tensor_does_not_hold_it(monkeypatch):
     y = x.clone().requires_grad_()
     F.linear((y * 1)[:, 0], weight).square().sum().backward()
     assert torch.equal(grad, y.grad)
+
+
+def test_what_nobody_takes_is_not_held(small_tensors):
+    """As without hooks: autograd frees the node with the result."""
+    class Two(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            y.exp()
+            return y.sin()
+
+    with compress_model(Two(), only("block:bits=4")) as handle:
+        handle.model(torch.randn(64, 64, requires_grad=True)).sum().backward()
+        assert {row["operation"] for row in handle.report()} == {"Sin"}
