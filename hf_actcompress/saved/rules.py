@@ -155,6 +155,8 @@ RULES: dict[str, dict[str, Rule | Callable[[Any, str], Rule]]] = {
     "LinearBackward0": {"input": CODES, "weight": WEIGHT},
     "MkldnnLinearBackward0": {"self": CODES, "weight": WEIGHT},
     "GroupedMmBackward0": {"self": CODES, "mat2": WEIGHT},
+    # The gradient of the matrix is a product with the result; that of the right side needs the matrix itself.
+    "LinalgSolveTriangularBackward0": _RESULT, "LinalgSolveExBackward0": _RESULT,
     "TrilinearBackward0": {"i1": CODES, "i2": WEIGHT, "i3": CODES},
     **dict.fromkeys(
         (
@@ -211,6 +213,7 @@ RULES: dict[str, dict[str, Rule | Callable[[Any, str], Rule]]] = {
         ),
         _POOL,
     ),
+    **dict.fromkeys(("IndexAddBackward0", "IndexCopyBackward0", "PutBackward0"), {"source": SHAPE}),
 }  # fmt: skip
 
 # Of these the gradient of the input comes out exactly.

@@ -37,6 +37,10 @@ FUNCTIONS = {
     "AddcmulBackward0": lambda x: torch.addcmul(x, x, x.flip(0)),
     "MulBackward0": lambda x: x * x.flip(0),
     "ConvolutionBackward0": lambda x: F.conv2d(image(x), x.view(8, 8, 8, 8)[..., :3, :3]),
+    "LinalgSolveTriangularBackward0": lambda x: torch.linalg.solve_triangular(
+        (x.tril(-1) / 64 + torch.eye(64)).detach() + 0.01 * x.tril(-1), x.flip(0), upper=False
+    ),
+    "LinalgSolveExBackward0": lambda x: torch.linalg.solve(torch.eye(64) + x / 640, x.flip(0)),
     "NativeLayerNormBackward0": lambda x: F.layer_norm(5 * x + 100, (64,)),
     "NativeGroupNormBackward0": lambda x: F.group_norm(5 * image(x) + 100, 2),
     "NativeBatchNormBackward0": lambda x: F.batch_norm(5 * image(x) + 100, None, None, training=True),
@@ -62,6 +66,9 @@ FUNCTIONS = {
     "ReplicationPad3DBackward0": lambda x: F.pad(x.view(2, 2, 16, 8, 8), (1,) * 6, "replicate"),
     "GatherBackward0": lambda x: x.gather(1, torch.randint(64, (64, 8), generator=torch.Generator().manual_seed(0))),
     "MaskedSelectBackward0": lambda x: x.masked_select(WEIGHT > 0),
+    "IndexAddBackward0": lambda x: torch.zeros(64, 64).index_add(0, torch.arange(63, -1, -1), x),
+    "IndexCopyBackward0": lambda x: torch.zeros(64, 64).index_copy(0, torch.arange(63, -1, -1), x),
+    "PutBackward0": lambda x: torch.zeros(64, 64).put(torch.arange(4096).flip(0), x.flatten()),
     "TakeBackward0": lambda x: x.take(torch.arange(0, 4096, 3)),
 }  # fmt: skip
 EXACT = {
