@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import analysis_pages
+import architecture_pages
 import gpu_pages
 import link_pages
 import memory_pages
@@ -138,7 +139,8 @@ def main() -> None:
     tables = [load_comparison(path) for path in find_indices(RESULTS / "tables")]
     write_results_page(page, records, draw(records, tables, FIGURES))
     write_results_page(page, text="\n\n".join(map(comparison_section, tables)), markers=TABLE_MARKERS)
-    modules = (speed_pages, gpu_pages, memory_pages, link_pages, weights_pages, analysis_pages, predictor_pages)
+    modules = (speed_pages, gpu_pages, memory_pages, architecture_pages, link_pages, weights_pages, analysis_pages,
+               predictor_pages)  # fmt: skip
     for generated in (parts, *(module.parts for module in modules)):
         for file, name, text in generated():
             fill(ROOT / file, name, text)
