@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import harness
@@ -13,8 +13,8 @@ MOST = {"8": 0.02, "4": 0.3}  # what the errors are to stay below
 
 
 def measured(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, row) for library in ("transformers", "timm") for name, row in sorted(record.get(library, {}).items())
-            if "failed" not in row]  # fmt: skip
+    found = [pair for library in ("transformers", "timm") for pair in sorted(record.get(library, {}).items())]
+    return [(name, row) for name, row in found if "failed" not in row]
 
 
 def held(row: dict[str, Any], bits: str) -> float:
@@ -45,15 +45,15 @@ def summary(record: dict[str, Any]) -> str:
 
 def worst(rows: list[tuple[str, dict[str, Any]]], most: int = 10) -> str:
     """Those with the largest error at 4 bits."""
-    by: Callable[[tuple[str, dict[str, Any]]], float] = lambda pair: -pair[1]["4"]["error"]  # noqa: E731
     lines = []
-    for name, row in sorted(rows, key=by)[:most]:
+    for name, row in sorted(rows, key=lambda pair: -pair[1]["4"]["error"])[:most]:
         exactly = ", ".join(f"{operation} {n / 1e6:.2f} MB" for operation, n in row["exactly"].items() if n >= 5e4)
         sharp = f"{row['sharp']['4']['error']:.3f}" if "sharp" in row else ""
         lines.append((name, *(f"{row[b]['error']:.3f}" for b in BITS), f"{row['4']['median']:.3f}", sharp,
                       f"1/{held(row, '4'):.1f}", exactly or "-"))  # fmt: skip
-    head = ("model", *(f"{b} bits" for b in BITS), "4 bits: median parameter", "4 bits: sharp", "4 bits: held", "exactly")
-    return harness.table(head, [line[:-1] + (line[-1],) for line in lines], "lrrrrrrl")
+    head = ("model", *(f"{b} bits" for b in BITS), "4 bits: median parameter", "4 bits: sharp", "4 bits: held",
+            "exactly")  # fmt: skip
+    return harness.table(head, lines, "lrrrrrrl")
 
 
 def section(record: dict[str, Any]) -> str:
@@ -63,10 +63,11 @@ def section(record: dict[str, Any]) -> str:
         summary(record),
         "The ten models with the largest error at 4 bits:",
         worst(rows),
-        f"Error: |g' - g| / |g| over the gradients of all parameters, one draw of the noise; median over models (worst). "
-        f"Sharp: queries times 8. Held: bytes that autograd would hold over bytes held; tensors below 16384 elements "
+        "Error: |g' - g| / |g| over the gradients of all parameters, one draw of the noise; median over models (worst). "
+        "Sharp: queries times 8. Held: bytes that autograd would hold over bytes held; tensors below 16384 elements "
         f"stay exact. {failed} more could not be made small without weights, have no step of their own, or took more "
-        f"than a minute. Each model: benchmarks/results/saved_architectures.json. `{record['command']}`.",
+        "than a minute. Each model: benchmarks/results/saved_architectures.json. "
+        f"`{record['command']}`.",
     ))  # fmt: skip
 
 

@@ -78,9 +78,9 @@ def _small(kind: type, options: dict[str, Any]) -> Any:
     base = kind()
     chosen = {key: value for key, value in options.items() if hasattr(base, key) and key not in kind.attribute_map}
     for key, value in base.to_dict().items():
-        if isinstance(value, float) and ("drop" in key or key in ("mask_ratio",)):
+        if isinstance(value, float) and "drop" in key:
             chosen[key] = 0.0
-        elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "mrope_section" in value:
+        elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "rope_type" in value:
             chosen[key] = value | {"mrope_section": [2, 3, 3]}
         elif key in ("depths", "layer_depths", "num_blocks_per_stage") and isinstance(value, (list, tuple)):
             chosen[key] = type(value)(min(d, 1 + (i == 1)) for i, d in enumerate(value))
