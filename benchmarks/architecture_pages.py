@@ -63,7 +63,8 @@ def section(record: dict[str, Any]) -> str:
         summary(record),
         "The ten models with the largest error at 4 bits:",
         worst(rows),
-        "Error: |g' - g| / |g| over the gradients of all parameters, one draw of the noise; median over models (worst). "
+        "Error: |g' - g| / |g| over the gradients of all parameters, one draw of the noise; median over models "
+        "(worst). "
         "Sharp: queries times 8. Held: bytes that autograd would hold over bytes held; tensors below 16384 elements "
         f"stay exact. {failed} more could not be made small without weights, have no step of their own, or took more "
         "than a minute. Each model: benchmarks/results/saved_architectures.json. "

@@ -176,11 +176,14 @@ def main() -> None:
     import timm  # noqa: F401  (once, before the processes are forked)
     import transformers  # noqa: F401
 
-    names = {"transformers": transformers_models(), "timm": timm_models()}
+    names = {"transformers": transformers_models(), "timm": list(timm_models())}
     kept = harness.Kept(args.results, "saved_architectures.py", args.force)
-    todo = [(library, name) for library, some in names.items() for name in some]
-    random.Random(0).shuffle(todo)  # so that a run that is stopped has seen some of everything
-    for library, name in tqdm(todo):
+    for some in names.values():
+        random.Random(0).shuffle(some)
+    # Two of one for one of the other, so that a run that is stopped has seen some of everything.
+    turns = [(i if library == "timm" else i // 2, library, name) for library, some in names.items()
+             for i, name in enumerate(some)]  # fmt: skip
+    for _, library, name in tqdm(sorted(turns)):
         if (args.library or library) == library and (not args.models or name in args.models):
             if args.retry and "failed" in kept.data.get(library, {}).get(name, {}):
                 del kept.data[library][name]
