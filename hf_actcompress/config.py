@@ -91,7 +91,7 @@ class ActCompressConfig:
     )  # fmt: skip
     saved: str | None = _option(
         None, "Codec of the tensors that autograd saves for the backward pass: block:bits=4. auto:budget=0.15 gives "
-        "each tensor the bits that it needs so that all take that share of the bytes.",
+        "each tensor the bits that it needs so that all take that share of the bytes, auto:memory=8GB so many bytes.",
     )  # fmt: skip
     keep_freed_memory: bool = _option(
         False, "On a CPU with glibc: let malloc keep freed memory for the next tensors while compression is attached. "

@@ -1,4 +1,4 @@
-"""Bits for every saved tensor under a budget: `saved="auto:budget=0.15"`.
+"""Bits for every saved tensor under a budget: `saved="auto:budget=0.15"`, `saved="auto:memory=8GB"`.
 
 How much the gradient of the parameters suffers from the rounding of one saved tensor is measured (sensitivity.py).
 Rounding noise of different tensors is independent, so while it is small their squared errors add up, and each bit more
@@ -45,7 +45,8 @@ class Budget(Tuner):
     """A forward pre-hook of the whole model that chooses the bits of its saved tensors.
 
     handle: the Handle of the model.
-    bits: the choice, for SavedTensors; before the first measurement what the budget allows on average, rounded down.
+    bits: the choice, for SavedTensors; before the first measurement what a share allows on average, rounded down, and
+        one bit where bytes are given.
     """
 
     every = 500  # passes, so that the cost of a measurement (sensitivity.COST steps) is 1 %
@@ -55,7 +56,7 @@ class Budget(Tuner):
         self.target = target
         self.slots: dict[str, Slot] = {}
         self.bits = Allotment()
-        self.bits.default = max(1, int(32 * target.budget))
+        self.bits.default = max(1, int(32 * (target.budget or 0)))
 
     def __str__(self) -> str:
         return str(self.target)
@@ -91,7 +92,7 @@ class Budget(Tuner):
                 f"saved={str(self)!r} measures gradients of whole parameters, and fully_shard or tensor parallelism "
                 "has sharded them. Use the same bits for all there, for example saved='block:bits=4'."
             )
-        found = measure(self.handle, module, args, kwargs, choose(self.target.budget))
+        found = measure(self.handle, module, args, kwargs, choose(self.target))
         if found is None:
             return False
         self._set(found)
@@ -103,25 +104,25 @@ class Budget(Tuner):
         return True
 
 
-def choose(budget: float) -> Callable[[Trial, Callable[[dict[str, int]], float]], dict[str, int]]:
+def choose(target: SavedTarget) -> Callable[[Trial, Callable[[dict[str, int]], float]], dict[str, int]]:
     """Of the allotments with each of LEAST as the least bits, the one with the least error.  Raises as `allot`."""
 
     def best(trial: Trial, error: Callable[[dict[str, int]], float]) -> dict[str, int]:
-        found = [bits for least in LEAST if (bits := allot(trial, budget, least)) is not None]
+        found = [bits for least in LEAST if (bits := allot(trial, target, least)) is not None]
         # Noise is drawn anew: of nearly equal ones any may win, which does no harm.
         return found[0] if len(found) == 1 else min(found, key=error)
 
     return best
 
 
-def allot(trial: Trial, budget: float, least: int = CHOICES[0]) -> dict[str, int] | None:
-    """Bits for every slot, at least `least`, with the smallest sum of errors that `budget` (a share of the raw bytes)
-    allows; None where `least` bits for each are too many.
+def allot(trial: Trial, target: SavedTarget, least: int = CHOICES[0]) -> dict[str, int] | None:
+    """Bits for every slot, at least `least`, with the smallest sum of errors that the bytes of `target` allow; None
+    where `least` bits for each are too many.
 
     Raises ValueError where one bit for each is too much already.
     """
     slots, choices = list(trial.slots.values()), CHOICES[CHOICES.index(least) :]
-    spare = budget * trial.raw - sum(trial.fixed.values()) - sum(slot.nbytes(least) for slot in slots)
+    spare = target.nbytes(trial.raw) - sum(trial.fixed.values()) - sum(slot.nbytes(least) for slot in slots)
     if spare >= 0:
         places = [
             [Option(str(bits), slot.raw, slot.nbytes(bits), slot.error_at(bits)) for bits in choices] for slot in slots
@@ -134,7 +135,7 @@ def allot(trial: Trial, budget: float, least: int = CHOICES[0]) -> dict[str, int
     held.update({slot.name: slot.nbytes(least) for slot in slots})
     rows, total = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in held.most_common(5)), sum(held.values())
     raise ValueError(
-        f"saved: budget={budget:g} cannot be met: with one bit for every value {total / 1e6:.2f} MB of "
-        f"{trial.raw / 1e6:.2f} MB are held, a share of {total / max(1, trial.raw):.3f}. The largest: {rows}. "
-        "Use a larger budget, or activation checkpointing beside it."
+        f"saved: {str(target).removeprefix('auto:')} cannot be met: with one bit for every value {total / 1e6:.2f} MB "
+        f"of {trial.raw / 1e6:.2f} MB are held, a share of {total / max(1, trial.raw):.3f}. The largest: {rows}. "
+        "Use a larger one, or activation checkpointing beside it."
     )

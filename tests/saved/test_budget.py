@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.observe.gradients import ExactPass
+from hf_actcompress.observe.target import SavedTarget
 from hf_actcompress.saved import budget, kept, sensitivity
 from hf_actcompress.saved.budget import CHOICES, Budget, allot
 from hf_actcompress.saved.sensitivity import REFERENCE, Slot, Trial
@@ -44,7 +45,7 @@ def harm(errors, bits):
 def test_no_other_choice_within_the_budget_is_better(share):
     errors = [1e-4, 3e-2, 1.0, 2e-3]
     trial = trial_of(errors)
-    slots, found = trial.slots.values(), list(allot(trial, share).values())
+    slots, found = trial.slots.values(), list(allot(trial, SavedTarget(share)).values())
     allowed = share * 4 * 800 * 4
     assert sum(slot.nbytes(b) for slot, b in zip(slots, found, strict=True)) <= allowed
     # Greedy steps are optimal up to one step that no longer fits: no choice of a step's bytes less is better.
@@ -55,23 +56,42 @@ def test_no_other_choice_within_the_budget_is_better(share):
 
 
 def test_no_tensor_gets_less_than_the_least():
-    assert min(allot(trial_of([1e-9, 1.0, 1.0]), 0.1, 2).values()) == 2
-    assert allot(trial_of([1e-9, 1.0, 1.0]), 0.06, 2) is None
+    assert min(allot(trial_of([1e-9, 1.0, 1.0]), SavedTarget(0.1), 2).values()) == 2
+    assert allot(trial_of([1e-9, 1.0, 1.0]), SavedTarget(0.06), 2) is None
 
 
 def test_all_bits_where_the_budget_has_no_limit():
-    assert set(allot(trial_of([1.0, 0.0]), 0.9).values()) == {8}
+    assert set(allot(trial_of([1.0, 0.0]), SavedTarget(0.9)).values()) == {8}
 
 
 def test_a_budget_that_cannot_be_met_names_what_fills_it():
-    with pytest.raises(ValueError, match=r"budget=0.05 cannot be met.*share of 0\.[0-9]+.*masks 0.00 MB.*larger"):
-        allot(trial_of([1.0, 1.0], fixed=2000), 0.05)
+    with pytest.raises(ValueError, match=r"budget=0.05 cannot be met.*share of 0\.[0-9]+.*masks 0.00 MB.*larger one"):
+        allot(trial_of([1.0, 1.0], fixed=2000), SavedTarget(0.05))
 
 
 @pytest.mark.parametrize("bad", ["auto", "auto:budget=0", "auto:budget=1", "auto:budget=x", "auto:bits=4", "auto:"])
 def test_wrong_budgets_are_refused(bad):
     with pytest.raises(ValueError, match="budget between 0 and 1"):
         ActCompressConfig(saved=bad)
+
+
+@pytest.mark.parametrize("bad", ["auto:memory=0GB", "auto:memory=8", "auto:memory=x", "auto:memory=1GB,budget=0.1"])
+def test_wrong_sizes_are_refused(bad):
+    with pytest.raises(ValueError, match="is no size; write it as 8GB|either budget or memory"):
+        ActCompressConfig(saved=bad)
+
+
+def test_the_bytes_that_are_held_are_those_that_are_allowed():
+    model, batch = build("bert").train(), batch_of("bert")
+    with compress_model(model, ActCompressConfig(saved="auto:memory=0.025mb")) as handle:
+        loss_of(model, batch).backward()
+        record = handle.meters["saved"].record()
+        raw, held = record["raw_bytes"], record["payload_bytes"]
+        assert str(handle.budget) == "auto:memory=0.025MB"
+    assert 1.7e4 < held <= 2.6e4 < raw, (held, raw)
+    with compress_model(model, ActCompressConfig(saved="auto:memory=1KiB")):
+        with pytest.raises(ValueError, match="memory=1KiB cannot be met"):
+            loss_of(model, batch)
 
 
 @pytest.mark.parametrize("name", ["bert", "mobilenetv2_100", "vit"])
