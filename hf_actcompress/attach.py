@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .boundary.channel import Channel
+from .boundary.compiled import HookGuards, eagerly
 from .boundary.hook import Boundary, Passes
 from .codecs import Codec, parse_codec
 from .config import ActCompressConfig
@@ -267,7 +268,8 @@ def compress_model(
     config = ActCompressConfig.of(config)
     inner = unwrap(model)
     _refuse_second(inner)
-    layers = find_layers(inner, example_inputs, config.blocks, option="blocks") if config.boundaries else []
+    with eagerly():
+        layers = find_layers(inner, example_inputs, config.blocks, option="blocks") if config.boundaries else []
     cuts, named = _cuts(config, layers)
     _check_fits(config, layers, cuts, named)
     if config.saved:
@@ -301,7 +303,7 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
     config, model = handle.config, handle.model
     # Ranks draw different noise.  The launchers' variable is used, so that nothing here needs torch.distributed.
     seed = config.seed + 1_000_003 * int(os.environ.get("RANK", 0))
-    passes = Passes()
+    passes = Passes(handle.boundaries, _patience(model))
     for layer in handle.layers:
         if layer.module not in codecs:
             continue
@@ -326,6 +328,7 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
     if handle.boundaries:
         handle._removers.append(model.register_forward_pre_hook(passes, prepend=True))
         handle._removers.append(model.register_forward_hook(passes, always_call=True))
+        handle._removers.append(HookGuards())
     if config.saved:
         if config.saved_auto is not None:
             handle.budget = Budget(handle, config.saved_auto)
@@ -349,6 +352,12 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
     else:
         for hook in reversed(first):
             handle._removers.append(model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+
+
+def _patience(model: nn.Module) -> int:
+    """Training passes in which every boundary must have run: many for models that skip layers at random."""
+    settings = [value for name, value in vars(getattr(model, "config", None) or model).items() if "layerdrop" in name]
+    return 32 if any(settings) else 1
 
 
 # -- checks before anything is attached ----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ LOOSE = {"__init__", "__main__", "config", "attach", "callback"}  # the only mod
 LIBRARIES = {
     "torch": ({"ops", "codecs", "models", "observe", "boundary", "saved", "config", "attach", "callback", "pipeline",
                "weights", "plan", "workloads"}, {"cli", "__init__"}),
-    "torch.distributed": ({"pipeline"}, {"workloads/pipelined.py"}),
+    "torch.distributed": ({"pipeline"}, {"workloads/pipelined.py", "boundary/shards.py"}),
     "transformers": ({"callback", "weights", "workloads"}, {"cli", "plan"}),
 }  # fmt: skip
 # Libraries of an extra: imported inside functions only.

@@ -171,4 +171,5 @@ def roundtrip(codec: Codec, x: Tensor, state: CodecState | None, found: Nonfinit
     """codec.roundtrip of a dense tensor, with its strides."""
     y = codec.roundtrip(x, state, nonfinite=None if found is None else found.on(x.device))
     # Convolutions choose their algorithm, and so their last bits, by memory format.
-    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+    y = y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+    return y.data if y._is_view() else y  # autograd lets nobody change a view in place that a Function returns

@@ -18,35 +18,13 @@ from torch import Tensor, nn
 
 from ..codecs import Codec
 from ..codecs.payload import FLOAT_DTYPES
-from ..models.hooks import outside_of_graphs
 from ..models.layers import first_tensor, replace_first_tensor
 from ..observe.events import Listener
-from ..observe.nonfinite import Nonfinite, check
+from ..observe.nonfinite import check
+from . import operator
 from .channel import Candidate, Channel
-
-
-class Passes:
-    """A forward pre-hook and forward hook of the whole model: whether the pass that is running records gradients.
-
-    found: what the sites have found of NaN and Inf, which is checked when a pass begins: once a step, so that no site
-        waits for a GPU.
-    It is noted when the pass begins, because reentrant activation checkpointing runs layers of a training pass under
-    `torch.no_grad`.
-    """
-
-    def __init__(self) -> None:
-        self.found: list[Nonfinite] = []
-        self._running: list[bool] = []
-
-    def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
-        if not output:
-            check(self.found)
-            self._running.append(torch.is_grad_enabled())
-        elif self._running:
-            self._running.pop()
-
-    def recorded(self) -> bool:
-        return torch.is_grad_enabled() or bool(self._running and self._running[-1])
+from .passes import Passes
+from .shards import locally
 
 
 class Boundary:
@@ -63,16 +41,17 @@ class Boundary:
         self, name: str, codec: Codec, grad_codec: Codec, *, seed: int = 0, evaluate: bool = True,
         nonfinite: str = "pass", passes: Passes | None = None,
     ) -> None:  # fmt: skip
-        outside_of_graphs(Boundary)  # codecs keep state on the Python side
         self.name = name
         self.forward = Channel(name, "forward", codec, seed=seed, nonfinite=nonfinite)
         self.backward = Channel(name, "backward", grad_codec.for_gradients(), seed=seed, nonfinite=nonfinite)
         self.evaluate, self.passes = evaluate, passes or Passes()
         self.enabled = True
+        self.ran = False  # in the pass that is running
+        self.number = operator.numbered(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        outside_of_graphs(Boundary)
         self.__dict__.update(state)
+        self.number = operator.numbered(self)
 
     @property
     def channels(self) -> dict[str, Channel]:
@@ -102,18 +81,24 @@ class Boundary:
         finally:
             self.forward, self.backward, self.enabled = before
 
+    # -- the hook; torch.compile traces it -------------------------------------------------------------------------
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.ran = True
         if not self.enabled:
             return None
         recorded = self.passes.recorded()
         if not self.evaluate and not (module.training and recorded):
             return None
+        if torch.compiler.is_exporting():
+            raise ValueError(f"{self.name}: an exported program holds no compression of this run. Call "
+                             "handle.remove(), or export the model within `with handle.disabled():`.")  # fmt: skip
         x = first_tensor(output)
-        if x is None or x.dtype not in FLOAT_DTYPES or x.layout != torch.strided or x.is_nested:
-            raise ValueError(self._misfit(output, x))
         # A layer may be kept in eval mode inside a model that trains (frozen batch norms).
-        trains = recorded and (module.training or x.requires_grad)
-        return replace_first_tensor(output, _Compress.apply(x, self, trains))
+        trains = recorded and x is not None and (module.training or x.requires_grad)
+        if x is None or x.dtype not in FLOAT_DTYPES or x.layout != torch.strided or x.is_nested:
+            if x is None or not x.is_nested or trains:
+                raise ValueError(self._misfit(output, x))
+        return replace_first_tensor(output, locally(lambda own: _Send.apply(own, self.number, self, trains), x))
 
     def _misfit(self, output: Any, x: Tensor | None) -> str:
         if x is None or not x.is_floating_point():
@@ -124,16 +109,72 @@ class Boundary:
         return (f"{self.name}: the output is {found}. Choose other layers with first, last and layers, or name the "
                 "blocks with blocks; where only evaluation has such tensors, evaluate='off' leaves them alone.")
 
-
-class _Compress(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, boundary: Boundary, trains: bool) -> Tensor:
-        ctx.boundary = boundary
+    # -- what happens to a tensor; the operators call it when a compiled graph runs ----------------------------------
+    def send(self, x: Tensor, trains: bool) -> Tensor:
+        """What arrives of an activation; a new tensor."""
         # Inside a backward pass a forward call is a recomputation; checkpoint itself asks the same question.
         if torch._C._current_graph_task_id() != -1:
-            return boundary.forward.replay(x)
-        return boundary.forward(x, trains)
+            return self.forward.replay(x)
+        return self.forward(x, trains)
+
+    def check_finite(self) -> None:
+        """With nonfinite="raise": raises for what was found since the last check.  Waits for a GPU."""
+        check([channel.found for channel in self.channels.values()])
+
+    def send_back(self, grad: Tensor) -> Tensor:
+        """What arrives of a gradient."""
+        return self.backward(grad)
+
+
+class _Send(torch.autograd.Function):
+    """The activation on its way; in backward, the gradient on its own.
+
+    In a graph the operators stand for the boundary, and the number for which one it is (operator.py).
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.boundary.backward(grad), None, None
+    def forward(x: Tensor, number: Tensor, boundary: Boundary, trains: bool) -> Tensor:
+        if torch.compiler.is_compiling():
+            return operator.boundary_forward(x, number, trains)
+        return boundary.send(x, trains)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.number, ctx.boundary, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _SendBack.apply(grad, ctx.number, ctx.boundary), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        _refuse_vmap()
+
+
+class _SendBack(torch.autograd.Function):
+    """The gradient on its way; its own derivative takes the rounding for constant, as the activation's does."""
+
+    @staticmethod
+    def forward(grad: Tensor, number: Tensor, boundary: Boundary) -> Tensor:
+        if torch.compiler.is_compiling():
+            return operator.boundary_backward(grad, number)
+        return boundary.send_back(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        _refuse_vmap()
+
+
+def _refuse_vmap() -> None:
+    raise ValueError(
+        "torch.vmap: a codec takes the tensor of a whole batch, and one sample's values must not depend on how many "
+        "are mapped over. Run the samples one by one, or within `with handle.disabled():`."
+    )

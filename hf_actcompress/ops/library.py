@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,17 +52,18 @@ def has_triton() -> bool:
 
 def operator(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, cpu: Callable[..., Any] | None = None,
-    triton: str | None = None,
+    triton: str | None = None, tags: Sequence[torch.Tag] = (),
 ) -> Callable[..., Any]:  # fmt: skip
     """Define `actcompress::<schema>`.
 
     reference: the definition, for every device.  fake: results without values, for tracing.
     cpu: the same bits in C++; returns NotImplemented for what it does not take.
     triton: "module:function" below ops/triton, imported at the first use; likewise.
+    tags: what a compiler has to know of it.
     """
     name = schema.partition("(")[0]
     forms = FORMS[name] = {"reference": reference, "fake": fake}
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=tuple(tags))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"actcompress::{name}", fake, lib=LIBRARY)
     if cpu is not None:
