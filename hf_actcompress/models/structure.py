@@ -18,7 +18,7 @@ from torch import nn
 
 from .tracing import Run, inside
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def innermost(paths: list[str]) -> list[str]:
@@ -36,7 +36,7 @@ def has_parameters(module: nn.Module) -> bool:
 def is_unit(module: nn.Module) -> bool:
     """Does something by itself: a leaf, or a parent with parameters of its own (a fused norm and activation)."""
     leaf = next(module.children(), None) is None
-    return (leaf or has_own_parameters(module)) and not isinstance(module, (nn.Identity, *CONTAINERS))
+    return (leaf or has_own_parameters(module)) and not isinstance(module, (nn.Identity, nn.ModuleDict, *CONTAINERS))
 
 
 def _holds_two(module: nn.Module) -> bool:
@@ -84,20 +84,20 @@ def listed(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def children(modules: dict[str, nn.Module]) -> list[str]:
-    """Children that hold two parametrised leaves and share their class with another child of their parent; and the
-    other children of such a parent, where they are built in the same way (Inception's reductions between its blocks).
-    """
+    """Children that hold two parametrised leaves and share their class with another child of their parent, or would in
+    another parent of its class (a stage with a single block); and the other children of such a parent, where they are
+    built in the same way (Inception's reductions between its blocks)."""
+    own = {path: [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()
+                  if not isinstance(child, CONTAINERS) and _holds_two(child)]
+           for path, module in modules.items() if not isinstance(module, CONTAINERS)}  # fmt: skip
+    shared = {(type(modules[path]), kind) for path, kept in own.items()
+              for kind, count in Counter(type(child) for _, child in kept).items() if count > 1}  # fmt: skip
     found: set[str] = set()
     others: list[str] = []
-    for path, module in modules.items():
-        if isinstance(module, CONTAINERS):
-            continue
-        own = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()
-               if not isinstance(child, CONTAINERS) and _holds_two(child)]  # fmt: skip
-        classes = Counter(type(child) for _, child in own)
-        shared = {name for name, child in own if classes[type(child)] > 1}
-        found |= shared
-        others += [name for name, _ in own if shared and name not in shared]
+    for path, kept in own.items():
+        members = {name for name, child in kept if (type(modules[path]), type(child)) in shared}
+        found |= members
+        others += [name for name, _ in kept if members and name not in members]
     found |= {path for path in others if any(inside(inner, path) for inner in found)}
     return [path for path in modules if path in found]
 
@@ -148,7 +148,7 @@ def resolutions(modules: dict[str, nn.Module], run: Run) -> list[str]:
         if not is_unit(modules[path]) or run.calls[path] > 1:
             continue
         shape = run.outputs[path][0]
-        if shape is None or len(shape) < 3:
+        if shape is None or len(shape) < 3 or set(shape[2:]) == {1}:
             break  # the classifier
         own = has_own_parameters(modules[path])
         if weights and shape[2:] != size:
