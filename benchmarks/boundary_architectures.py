@@ -150,7 +150,8 @@ def timm_names() -> list[str]:
         small = sorted(models, key=lambda n: (not any(s in n for s in SMALLEST), len(n), n))
         chosen += small[:1]
         rest += small[1:2]
-    return sorted({*chosen, *rest[: 120 - len(chosen)]}, key=lambda n: (not any(s in n for s in SMALLEST[:9]), n))
+    small_first = {name: not any(s in name for s in SMALLEST[:9]) for name in [*chosen, *rest[: 120 - len(chosen)]]}
+    return sorted(small_first, key=lambda name: (small_first[name], name))
 
 
 SMALLEST = ("test_", "nano", "atto", "femto", "pico", "tiny", "_xxs", "_xs", "_s", "18", "11", "_small", "_050", "a0")
@@ -334,21 +335,28 @@ def in_a_process(family: str, name: str, limit: int) -> dict[str, Any]:
     return json.loads(text) | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def summary(rows: dict[str, dict]) -> dict[str, Any]:
-    ran = {n: r for n, r in rows.items() if "skipped" not in r}
-    return {
-        "models": len(ran),
-        "layers found": sum(r["layers"] > 1 for r in ran.values()),
-        "traced": sum(bool(r.get("traced")) for r in ran.values()),
-        "identity": sum(bool(r.get("identity")) for r in ran.values()),
-        "block:4": sum(bool(r.get("block4") and r.get("fired")) for r in ran.values()),
-        "skipped": len(rows) - len(ran),
-    }
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """Markdown: how many models of each family pass each check, and which do not."""
+    columns = {
+        "traced": lambda r: r.get("traced"), "cut": lambda r: r.get("layers", 0) > 1,
+        "identity bit-equal": lambda r: r.get("identity"),
+        "block:4 runs": lambda r: r.get("block4") and r.get("fired"),
+    }  # fmt: skip
+    lines = ["| family | models | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) + 1)]
+    failed = []
+    for family, rows in results.items():
+        ran = {name: row for name, row in rows.items() if "skipped" not in row}
+        counts = [sum(bool(check(row)) for row in ran.values()) for check in columns.values()]
+        title = {"hf": "transformers", "timm": "timm"}[family]
+        lines.append(f"| {title} | {len(ran)} | " + " | ".join(map(str, counts)) + " |")
+        failed += [f"{title} {name}" for name, row in ran.items() if not good(row)]
+    return "\n".join([*lines, "", f"Failed: {', '.join(failed) or 'none'}."])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=("hf", "timm"))
+    parser.add_argument("--table", action="store_true", help="print the table; so does leaving out --family")
     parser.add_argument("--only", nargs="*", help="names of models")
     parser.add_argument("--part", default="0/1", help="K/N: every N-th model, beginning with the K-th")
     parser.add_argument("--limit", type=int, default=60, help="seconds a model")
@@ -357,9 +365,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {"hf": {}, "timm": {}}
-    if options.family is None:
-        for family, rows in results.items():
-            print(family, summary(rows))
+    if options.table or options.family is None:
+        print(table(results))
         return
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -45,7 +45,8 @@ MODELS = {
     "video": lambda: transformers.VideoMAEModel(transformers.VideoMAEConfig(num_frames=2, **VISION)),
     "text and image": lambda: transformers.CLIPModel(transformers.CLIPConfig(
         text_config=TEXT, vision_config=VISION, projection_dim=8)),
-    "boxes": lambda: transformers.BrosModel(transformers.BrosConfig(**TEXT | {"hidden_size": 64, "num_attention_heads": 4})),
+    "boxes": lambda: transformers.BrosModel(transformers.BrosConfig(
+        **TEXT | {"hidden_size": 64, "num_attention_heads": 4})),
     "regions": lxmert,
 }  # fmt: skip
 
