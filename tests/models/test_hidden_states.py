@@ -46,8 +46,10 @@ def test_output_hidden_states(make, second, ran_before):
 
 def test_backbones_give_feature_maps_from_after_the_boundary():
     backbone = transformers.Dinov2Backbone(
-        transformers.Dinov2Config(**VIT, mlp_ratio=2, out_indices=[1], apply_layernorm=False, reshape_hidden_states=False)
-    ).eval()  # fmt: skip
+        transformers.Dinov2Config(
+            **VIT, mlp_ratio=2, out_indices=[1], apply_layernorm=False, reshape_hidden_states=False
+        )
+    ).eval()
     pixels = torch.randn(2, 3, 32, 32)
     plain = backbone(pixels).feature_maps[0]  # and installs the hooks
     with compress_model(backbone, TWO_BITS):
