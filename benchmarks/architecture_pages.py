@@ -22,7 +22,13 @@ def held(row: dict[str, Any], bits: str) -> float:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
     return f"{statistics.median(values):.3f} (up to {max(values):.3f})"
+
+
+def _sharp(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row["sharp"].items() if key != "2"}  # of few
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -30,12 +36,12 @@ def summary(record: dict[str, Any]) -> str:
     lines = []
     for library in ("transformers", "timm"):
         plain = [row for row in record.get(library, {}).values() if "failed" not in row]
-        for label, rows in ((library, plain), (f"{library}, sharp", [r["sharp"] for r in plain if "sharp" in r])):
+        for label, rows in ((library, plain), (f"{library}, sharp", [_sharp(row) for row in plain if "sharp" in row])):
             if rows:
                 below = [f"{sum(row[b]['error'] <= most for row in rows)} / {len(rows)}" for b, most in MOST.items()]
                 lines.append((
                     label, len(rows), f"{sum(row['identity'] for row in rows)} / {len(rows)}",
-                    *(_spread([row[b]["error"] for row in rows]) for b in BITS), *below,
+                    *(_spread([row[b]["error"] for row in rows if b in row]) for b in BITS), *below,
                     *(f"1/{statistics.median(held(row, b) for row in rows):.1f}" for b in ("8", "4")),
                 ))  # fmt: skip
     head = ("", "models", "identity: the same bits", *(f"{b} bits: error" for b in BITS),
@@ -59,8 +65,10 @@ def worst(rows: list[tuple[str, dict[str, Any]]], most: int = 10) -> str:
 def section(record: dict[str, Any]) -> str:
     rows = measured(record)
     failed = sum("failed" in row for library in ("transformers", "timm") for row in record.get(library, {}).values())
+    middle = statistics.median(row["4"]["error"] for _, row in rows)
     return "\n\n".join((
         summary(record),
+        f"Median over all {len(rows)} models at 4 bits: {middle:.3f} (limit 0.05).",
         "The ten models with the largest error at 4 bits:",
         worst(rows),
         "Error: |g' - g| / |g| over the gradients of all parameters, one draw of the noise; median over models "

@@ -39,7 +39,7 @@ _INNER = dict.fromkeys(
     "dim_feedforward decoder_intermediate_size encoder_intermediate_size".split(), 2 * WIDTH
 )  # fmt: skip
 _SIXTEEN = dict.fromkeys(
-    "d_kv d_head head_dim kv_channels rotary_dim q_lora_rank kv_lora_rank v_head_dim qk_nope_head_dim "
+    "d_kv d_head head_dim global_head_dim kv_channels rotary_dim q_lora_rank kv_lora_rank v_head_dim qk_nope_head_dim "
     "qk_rope_head_dim attention_head_size state_size mamba_d_state".split(), 16
 )  # fmt: skip
 SMALL: dict[str, Any] = {
