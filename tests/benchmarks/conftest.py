@@ -14,6 +14,6 @@ def scripts(monkeypatch):
     yield
     for name in (
         "tables", "reference", "accuracy", "predictor", "predictor_study", "predictor_pages", "harness", "gpu",
-        "memory",
+        "memory", "architectures", "saved_architectures",
     ):  # fmt: skip
         sys.modules.pop(name, None)
