@@ -33,7 +33,7 @@ def main() -> None:
             lost = (none - record["metrics"][metric]["compressed"]) / (none - floor)
             errors, codecs = {}, {}
             for row in record["compression"]:
-                errors[f"compress/{row['boundary']}/{row['direction']}_error"] = row["rel_error"]
+                errors[row["boundary"], row["direction"]] = row["rel_error"]
                 # Whether it warns does not depend on the codec, and records of version 0.1 have old spellings.
                 codecs[row["boundary"], row["direction"]] = Identity()
             warned = warning_of(errors, WARN_ERROR, codecs) is not None

@@ -39,13 +39,13 @@ class ActCompressCallback(TrainerCallback):
     config: an ActCompressConfig, or just a codec spec.
     example_inputs: inputs of one forward pass, for models whose input cannot be guessed.
 
-    Each log line of the Trainer (and so `log_history` and TensorBoard) gets, per boundary since the last line:
-    `compress/<layer>/forward_ratio`, `..._error` (relative), `..._cosine`, the same for `backward`, and
-    `saved_mb`, the megabytes saved so far; with `saved`, `compress/saved/plain_mb` and `held_mb`, what autograd would
-    have held of a forward pass and what was held, and `mean_bits` where a budget chooses them; with `analysis`,
-    `compress/grad_cosine` and `grad_error` of the last sampled step, and all records go to
-    `<output_dir>/actcompress_analysis.jsonl`.  After training,
-    `stats` holds the whole table; evaluation then runs without compression unless it is done under
+    Each log line of the Trainer (and so `log_history` and TensorBoard) gets at most eight numbers about the time since
+    the last line: `compress/forward_ratio` and `forward_error` (relative, the mean over boundaries), the same for
+    `backward`, `worst_error` (of a boundary and direction), and `saved_mb`, the megabytes saved so far; with `saved`,
+    `compress/saved/plain_mb` and `held_mb`, what autograd would have held of a forward pass and what was held, and
+    `mean_bits` where a budget chooses them; with `analysis`, `compress/grad_cosine` and `grad_error` of the last
+    sampled step, and all records go to `<output_dir>/actcompress_analysis.jsonl`.  `handle.stats()` has everything by
+    layer, and after training `stats`; evaluation then runs without compression unless it is done under
     `with callback.attached(model):`.
 
     Checkpoints get the configuration and, per rank, the codecs' state; both are picked up by
@@ -146,8 +146,9 @@ class ActCompressCallback(TrainerCallback):
         if "loss" not in logs:
             return
         extra = self._metrics()
-        if not self._warned and (message := warning_of(extra, self.config.warn_error, self._line.codecs())):
-            logger.warning(message)
+        warning = warning_of(self._line.errors, self.config.warn_error, self._line.codecs())
+        if warning and not self._warned:
+            logger.warning(warning)
             self._warned = True
         logs.update(extra)
         # The Trainer has copied `logs` into the history before it calls.
@@ -213,12 +214,8 @@ class ActCompressCallback(TrainerCallback):
 
     def _metrics(self) -> dict[str, float]:
         assert self._line is not None
-        result = self._line.metrics()
-        for key in ("grad_cosine", "grad_error"):
-            if self._analysed is not None and self._analysed[key] is not None:
-                result[f"compress/{key}"] = self._analysed[key]
-        self._analysed = None
-        return result
+        row, self._analysed = self._analysed or {}, None
+        return self._line.metrics({key: row.get(key) for key in ("grad_cosine", "grad_error")})
 
     def _go_first(self) -> None:
         """Move before the callbacks that report, so that they see what `on_log` adds."""

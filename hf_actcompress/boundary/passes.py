@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from ..observe.nonfinite import Nonfinite, check
+
+logger = logging.getLogger(__name__)
 
 
 class Passes:
@@ -31,6 +34,13 @@ class Passes:
         self._seen: set[str] = set()  # boundaries that ran in some training pass
         self._passes = 0
         self._running: list[bool] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        logger.warning(
+            "A copy of a compressed model (made by deepcopy, as for EMA or SWA, or by pickle) is compressed too, with "
+            "codec states and counters of its own. hf_actcompress.remove_compression(copy) takes that off."
+        )
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
         if not output:

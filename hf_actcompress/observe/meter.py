@@ -36,6 +36,9 @@ class Counts:
     def __sub__(self, earlier: Counts) -> Counts:
         return Counts(*(now - before for now, before in zip(_values(self), _values(earlier), strict=True)))
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(one + more for one, more in zip(_values(self), _values(other), strict=True)))
+
     def record(self) -> dict[str, Any]:
         """Plain numbers; None where nothing was sampled yet."""
         return {

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 WARN_ERROR = 0.25
 
 
-def warning_of(metrics: Mapping[str, float], limit: float, codecs: Mapping[tuple[str, str], Codec]) -> str | None:
+def warning_of(
+    errors: Mapping[tuple[str, str], float], limit: float, codecs: Mapping[tuple[str, str], Codec]
+) -> str | None:
     """The text of the warning, or None where the errors are small or were not measured.
 
-    metrics: a log line's `compress/<boundary>/<direction>_error`.
+    errors: the relative error by (boundary, direction).
     limit: for the largest of them; 0 never warns.
     codecs: the codec in use by (boundary, direction).
     """
-    errors = {place: metrics[key] for place in codecs if (key := f"compress/{place[0]}/{place[1]}_error") in metrics}
     place = max(errors, key=errors.__getitem__, default=None)
     if not limit or place is None or errors[place] <= limit:
         return None

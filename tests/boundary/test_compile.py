@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import batch_of, build, loss_of, points, stack
 from helpers.boundaries import STATEFUL, values
+from helpers.trainers import callback, make_trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -195,6 +196,43 @@ def test_layers_with_a_boundary_share_one_graph():
         model(x).sum().backward()
         assert {row["calls"] for row in handle.stats()} == {1}
         assert backend.frame_count <= 3  # layers without a boundary, the first input (without a gradient), the others
+
+
+@pytest.mark.parametrize("codec", ["identity", "ef+topk:ratio=0.3"])
+def test_checkpointing_inside_of_a_graph(codec):
+    """The recomputed forward pass sees the state of the first."""
+    batches, found = [points(seed=seed) for seed in range(3)], []
+    for segments in (0, 1):
+        model = stack(segments=segments, dropout=0.0).train()
+        with compress_model(model, codec, example_inputs=batches[0][0]) as handle:
+            run = torch.compile(model, backend="aot_eager") if segments else model
+            found.append(steps(model, run, batches))
+            assert {row["calls"] for row in handle.stats()} == {3}
+    close(*found, rtol=0, atol=0)
+
+
+def test_nonfinite_raise_in_a_graph():
+    model, (x, _) = stack(dropout=0.0).train(), points()
+    with compress_model(model, ActCompressConfig("block:bits=4", nonfinite="raise"), example_inputs=x):
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+        run(x)
+        with pytest.raises(FloatingPointError, match="forward: NaN"):
+            run(x.detach() * float("inf"))
+
+
+def test_the_compile_option_of_a_trainer(tmp_path):
+    """The Trainer has compiled the model before the callback attaches, and evaluates the graph in between."""
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        compression = callback("block:bits=4", evaluate="off", meter_every=1)
+        options = {"torch_compile": compiled} | ({"torch_compile_backend": "aot_eager"} if compiled else {})
+        trainer = make_trainer(tmp_path, compression, model=exact("bert"), max_steps=3, **options)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert {row["calls"] for row in compression.stats} == {3}
+        found.append((before, trainer.state.log_history[-1]["train_loss"], trainer.evaluate()["eval_loss"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("strict", [False, True])
