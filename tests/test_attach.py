@@ -86,7 +86,7 @@ def test_a_failure_while_attaching_leaves_the_model_as_it_was(monkeypatch):
     def fail(*args):
         raise MemoryError("no room for hooks")
 
-    monkeypatch.setattr("hf_actcompress.attach.Entry", fail)
+    monkeypatch.setattr("hf_actcompress.attach.model.Entry", fail)
     with pytest.raises(MemoryError, match="no room"):
         compress_model(model, config(saved="block:bits=4"))
     assert not hooks_on(model)
