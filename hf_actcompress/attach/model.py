@@ -163,6 +163,7 @@ def _settle(handle: Handle, run: Run) -> None:
     handle.remove()
     for known in (handle.boundaries, handle.cuts, handle.meters, handle._named):
         known.clear()
+    handle.boundaries = {}  # the running pass checks the old ones at its end
     handle.layers = layers
     _attach(handle, cuts, named)
 

@@ -27,7 +27,8 @@ class FirstPass:
         # After the boundaries: what a stage hands on is what they made of its last block's output.
         self._hooks += [module.register_forward_hook(_Note(self, path))
                         for path, module in model.named_modules() if path]  # fmt: skip
-        self._hooks.append(model.register_forward_hook(self._end))
+        # Before the check that every boundary has run: it may be why one moves.
+        self._hooks.append(model.register_forward_hook(self._end, prepend=True))
 
     def remove(self) -> None:
         while self._hooks:

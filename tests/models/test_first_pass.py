@@ -48,6 +48,18 @@ def test_boundaries_move_to_where_the_first_batch_ran(caplog):
     assert hooks(model) == 0
 
 
+def test_a_boundary_at_a_module_that_never_runs_moves_before_it_is_an_error(caplog):
+    model = Picky()
+    config = ActCompressConfig(codec="block:bits=4", first=1, last=0, blocks=["aux", "blocks.*"])
+    with compress_model(model, config) as handle:
+        assert list(handle.boundaries) == ["aux"]
+        model(*batch()).sum().backward()
+        assert list(handle.boundaries) == ["conv"]
+        assert "left out of the layers" in caplog.text
+        model(*batch()).sum().backward()
+        assert [row["calls"] for row in handle.stats()] == [1, 1]
+
+
 class InOrder(nn.Module):
     def __init__(self):
         super().__init__()
