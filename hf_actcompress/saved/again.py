@@ -134,6 +134,11 @@ def _view(node: Any, kept: Kept, depth: int) -> Maker | None:
     return None if x is None else lambda: x().reshape(shape)
 
 
+def _clone(node: Any, kept: Kept, depth: int) -> Maker | None:
+    """As of the input of an operation in place, which saves a clone of it."""
+    return source(node, 0, kept, depth)
+
+
 def _dropout(node: Any, kept: Kept, depth: int) -> Maker | None:
     x, mask, p = source(node, 0, kept, depth), kept.saved(node, "result1"), node._saved_p
     if x is None or mask is None or p >= 1:
@@ -208,6 +213,7 @@ MAKERS: dict[str, Callable[[Any, Kept, int], Maker | None]] = {
     "FusedRmsNormBackward0": _rms_norm,
     "MulBackward0": _product,
     "ToCopyBackward0": _cast,
+    "CloneBackward0": _clone,
     "ViewBackward0": _view, "ReshapeAliasBackward0": _view, "UnsafeViewBackward0": _view,
     "NativeDropoutBackward0": _dropout,
     **dict.fromkeys(

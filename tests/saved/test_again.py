@@ -20,6 +20,7 @@ MORE = {
     "NativeDropoutBackward0": lambda x: torch.native_dropout(F.gelu(x), 0.4, True)[0],
     "ViewBackward0": lambda x: F.gelu(x).view(32, 128).to(torch.bfloat16),
     "ReshapeAliasBackward0": lambda x: torch.ops.aten._reshape_alias(F.gelu(x), (32, 128), (128, 1)),
+    "CloneBackward0": lambda x: F.gelu(x).clone(),
     "UnsafeViewBackward0": lambda x: torch.ops.aten._unsafe_view(F.gelu(x), (32, 128)),
     "NativeLayerNormBackward0": lambda x: F.layer_norm(5 * x + 100, (64,), WEIGHT, BIAS),
 }
@@ -124,3 +125,17 @@ def test_backward_under_autocast():
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         assert_made_again(Then(lambda x: F.layer_norm(F.gelu(x), (64,), WEIGHT, BIAS)), torch.randn(64, 64))
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.ReLU, nn.ReLU6])
+def test_an_activation_in_place_holds_no_more(activation):
+    """It saves a clone of its input, which is made again as the input is."""
+    torch.manual_seed(0)
+    held = []
+    for inplace in (False, True):
+        model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), activation(inplace=inplace), nn.Conv2d(8, 8, 1))
+        x = torch.randn(4, 8, 16, 16)
+        exact, found, report = both(model, x)
+        assert (found - exact).norm() < 0.05 * exact.norm()
+        held.append(sum(row["held_bytes"] for row in report))
+    assert held[1] <= held[0]
