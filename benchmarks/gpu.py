@@ -29,6 +29,7 @@ from typing import Any
 
 import harness
 import memory
+import memory_methods
 import torch
 
 from hf_actcompress import ActCompressConfig, compress_model, parse_codec
@@ -191,14 +192,14 @@ def bert(device: str, quick: bool, rows: int) -> Workload:
     config = BertConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                         intermediate_size=4 * hidden, vocab_size=1000 if quick else 30522)  # fmt: skip
     with torch.device(device):
-        batch = memory.tokens(config.vocab_size, rows, length)
+        batch = memory_methods.tokens(config.vocab_size, rows, length)
         batch["labels"] = torch.randint(0, 2, (rows,))
         return Workload(BertForSequenceClassification(config), batch, rows * length, "tokens", autocast=True)
 
 
 def resnet(device: str, quick: bool) -> Workload:
     rows, size = (2, 32) if quick else (128, 224)
-    model, batch = memory.image("test_resnet" if quick else "resnet50", size)
+    model, batch = memory_methods.image("test_resnet" if quick else "resnet50", size)
     made = {name: value.to(device) for name, value in batch(rows).items()}
     made["pixel_values"] = made["pixel_values"].contiguous(memory_format=torch.channels_last)
     model = model.to(device, memory_format=torch.channels_last)
@@ -213,7 +214,7 @@ def llama(device: str, quick: bool) -> Workload:
                          intermediate_size=inner, vocab_size=1000 if quick else 32000, tie_word_embeddings=True,
                          use_cache=False, dtype=torch.bfloat16)  # fmt: skip
     with torch.device(device):
-        batch = memory.tokens(config.vocab_size, rows, length)
+        batch = memory_methods.tokens(config.vocab_size, rows, length)
         batch["labels"] = batch["input_ids"]
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     return Workload(model, batch, rows * length, "tokens", autocast=False)
@@ -287,7 +288,7 @@ MODELS: dict[str, Callable[[str, bool], Workload]] = {
 }
 EAGER: dict[str, Callable[[Workload], AbstractContextManager]] = {
     "none": lambda work: nullcontext(), "saved 4": saved(4), "saved 2": saved(2), "saved 8": saved(8),
-    "checkpointing": lambda work: memory.checkpointing(work.model),
+    "checkpointing": lambda work: memory_methods.checkpointing(work.model),
     "save_on_cpu": on_cpu,
 }  # fmt: skip
 COMPILED: dict[str, Callable[[Workload], AbstractContextManager]] = {

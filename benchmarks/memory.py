@@ -12,7 +12,8 @@ memory (VmHWM, with libraries); each in its own process, in which malloc returns
 time: one step of every method in turn, each in its own process (which waits meanwhile), so that other load meets all
 alike and malloc's heap is as that method alone leaves it.  Malloc keeps what is freed (`keep_freed_memory=True`), for
 every method; beside them the plain step with glibc's default.  Multiples are of the plain step of the
-same round, that with the same malloc and that with the default.
+same round, that with the same malloc and that with the default; of compiled methods also of the compiled step.
+error: of the gradient, against plain eager mode, median of three draws of the noise.
 batch: the largest batch whose step peaks at no more than the plain step of the listed batch; each size in its own
 process.
 Writes benchmarks/results/memory.json after every measurement; what is there is kept, --force measures again.
@@ -30,94 +31,17 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
+from memory_methods import METHODS, MODELS, Batch
 from tqdm import tqdm
 
-from hf_actcompress import ActCompressConfig, compress_model, keep_freed_memory
-from hf_actcompress.workloads import load_image_model, load_text_model
+from hf_actcompress import keep_freed_memory
 
-Batch = dict[str, torch.Tensor]
-
-
-def tokens(vocabulary: int, rows: int, length: int) -> Batch:
-    ids = torch.randint(0, vocabulary, (rows, length))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def minilm(length: int) -> tuple[torch.nn.Module, Callable[[int], Batch]]:
-    model, _ = load_text_model("minilm", 2)
-    return model, lambda rows: {**tokens(30000, rows, length), "labels": torch.randint(0, 2, (rows,))}
-
-
-def gpt2(length: int = 256) -> tuple[torch.nn.Module, Callable[[int], Batch]]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config())
-
-    def batch(rows: int) -> Batch:
-        made = tokens(50257, rows, length)
-        return {**made, "labels": made["input_ids"]}
-
-    return model, batch
-
-
-def image(name: str, size: int, **options: Any) -> tuple[torch.nn.Module, Callable[[int], Batch]]:
-    model, _ = load_image_model(name, 10, size, pretrained=False, **options)
-
-    def batch(rows: int) -> Batch:
-        return {"pixel_values": torch.randn(rows, 3, size, size), "labels": torch.randint(0, 10, (rows,))}
-
-    return model, batch
-
-
-# name: (model and maker of batches, rows of a batch)
-MODELS: dict[str, tuple[Callable[[], tuple[torch.nn.Module, Callable[[int], Batch]]], int]] = {
-    "minilm 32x128": (lambda: minilm(128), 32),
-    "minilm 8x512": (lambda: minilm(512), 8),
-    "mobilenetv2_100 64x96px": (lambda: image("mobilenetv2_100", 96), 64),
-    "efficientnet_lite0 64x96px": (lambda: image("tf_efficientnet_lite0", 96), 64),
-    "resnet18 64x96px": (lambda: image("resnet18", 96), 64),
-    "vit_tiny 16x224px": (lambda: image("vit_tiny_patch16_224", 224), 16),
-    "gpt2 4x256": (gpt2, 4),
-}
-
-
-def saved(spec: str) -> Callable[[torch.nn.Module], AbstractContextManager]:
-    return lambda model: compress_model(model, ActCompressConfig(saved=spec))
-
-
-@contextmanager
-def checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """As the Trainer's gradient_checkpointing=True."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
-
-
-@contextmanager
-def checkpointing_saved(model: torch.nn.Module) -> Iterator[None]:
-    with checkpointing(model), saved("block:bits=4")(model):
-        yield
-
-
-METHODS: dict[str, Callable[[torch.nn.Module], AbstractContextManager]] = {
-    "none": lambda model: nullcontext(),
-    "saved 8": saved("block:bits=8"),
-    "saved 4": saved("block:bits=4"),
-    "saved 2": saved("block:bits=2"),
-    "checkpointing": checkpointing,
-    "save_on_cpu": lambda model: torch.autograd.graph.save_on_cpu(),
-    "checkpointing + saved 4": checkpointing_saved,
-    "saved auto 0.07": saved("auto:budget=0.07"),
-}
 UNTIMED = ("saved auto 0.07",)  # a measurement would fall into every timed step; between two it is like any other
 DEFAULT = " [default]"  # with glibc's malloc as it is
 
@@ -239,7 +163,10 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
     most = max(2, int(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / args.budget))
     if args.malloc == "kept":
         others = [plain + DEFAULT, *sorted(others, key=lambda name: name not in ("saved 4", "checkpointing"))]
-    groups = [[plain, *others[k : k + most - 1]] for k in range(0, len(others), most - 1)]
+    pair, n = (plain, "compiled"), max(1, most - 2)
+    eager, compiled = ([name for name in others if name.startswith("compiled") == c] for c in (False, True))
+    groups = [[plain, *eager[k : k + most - 1]] for k in range(0, len(eager), most - 1)]
+    groups += [[*pair, *compiled[k : k + n]] for k in range(1, len(compiled), n)]
     result: dict[str, Any] = {}
     for group in groups:
         seconds = turns(group, args)
@@ -248,7 +175,7 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             beside = [other for other in group if other != name]
             result[name] = {"ms": 1e3 * statistics.median(own), "n": len(own), "beside": beside}
-            for key, reference in (("multiple", plain), ("of default", plain + DEFAULT)):
+            for key, reference in (("multiple", plain), ("of default", plain + DEFAULT), ("of compiled", "compiled")):
                 if reference in seconds:
                     ratios = harness.ratios(own, seconds[reference])
                     result[name][key] = statistics.median(ratios)
@@ -280,6 +207,22 @@ def turns(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
                 workers[name].stdin.flush()
                 seconds[name].append(float(workers[name].stdout.readline()))
     return seconds
+
+
+def error(args: argparse.Namespace) -> dict[str, Any]:
+    """|g' - g| / |g| over the gradients of all parameters, against eager mode without anything."""
+    run = Run(args.models[0], args.autocast)
+    batch = run.batch(run.rows)
+
+    def gradient() -> torch.Tensor:
+        run.optimizer.zero_grad()
+        run.forward(batch).backward()
+        return torch.cat([p.grad.double().flatten() for p in run.model.parameters() if p.grad is not None])
+
+    exact = gradient()
+    with METHODS[args.methods[0]](run.model):
+        found = [float((gradient() - exact).norm() / exact.norm()) for _ in range(3)]
+    return {"n": len(found), "error": statistics.median(found), "error_range": [min(found), max(found)]}
 
 
 def peak(args: argparse.Namespace) -> dict[str, int]:
@@ -315,7 +258,7 @@ def largest(args: argparse.Namespace) -> dict[str, Any]:
             "peaks_mb": {rows: peak / 1e6 for rows, peak in sorted(peaks.items())}}  # fmt: skip
 
 
-PARTS = {"held": held, "time": times, "batch": largest}
+PARTS = {"held": held, "error": error, "time": times, "batch": largest}
 INNER = {**PARTS, "peak": peak}
 
 
@@ -365,6 +308,9 @@ def main() -> None:
             if "held" in args.parts:
                 row = keep(f"held {model}{suffix} {name}", lambda m=model, n=name: alone("held", args, m, [n]))
                 tqdm.write(f"{model:28s} {name:24s} held {row['held_mb']:7.1f} MB, peak {row['peak_mb']:7.1f} MB")
+            if "error" in args.parts:
+                row = keep(f"error {model}{suffix} {name}", lambda m=model, n=name: alone("error", args, m, [n]))
+                tqdm.write(f"{model:28s} {name:24s} error {row['error']:.4f}")
             if "batch" in args.parts:
                 budget = int(1e6 * data[f"held {model}{suffix} none"]["peak_mb"])
                 row = keep(

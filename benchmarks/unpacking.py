@@ -2,7 +2,7 @@
 
     python benchmarks/unpacking.py
 
-saved="block:bits=4", with and without the pool of codecs/memory.py; without it every decoded tensor is allocated, as
+saved="block:bits=4", with and without the pool of ops/memory.py; without it every decoded tensor is allocated, as
 in plain training.  How malloc's heap lies decides what that costs, so each measurement has a process of its own, and
 the two kinds take turns.  Writes results/unpacking.json.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import harness
 import memory
+import memory_methods
 import torch
 
 from hf_actcompress.ops import memory as pools
@@ -45,7 +46,7 @@ def measure(model: str, kind: str, repeats: int) -> list[dict[str, float]]:
         return found
 
     site.unpack, rows = timed, []
-    with memory.saved("block:bits=4")(run.model):
+    with memory_methods.saved("block:bits=4")(run.model):
         for _ in range(repeats + 2):
             spent.update(unpack_ms=0.0, faults=0)
             began = time.perf_counter()
@@ -62,7 +63,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=list(memory.MODELS), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=list(memory_methods.MODELS), metavar="MODEL")
     parser.add_argument("--processes", type=int, default=3, help="of each kind and model")
     parser.add_argument("--repeats", type=int, default=5, help="steps counted in each")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
