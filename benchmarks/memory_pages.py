@@ -10,7 +10,6 @@ from typing import Any
 import harness
 from harness import FIGURES, RESULTS, against, mean_std, read
 
-from hf_actcompress.report.records import load_records
 from hf_actcompress.report.style import make_figure, save_figure
 
 # (model, method) -> how many times less has to be held; model -> what a step with "saved 4" may take, in plain steps.
@@ -186,50 +185,57 @@ def held(record: dict[str, Any]) -> str:
     )
 
 
-def accuracy(records: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> str:
-    """What was saved in training against runs without compression: mean and deviation over seeds.
+TRAINED = {"sst2": "SST-2, MiniLM: accuracy", "cifar10": "CIFAR-10, EfficientNet-Lite0: accuracy",
+           "llama": "Llama shape: held-out loss", "gpt2": "GPT-2 shape: held-out loss"}  # fmt: skip
+LINES = {"none": ("#333333", "-"), "block:bits=8": ("#56B4E9", "-"), "block:bits=4": ("#D55E00", "-"),
+         "block:bits=3": ("#E69F00", "--"), "block:bits=2": ("#CC79A7", "-"),
+         "auto:budget=0.07": ("#009E73", "--")}  # fmt: skip
 
-    elsewhere: runs among which are CIFAR-10's plain ones of another machine.
-    """
+
+def trained(records: list[dict[str, Any]]) -> str:
+    """What training came to: mean and deviation over seeds, and the difference from none in deviations of none."""
     lines = []
-    for task in ("sst2", "cifar10"):
-        runs: dict[str, list[float]] = {}
+    for task, label in TRAINED.items():
+        runs: dict[str, dict[int, float]] = {}
         for record in (r for r in records if r["task"] == task):
-            runs.setdefault(record["saved"], []).append(_metric(record))
-        none = runs.pop("none", [])
-        for spec, own in runs.items():
-            if len(own) < 2 or len(none) < 2:
-                continue
-            drop = (statistics.fmean(none) - statistics.fmean(own)) / statistics.stdev(none)
-            most = 2 if spec.startswith("auto") else 1
-            lines.append((task, spec, len(own), mean_std(own), f"{mean_std(none)} ({len(none)})", f"{drop:.1f}",
-                          against(most, drop <= most)))  # fmt: skip
-    head = ("task", "saved", "seeds", "accuracy", "of none", "drop in deviations of none", "allowed")
-    return harness.table(head, lines, "ll") + "\n\n" + _elsewhere(records, elsewhere)
-
-
-def _elsewhere(records: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> str:
-    own = {s: [_metric(r) for r in records if r["task"] == "cifar10" and r["saved"] == s]
-           for s in ("none", "block:bits=4", "auto:budget=0.07")}  # fmt: skip
-    none, other = own.pop("none"), [_metric(r) for r in elsewhere if r["task"] == "cifar10" and r["codec"] == "none"]
-    away = (statistics.variance(none) / len(none) + statistics.variance(other) / len(other)) ** 0.5
-
-    def drops(plain: list[float]) -> str:
-        found = [(statistics.fmean(plain) - statistics.fmean(v)) / statistics.stdev(plain) for v in own.values()]
-        return " and ".join(f"{drop:.1f}" for drop in found)
-
-    return (
-        "CIFAR-10: the plain runs are of the same code and machine as the others, which matters: "
-        f"{len(other)} plain runs with the same seeds on another machine ([results.md](results.md)) came to "
-        f"{mean_std(other)}. The difference is {statistics.fmean(other) - statistics.fmean(none):.2f} ± {away:.2f} "
-        f"(standard error). The drops (4 bits, auto) would be {drops(other)} deviations against those alone, and are "
-        f"{drops(none + other)} against all {len(none + other)}."
-    )
+            runs.setdefault(record["saved"], {})[record["seed"]] = _metric(record)
+        none = runs.get("none", {})
+        if len(none) < 2:
+            continue
+        for spec in sorted(runs, key=list(LINES).index):
+            own = runs[spec]
+            both = sorted(set(own) & set(none))
+            away = statistics.fmean(own[k] - none[k] for k in both) if both else 0.0
+            shown = ("", "") if spec == "none" else (f"{away:+.3f}", f"{away / statistics.stdev(none.values()):+.1f}")
+            lines.append((label, spec, len(own), mean_std(list(own.values()), 3), *shown))
+    head = ("task", "saved", "seeds", "mean ± deviation", "from none, same seeds", "in deviations of none")
+    return harness.table(head, lines, "ll") + "\n\n`python benchmarks/saved_training.py`, no dropout."
 
 
 def _metric(record: dict[str, Any]) -> float:
-    found = record["metrics"]["accuracy"]
-    return 100 * next(found[k] for k in ("compressed", "plain") if found.get(k) is not None)
+    found = record["metrics"]
+    if "loss" in found and "accuracy" not in found:
+        return found["loss"]
+    return 100 * next(v for k in ("compressed", "plain") if (v := found["accuracy"].get(k)) is not None)
+
+
+def curves(records: list[dict[str, Any]], path: Path) -> Path:
+    """Loss over the steps of training from scratch: mean over seeds, smoothed over 20 steps."""
+    figure, axes = make_figure(1, 2, 3.0)
+    for ax, task in zip(axes, ("llama", "gpt2"), strict=True):
+        for spec, (color, line) in LINES.items():
+            losses = [r["losses"] for r in records if r["task"] == task and r["saved"] == spec]
+            if not losses:
+                continue
+            mean = [statistics.fmean(values) for values in zip(*losses, strict=True)]
+            smooth = [statistics.fmean(mean[max(0, k - 19) : k + 1]) for k in range(len(mean))]
+            label = f"{spec} ({len(losses)})"
+            ax.plot(range(1, len(smooth) + 1), smooth, line, color=color, linewidth=1.3, label=label)
+        ax.set_title(TRAINED[task].partition(":")[0], loc="left", fontweight="bold", fontsize=9)
+        ax.set_xlabel("step")
+        ax.set_ylabel("training loss")
+        ax.legend(frameon=False, fontsize=8)
+    return save_figure(figure, path)
 
 
 def plot(record: dict[str, Any], path: Path) -> Path:
@@ -269,5 +275,6 @@ def parts() -> Iterator[tuple[str, str, str]]:
         yield page, "saved held", held(record)
     if (record := read("saved_gradient_error")) is not None:
         yield page, "gradient error", gradient_error(record)
-    if (RESULTS / "saved").is_dir():
-        yield page, "saved accuracy", accuracy(load_records(RESULTS / "saved"), load_records(RESULTS / "accuracy"))
+    if records := [record for task in TRAINED for record in harness.read_all(RESULTS / "saved_training" / task)]:
+        curves(records, FIGURES / "saved_training.png")
+        yield page, "saved training", trained(records)

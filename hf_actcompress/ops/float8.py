@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .cpu import float8 as cpu
 from .groups import tiles
 from .library import operator
 from .packing import COLS
@@ -58,12 +60,21 @@ def _roundtrip_fake(x: Tensor, scale: Tensor, format: str) -> Tensor:
     return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
+def _decode_cpu(codes: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype, format: str) -> Tensor:
+    return cpu.decode(FORMATS[format], codes, scale, shape, dtype)
+
+
+def _roundtrip_cpu(x: Tensor, scale: Tensor, format: str) -> Tensor:
+    return cpu.roundtrip(FORMATS[format], functools.partial(_coded, format=format), x, scale)
+
+
 # x (any shape), scale fp32 (the last number is what 1.0 stands for) -> bytes uint8 [n]; format: "e4m3" or "e5m2".
 encode_float8 = operator("encode_float8(Tensor x, Tensor scale, str format) -> Tensor", _encode, _encode_fake,
                          triton="float8:encode")  # fmt: skip
 decode_float8 = operator(
     "decode_float8(Tensor codes, Tensor scale, SymInt[] shape, ScalarType dtype, str format) -> Tensor",
-    _decode, _decode_fake, triton="float8:decode",
+    _decode, _decode_fake, cpu=_decode_cpu, triton="float8:decode",
 )  # fmt: skip
 roundtrip_float8 = operator("roundtrip_float8(Tensor x, Tensor scale, str format) -> Tensor",
-                            _roundtrip, _roundtrip_fake, triton="float8:roundtrip")  # fmt: skip
+                            _roundtrip, _roundtrip_fake, cpu=_roundtrip_cpu,
+                            triton="float8:roundtrip")  # fmt: skip

@@ -63,6 +63,23 @@ def test_float8_is_that_of_torch(format):
                        expected.float() * scale[1])  # fmt: skip
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_float8_in_cpp(format, dtype):
+    for shape in (*SHAPES, (7, 6000)):  # several pieces
+        x = (torch.randn(shape) * 3).to(dtype)
+        x.view(-1)[:3] = torch.tensor([math.nan, 0.0, -1e-30])
+        scale = torch.tensor([0.0, 0.37])
+        codes, _ = run("encode_float8", "reference", x, scale, format)
+        y = agree("decode_float8", codes, scale, list(shape), dtype, format)
+        assert torch.equal(agree("roundtrip_float8", x, scale, format).nan_to_num(7), y.nan_to_num(7))
+    view = x.view(60, 700).T[::2]
+    expected = y.view(60, 700).T[::2].nan_to_num(7)
+    assert torch.equal(agree("roundtrip_float8", view, scale, format).nan_to_num(7), expected)
+    agree("decode_float8", torch.arange(256, dtype=torch.uint8), scale, [256], dtype, format)
+
+
 @needs_triton
 @pytest.mark.parametrize("format", FORMATS)
 def test_float8_in_triton(format):
