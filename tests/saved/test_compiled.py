@@ -96,6 +96,18 @@ def test_transformers_keep_codes_and_make_the_rest_again(make, errors, ratio):
     assert all(row.why for row in rows_of(spec) if row.kept == "exact")
 
 
+@pytest.mark.parametrize("make", [bert, llama])
+def test_with_a_memory_budget_what_is_left_is_coded(make):
+    """Products and attention run again in backward, then, from decoded values."""
+    model, inputs = make()
+    exact, spec = gradients(model, model, inputs), "block:bits=8"
+    with torch._functorch.config.patch(activation_memory_budget=0.3), saving(spec):
+        assert error(gradients(model, torch.compile(model, fullgraph=True, backend=BACKEND), inputs), exact) < 0.1
+    wide = [row for row in rows_of(spec) if row.raw >= 1 << 16]
+    assert {"aten::addmm", "aten::mm"} & {row.operation for row in wide}
+    assert {row.kept for row in wide} == {"codes"}, [row for row in wide if row.kept != "codes"]
+
+
 @pytest.mark.parametrize("image", [False, True])
 def test_the_mask_of_a_relu_is_exact(image):
     """The gradient of the input depends on weights and masks alone."""

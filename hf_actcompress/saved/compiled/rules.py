@@ -174,7 +174,7 @@ class Uses:
         """A product with a gradient ends the walk; None forbids."""
         name = operator_of(user)
         if name in ATTENTION.values():
-            return False if self._fits(user) and node not in user.args[4:6] else None
+            return False if self._fits(user) else None
         places = [i for i, entry in enumerate(user.args) if entry is node]
         if name == "aten::div" and self._statistic(node):
             return False
