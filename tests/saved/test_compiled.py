@@ -128,3 +128,20 @@ def test_the_mask_of_a_relu_is_exact(image):
     assert error(*found) < 1e-5
     assert sum(row.kept == "codes" and "relu" in row.operation for row in rows_of("block:bits=2")) == 2
     assert ratio_of("block:bits=2") > 6
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+@pytest.mark.parametrize("activation", ["ReLU", "ReLU6", "LeakyReLU", "Hardtanh", "Hardswish"])
+def test_masks_of_what_is_computed_again_are_those_of_the_forward_pass(activation, budget):
+    """Backward normalises the decoded output of the convolution again, and compares that with bounds."""
+    nn = torch.nn
+
+    def block(inputs):
+        return nn.Sequential(nn.Conv2d(inputs, 16, 3), nn.BatchNorm2d(16), getattr(nn, activation)())
+
+    model, x = nn.Sequential(block(3), block(16), nn.Conv2d(16, 4, 3)), torch.randn(8, 3, 38, 38) * 3
+    exact, spec = gradients(model, model, (x,)), "block:bits=8"
+    with torch._functorch.config.patch(activation_memory_budget=budget), saving(spec):
+        call = torch.compile(model.forward, fullgraph=True, backend=BACKEND)
+        assert error(gradients(model, call, (x,)), exact) < 0.01
+    assert all(row.kept != "exact" for row in rows_of(spec) if row.raw > 1 << 16)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from .operators import bits_saved, decode_saved, encode_saved, flags_saved, row_nbytes
-from .plan import Form, Plan, two_values
+from .plan import Form, Plan, twin_of, two_values
 
 aten = torch.ops.aten
 
@@ -34,15 +35,35 @@ def encoded(plan: Plan, name: str, x: Tensor) -> Tensor:
         values = two_values(plan.nodes[name])
         flags = x if values is None else x == values[0]
         return bits_saved(form.dense(flags), codec, len(form.tail), x.element_size())
-    payload = encode_saved(form.dense(x), codec, form.group, len(form.tail), *plan.shares[name])
-    return payload if sides is None else torch.cat([payload, sides], -1)
+    parts = [encode_saved(form.dense(x), codec, form.group, len(form.tail), *plan.shares[name])]
+    parts += [] if sides is None else [sides]
+    # What is compared is another tensor, which `fetch` puts there.
+    parts += [bits_saved(form.dense(x) <= 0, codec, len(form.tail), 0) for _ in plan.masks.get(name, ())]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def fetch(plan: Plan, name: str) -> None:
-    """After `encoded` was inlined: the empty tensor in the forward graph becomes a copy of a small input."""
+    """After `encoded` was inlined: the empty tensor in the forward graph becomes a copy of a small input, and masks
+    those of the tensors that they are made of."""
+    if masks := plan.masks.get(name):
+        packed = [node for node in plan.forward.nodes if node.target is bits_saved][-len(masks) :]
+        for node, mask in zip(packed, masks, strict=True):
+            with plan.forward.inserting_before(node):
+                flags = _twin(plan, mask)
+                order = _call(plan, aten.permute.default, (flags, plan.forms[name].order), plan.forward)
+                node.replace_input_with(node.args[0], order)
     if name in plan.fetched:
         new = plan.forward.output_node().prev
         new.target, new.args, new.kwargs = aten.clone.default, (plan.fetched[name],), {}
+
+
+def _twin(plan: Plan, node: Node) -> Node:
+    """The node of the forward graph for one of the backward graph, made where there is none."""
+    found = twin_of(plan.forward, node)
+    if found is None:
+        args = tuple(_twin(plan, entry) if isinstance(entry, Node) else entry for entry in node.args)
+        found = _call(plan, node.target, args, plan.forward)
+    return found
 
 
 # -- the backward graph ---------------------------------------------------------------------------------------------
@@ -60,6 +81,18 @@ def decode(plan: Plan, name: str) -> None:
         made = _decoded(plan, name)
     for user in users:
         user.replace_input_with(placeholder, made)
+    _use_masks(plan, name)
+
+
+def _use_masks(plan: Plan, name: str) -> None:
+    """What compares decoded values becomes the mask of the forward pass."""
+    masks, form, codec = plan.masks.get(name, ()), plan.forms.get(name), plan.codec
+    for k, mask in enumerate(masks):
+        row = math.prod(form.tail)
+        begin = row_nbytes(codec, form.group, row) + -(-row // 8) * (k + (name in plan.sided))
+        with plan.backward.inserting_before(mask):
+            bits = _call(plan, aten.slice.Tensor, (plan.inputs[name], -1, begin, begin + -(-row // 8)))
+            mask.replace_all_uses_with(_flags(plan, name, bits))
 
 
 def _decoded(plan: Plan, name: str) -> Node:
@@ -71,14 +104,15 @@ def _decoded(plan: Plan, name: str) -> Node:
             low, high = (_constant(plan, value, x) for value in values)
             new = _call(plan, aten.where.self, (new, low, high))
         return new
-    codes = placeholder
-    if name in plan.sided:
-        begin = row_nbytes(plan.codec, form.group, math.prod(form.tail))
+    codes, row = placeholder, math.prod(form.tail)
+    if name in plan.sided or name in plan.masks:
+        begin = row_nbytes(plan.codec, form.group, row)
         codes = _call(plan, aten.slice.Tensor, (placeholder, -1, 0, begin))
     new = _call(plan, decode_saved, (codes, str(plan.codec), form.group, form.tail, x.dtype))
     new = _back(plan, form, new)
     if name in plan.sided:
-        new = _with_sides(plan, name, new, _call(plan, aten.slice.Tensor, (placeholder, -1, begin)))
+        bits = _call(plan, aten.slice.Tensor, (placeholder, -1, begin, begin + -(-row // 8)))
+        new = _with_sides(plan, name, new, bits)
     return new
 
 
@@ -109,11 +143,13 @@ def _constant(plan: Plan, value: float, like: Tensor) -> Node:
     return new
 
 
-def _call(plan: Plan, target: Any, args: tuple) -> Node:
-    """A new node, with its value in its meta data."""
-    new = plan.backward.call_function(target, args)
-    values = [_value(plan, entry) if isinstance(entry, Node) else entry for entry in args]
-    with values[0].fake_mode:
+def _call(plan: Plan, target: Any, args: tuple, graph: Graph | None = None) -> Node:
+    """A new node of the backward or another graph, with its value in its meta data."""
+    backward = graph is None
+    new = (plan.backward if backward else graph).call_function(target, args)
+    values = [(_value(plan, entry) if backward else entry.meta["val"]) if isinstance(entry, Node) else entry
+              for entry in args]  # fmt: skip
+    with values[0].fake_mode, disable_proxy_modes_tracing():  # the hooks are being traced
         new.meta["val"] = target(*values)
     return new
 

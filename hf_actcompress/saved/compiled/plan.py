@@ -123,6 +123,7 @@ class Plan:
         self.forms: dict[str, Form] = {}
         self.fetched: dict[str, Node] = {}  # a small input of the forward graph that is saved in place of a tensor
         self.sided: set[str] = set()  # whose ReLU's mask is kept beside them: one bit
+        self.masks: dict[str, list[Node]] = {}  # likewise other comparisons in backward with what is made of them
         self.decoded: set[str] = set()
         self.leaves: dict[str, str] = {}  # of a tensor that is made again: the first saved one that it is made from
         if isinstance(codec, Identity):
@@ -149,6 +150,7 @@ class Plan:
         }
         while True:
             self.kept, self.why, self.forms, self.fetched, self.leaves, self.sided = {}, {}, {}, {}, {}, set()
+            self.masks = {}
             uses = rules.Uses(self.backward, attentions, self.nodes)
             for node in self.order:
                 self._decide_one(node, uses, attentions)
@@ -184,12 +186,30 @@ class Plan:
             else:
                 self.forms[name], kept = form, "again" if self._again(node, attentions, fetch=False) else "codes"
                 self.sided.add(name)
+        elif masks := [m for m in uses.masks if not any(m in own for own in self.masks.values())]:
+            form = form_of(value, self.codec)
+            if form is None or not form.group or not all(self._like(mask, value) for mask in masks):
+                why = rules.operator_of(masks[0])
+            else:
+                self.forms[name], self.masks[name], kept = form, masks, "codes"
         elif self._again(node, attentions):
             kept = "again"
         else:
             self.forms[name] = form = form_of(value, self.codec)
             kept, why = ("codes", "") if form else ("exact", "layout")
         self.kept[name], self.why[name] = kept, why
+
+    def _like(self, mask: Node, value: Tensor) -> bool:
+        """Whether a bool tensor of the backward graph has the sizes of a saved one, and the forward graph can make
+        it."""
+        sizes = [[str(size) for size in x.shape] for x in (rules.value_of(mask), value)]
+        return sizes[0] == sizes[1] and self._in_forward(mask)
+
+    def _in_forward(self, node: Node) -> bool:
+        if twin_of(self.forward, node) is not None:
+            return True
+        made = rules.COMPARISONS | rules.LOGIC | {"aten::alias", "aten::detach"}
+        return rules.operator_of(node) in made and all(self._in_forward(entry) for entry in node.all_input_nodes)
 
     def _again(self, node: Node, attentions: set, fetch: bool = True) -> bool:
         """Whether cheap operations make a saved tensor from others that are kept.
@@ -247,7 +267,7 @@ class Plan:
         if kept == "codes" and not form.group:
             return self.codec.payload_nbytes(tuple(form.tail), node.meta["val"].dtype)
         row = math.prod(form.tail)
-        bits = -(-row // 8) if kept == "bits" or name in self.sided else 0
+        bits = -(-row // 8) * ((kept == "bits" or name in self.sided) + len(self.masks.get(name, ())))
         codes = row_nbytes(self.codec, form.group, row) if kept == "codes" else 0
         return rules.numel(node) // row * (bits + codes)
 
@@ -265,6 +285,12 @@ class Plan:
         shares = {name: (again[name] / raw, exact[name] / raw) for name, raw in own.items()}
         views = [n for n, kept in self.kept.items() if kept == "codes" and n not in own]
         return {**shares, **dict.fromkeys(views, (-1.0, 0.0))}  # views of a tensor that is counted
+
+
+def twin_of(forward: Graph, node: Node) -> Node | None:
+    """The node of the forward graph that one of the backward graph is a copy of: it has its name and operation."""
+    found = next((n for n in forward.nodes if n.name == node.name), None)
+    return found if found is not None and (node.op == "placeholder" or found.target == node.target) else None
 
 
 def storage_of(node: Any) -> Any:

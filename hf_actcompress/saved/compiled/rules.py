@@ -27,7 +27,10 @@ REDUCTIONS = frozenset("aten::sum aten::mean aten::var aten::var_mean aten::amax
 # Wild at zero: only of statistics of rows (norms), which are never near it.
 STATISTICS = frozenset("aten::rsqrt aten::sqrt aten::reciprocal".split())
 PRODUCTS = frozenset("aten::mm aten::bmm aten::addmm aten::baddbmm aten::convolution".split())
-COMPARISONS = frozenset("aten::le aten::lt aten::ge aten::gt".split())
+COMPARISONS = frozenset("aten::le aten::lt aten::ge aten::gt aten::eq aten::ne".split())
+LOGIC = frozenset(
+    "aten::bitwise_or aten::bitwise_and aten::bitwise_not aten::logical_or aten::logical_and aten::logical_not".split()
+)
 CONSTANTS = frozenset("aten::full aten::scalar_tensor prims::iota".split())
 # Fused attention: forward operator -> its backward, whose arguments 1 to 5 are q, k, v, out and logsumexp.
 ATTENTION = {
@@ -136,6 +139,19 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return default
 
 
+def masks_from(comparison: Node) -> list[Node]:
+    """The bool tensors, made of a comparison and others, that something else than logic uses."""
+    found, seen, waiting = [], {comparison}, [comparison]
+    while waiting:
+        node = waiting.pop()
+        logic = [user for user in node.users if operator_of(user) in LOGIC]
+        if len(logic) < len(node.users):
+            found.append(node)
+        waiting += set(logic) - seen
+        seen.update(logic)
+    return found
+
+
 class Uses:
     """Walks from a saved tensor through a backward graph and finds what forbids a decoded value there.
 
@@ -148,9 +164,10 @@ class Uses:
     def objection(self, saved: Node) -> str:
         """The first operation that needs the saved tensor exactly, or "" if there is none.
 
-        Afterwards `sided` says whether one asks which values are 0 or less: the mask of a ReLU.
+        Afterwards `sided` says whether one asks which values are 0 or less, the mask of a ReLU, and `masks` are bool
+        tensors that comparisons make of what is computed again: they have to be those of the forward pass.
         """
-        self.size, seen, waiting, self.sided = numel(saved), {saved}, [saved], False
+        self.size, seen, waiting, self.sided, self.masks = numel(saved), {saved}, [saved], False, []
         same = {saved}
         while waiting:
             node = waiting.pop()
@@ -162,6 +179,9 @@ class Uses:
                     continue
                 if node in same and operator_of(user) in ("aten::alias", "aten::detach"):
                     same.add(user)
+                if operator_of(user) in COMPARISONS and user not in self.gradients:
+                    self.masks += [mask for mask in masks_from(user) if mask not in self.masks]
+                    continue
                 goes_on = self._gradient(node, user) if user in self.gradients else self._forward(node, user, seen)
                 if goes_on is None:
                     return operator_of(user) or str(user.target)
