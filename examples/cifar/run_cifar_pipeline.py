@@ -31,7 +31,7 @@ DEFAULTS = {"output_dir": "outputs/cifar_pipeline", "batch_size": 64, "eval_batc
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = parse_pipeline_arguments([ModelArguments, DataArguments], argv, DEFAULTS)
-    join(args.timeout)
+    join(args.timeout, args.secret)
     set_seed(args.seed)
     data, task = load_on_first_rank(data_args)
     model, preprocessing = model_args.load(task)

@@ -44,7 +44,7 @@ class DataArguments(TextDataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = parse_pipeline_arguments([ModelArguments, DataArguments], argv, DEFAULTS)
-    join(args.timeout)
+    join(args.timeout, args.secret)
     set_seed(args.seed)
     data, task = load_on_first_rank(data_args)
     model, tokenizer = model_args.load(task, None if data is None else data.texts())

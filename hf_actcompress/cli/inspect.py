@@ -52,11 +52,14 @@ def _inspect(args: argparse.Namespace) -> None:
     layers = [describe(layer) for layer in found.layers]
     if args.json:
         print_json({"model": args.model, "class": found.model, "parameters": found.parameters, "inputs": batch,
-                    "notes": found.notes, "layers": layers,
+                    "notes": found.notes, "layers": layers, "tied": found.tied,
                     "cuts": [{**cut, "layer": cut["layer"].name} for cut in cuts]})  # fmt: skip
         return
     marks = {cut["layer"].name: " and ".join(cut["cut"]) for cut in cuts}
     _print_layers(f"{args.model}: {found.model}, {found.parameters / 1e6:.1f}M parameters, {batch}", layers, marks)
+    for name, numbers in found.tied.items():
+        print(f"tied: layers {', '.join(map(str, numbers))} compute with {name}; pipeline stages that have it sum its "
+              "gradients after each step.")  # fmt: skip
     notes = _print_cuts(cuts)
     for note in [*found.notes, *notes]:
         print(f"note: {note}", file=sys.stderr)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 TOPOLOGIES = ("linear", "client-server")
+BALANCES = ("layers", "parameters", "flops", "time")
 SCHEDULES = ("early", "1f1b", "zbv")
 
 
@@ -33,12 +34,33 @@ class PipelineArguments:
     cuts: list[int] | None = field(
         default=None, metadata={"help": "Layers after which to cut, e.g. 0 4; default: about as many layers each."}
     )
+    balance: str = field(
+        default="layers",
+        metadata={
+            "help": "Without --cuts, what stages have about as much of: 'layers', 'parameters', 'flops', or 'time' "
+            "(of a forward pass, measured on rank 0)."
+        },
+    )
     micro_batches: int = field(default=4, metadata={"help": "Parts of a batch that are sent one after the other."})
     codec: str = field(
         default="block:bits=4", metadata={"help": "Codec of the activations, e.g. delta+block:bits=2; or 'none'."}
     )
     grad_codec: str | None = field(
         default=None, metadata={"help": "Codec of the gradients, or 'none'; default: the same (with delta+a, a)."}
+    )
+    nonfinite: str = field(
+        default="pass",
+        metadata={"help": "'pass' sends NaN and Inf on; 'raise' stops and names stage and micro-batch."},
+    )
+    checksum: bool | None = field(
+        default=None, metadata={"help": "Of every message; default: where they leave this machine."}
+    )
+    secret: str | None = field(
+        default=None,
+        metadata={
+            "help": "A token that every rank must know to join; better given as the environment variable "
+            "HF_ACTCOMPRESS_SECRET, which the list of processes does not show."
+        },
     )
     timeout: float = field(default=300.0, metadata={"help": "Seconds that a rank waits for another one."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Epochs."})
@@ -51,11 +73,21 @@ class PipelineArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Bound of the norm over all stages; 0: none."})
     seed: int = field(default=0, metadata={"help": "Of order, dropout, new weights and stochastic rounding."})
     bf16: bool = field(default=False, metadata={"help": "Compute, and send, in bf16 autocast."})
+    fp16: bool = field(
+        default=False, metadata={"help": "Compute, and send, in fp16 autocast, with loss scaling; steps that overflow "
+                                 "are skipped."}
+    )  # fmt: skip
     device: str = field(default="cpu", metadata={"help": "Where this rank computes, e.g. cuda:0."})
     logging_steps: int = field(default=20, metadata={"help": "Steps between entries of the log."})
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0: none."})
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint that all ranks have."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def agreed(self) -> dict[str, object]:
+        """What must be alike on all ranks."""
+        own = ("output_dir", "device", "timeout", "disable_tqdm", "secret")
+        compared = ("checksum", "nonfinite", "codec", "grad_codec")  # by the stages themselves
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*own, *compared)}
 
     def __post_init__(self) -> None:
         if self.topology not in TOPOLOGIES:
@@ -67,6 +99,14 @@ class PipelineArguments:
                 f"schedule={self.schedule!r} with topology={self.topology!r}: linear takes early or 1f1b, "
                 "client-server zbv."
             )
+        if self.balance not in BALANCES:
+            raise ValueError(f"balance={self.balance!r} is not known; choose one of: {', '.join(BALANCES)}.")
+        if self.cuts and self.balance != "layers":
+            raise ValueError(f"balance={self.balance!r} chooses cuts, and cuts={self.cuts} are given: leave one out.")
+        if self.nonfinite not in ("pass", "raise"):
+            raise ValueError(f"nonfinite={self.nonfinite!r} is not known; choose 'pass' or 'raise'.")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True and fp16=True exclude each other: give one.")
         for name in ("micro_batches", "batch_size", "eval_batch_size", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more.")

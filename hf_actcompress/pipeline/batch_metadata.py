@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .frames import HEADER, framed, number_of, seal, unseal
 from .links import Links
 
 FIRST, REST = 1, 2  # tags
@@ -28,11 +29,13 @@ class BatchLink:
     """Brings the batches of rank 0 to every rank.
 
     labels_to: the rank of the last stage.
+    checksum: whether messages are protected by a crc32; alike on all ranks.
     """
 
-    def __init__(self, links: Links, rank: int, size: int, labels_to: int) -> None:
-        self.links, self.rank, self.size, self.labels_to = links, rank, size, labels_to
+    def __init__(self, links: Links, rank: int, size: int, labels_to: int, checksum: bool = True) -> None:
+        self.links, self.rank, self.size, self.labels_to, self.checksum = links, rank, size, labels_to, checksum
         self._capacities: dict[int, int] = {}
+        self._batches = 0
 
     def batches(self, source: Iterable[Batch] | None) -> Iterator[Batch]:
         """Rank 0 gives its batches as `source`, the others None; they get the same batches without the inputs."""
@@ -61,26 +64,40 @@ class BatchLink:
 
     # -- messages ------------------------------------------------------------------------------------------------
     def _send(self, batch: Batch | None) -> None:
+        self._batches += 1
         for peer in range(1, self.size):
             data = pack(batch, labels=peer == self.labels_to)
             capacity = self._capacities.get(peer, CAPACITY)
-            what = f"Rank 0, a batch's side inputs to rank {peer}"
-            self.links.send(_buffer(data[:capacity], capacity), peer, FIRST, what)
+            what = f"Rank 0, side inputs of batch {self._batches} to rank {peer}"
+            self._send_part(data[:capacity], capacity, peer, FIRST, what)
             if len(data) > capacity:
-                self.links.send(_buffer(data[capacity:], len(data) - capacity), peer, REST, what)
+                self._send_part(data[capacity:], len(data) - capacity, peer, REST, what)
             self._capacities[peer] = max(capacity, _capacity(len(data)))
 
+    def _send_part(self, data: bytes, size: int, peer: int, tag: int, what: str) -> None:
+        buffer = framed(data, size)
+        seal(buffer, number_of(self._batches, tag), checksum=self.checksum)
+        self.links.send(buffer, peer, tag, what)
+
     def _expect(self) -> None:
-        self._what = f"Rank {self.rank}, a batch's side inputs from rank 0"
-        buffer = torch.empty(self._capacities.get(0, CAPACITY), dtype=torch.uint8)
-        self.links.expect(buffer, 0, FIRST, self._what)
+        self._batches += 1
+        self._expect_part(self._capacities.get(0, CAPACITY), FIRST)
+
+    def _expect_part(self, size: int, tag: int) -> None:
+        self._what = f"Rank {self.rank}, side inputs of batch {self._batches} from rank 0"
+        self.links.expect(torch.empty(HEADER + size, dtype=torch.uint8), 0, tag, self._what)
+
+    def _collect(self, tag: int) -> bytes:
+        buffer = self.links.collect(tag)
+        unseal(buffer, number_of(self._batches, tag), where=self._what, checksum=self.checksum)
+        return bytes(buffer[HEADER:].numpy())
 
     def _receive(self) -> Batch | None:
-        data = bytes(self.links.collect(FIRST).numpy())
+        data = self._collect(FIRST)
         (length,) = LENGTH.unpack_from(data)
         if length > len(data):
-            self.links.expect(torch.empty(length - len(data), dtype=torch.uint8), 0, REST, self._what)
-            data += bytes(self.links.collect(REST).numpy())
+            self._expect_part(length - len(data), REST)
+            data += self._collect(REST)
         self._capacities[0] = max(len(data), _capacity(length))
         return unpack(data)
 
@@ -88,10 +105,6 @@ class BatchLink:
 def _capacity(length: int) -> int:
     """Bytes of the next buffer: both sides are prepared for a message as long as the longest so far."""
     return max(CAPACITY, 1 << (length - 1).bit_length())
-
-
-def _buffer(data: bytes, size: int) -> Tensor:
-    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
 
 
 def pack(batch: Batch | None, labels: bool) -> bytes:

@@ -55,6 +55,14 @@ class LinkedStage(PipelineStage):
     def finish(self) -> None:
         """All of a step was computed and sent."""
 
+    def sum_tied(self, scale: int) -> None:
+        """The step's gradients are there: those of parameters that other stages have, too, are summed, and divided by
+        `scale`."""
+
+    def is_tied(self, p: Tensor) -> bool:
+        """Whether `sum_tied` divides the gradient of this parameter."""
+        return False
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         missing = [name for name in NEEDED if not hasattr(self, name)]
@@ -68,12 +76,44 @@ class LinkedStage(PipelineStage):
     # -- what the schedule calls -------------------------------------------------------------------------------
     def clear_runtime_states(self) -> None:
         super().clear_runtime_states()
-        self._posted = False
+        self._posted, self._idle = False, set()
         self.begin()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         super().perform_reduce_grad(grad_scale_factor)
         self.finish()
+        if self.has_backward:
+            self.sum_tied(grad_scale_factor)
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        # Two stages on this rank may have the same parameter, whose gradient is divided once.
+        for p in self.submod.parameters():
+            if p.grad is not None and not self.is_tied(p):
+                p.grad.div_(grad_scale_factor)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, **options: Any) -> None:
+        outputs = loss if self.is_last else self.fwd_cache[bwd_chunk_id][0]
+        if self.has_backward and not any(x.requires_grad for x in _tensors(outputs)):
+            self._nothing_to_learn(bwd_chunk_id)
+        else:
+            # torch's separate pass for weights fails where one parameter enters several layers, and misses some where
+            # no input learns.
+            inputs = self.has_backward and any(x.requires_grad for x in _tensors(self.fwd_cache[bwd_chunk_id][1]))
+            whole = not inputs or getattr(self.submod, "whole_backward", False)
+            if whole and not self.is_first and not options.get("full_backward", True):
+                options["full_backward"] = True
+                self._idle.add(bwd_chunk_id)
+            super().backward_one_chunk(bwd_chunk_id, loss=loss, **options)
+
+    def _nothing_to_learn(self, chunk: int) -> None:
+        """In place of the backward pass of a stage that is frozen, and before which nothing learns."""
+        self.fwd_cache.pop(chunk)
+        self.bwd_cache[chunk] = (None,) * len(self._stage_meta.inputs or ())
+        self._idle.add(chunk)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, **options: Any) -> None:
+        if bwd_chunk_id not in self._idle:
+            super().backward_weight_one_chunk(bwd_chunk_id, **options)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._post()
@@ -146,6 +186,10 @@ class LinkedStage(PipelineStage):
             if not info.is_root_arg:
                 info.buffer = None  # the graph holds it as long as it is needed
         return found
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else [one for one in x or () if isinstance(one, Tensor)]
 
 
 class EarlySchedule1F1B(Schedule1F1B):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hmac
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -21,10 +23,12 @@ from .wire import WireError
 logger = logging.getLogger(__name__)
 
 
-def join(timeout: float) -> tuple[int, int]:
+def join(timeout: float, secret: str | None = None) -> tuple[int, int]:
     """(rank, number of ranks) of a process that torchrun or accelerate has launched.
 
-    Raises LinkError if the others do not come within `timeout` seconds, ValueError for a single process.
+    secret: a token that all ranks must know; None: the environment variable HF_ACTCOMPRESS_SECRET, or none.
+    Raises LinkError if the others do not come within `timeout` seconds or the port is taken, ValueError for a single
+    process and for a rank that does not know the secret.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise ValueError(
@@ -35,11 +39,43 @@ def join(timeout: float) -> tuple[int, int]:
         try:
             dist.init_process_group("cpu:gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+                raise LinkError(
+                    f"Rank {os.environ['RANK']}: port {os.environ.get('MASTER_PORT')} on this machine is in use by "
+                    "another program. Give all ranks another --master_port."
+                ) from error
             raise LinkError(
                 f"Rank {os.environ['RANK']}: not all {os.environ['WORLD_SIZE']} processes came within {timeout:g} s. "
                 f"Start the others, or raise --timeout. ({str(error).splitlines()[0][:200]})"
             ) from error
+    prove(os.environ.get("HF_ACTCOMPRESS_SECRET", "") if secret is None else secret)
     return dist.get_rank(), dist.get_world_size()
+
+
+def prove(secret: str) -> None:
+    """Every rank shows the others that it knows `secret`, without sending it: a keyed hash of random bytes of all.
+
+    Keeps processes out that do not know it.  What is sent later is neither encrypted nor signed.
+    Raises ValueError, which names the ranks that have another one.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def everyones(data: bytes) -> list[bytes]:
+        found = [torch.empty(32, dtype=torch.uint8) for _ in range(size)]
+        dist.all_gather(found, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return [bytes(one.numpy()) for one in found]
+
+    def answer(number: int) -> bytes:
+        return hmac.digest(secret.encode(), b"".join(challenges) + number.to_bytes(4, "big"), "sha256")
+
+    challenges = everyones(secrets.token_bytes(32))
+    answers = everyones(answer(rank))
+    wrong = [k for k in range(size) if not hmac.compare_digest(answers[k], answer(k))]
+    if wrong:
+        raise ValueError(
+            f"Rank {rank}: {'ranks' if len(wrong) > 1 else 'rank'} {', '.join(map(str, wrong))} of this run has "
+            "another --secret than this one, or none. Give all the same, or look who has joined."
+        )
 
 
 def share(value: Any, source: int = 0) -> Any:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .engine import default_store
+from .frames import HEADER, framed, seal, unseal
 
 REASON = "hf_actcompress/reason"
 
@@ -37,7 +37,7 @@ class Links:
                 "init_process_group('gloo'), or 'cpu:gloo,cuda:nccl' where NCCL is needed besides."
             )
         self.group, self.timeout, self.waited, self.bytes = group, timeout, 0.0, 0
-        self._sent: dict[int, tuple[dist.Work, str, int]] = {}
+        self._sent: dict[int, tuple[dist.Work, str, int, Tensor]] = {}
         self._awaited: dict[int, tuple[dist.Work, Tensor, str, int]] = {}
 
     def send(self, buffer: Tensor, peer: int, tag: int, what: str) -> None:
@@ -45,7 +45,7 @@ class Links:
         self._settle(tag)
         self.bytes += buffer.numel()
         try:
-            self._sent[tag] = dist.isend(buffer, peer, group=self.group, tag=tag), what, peer
+            self._sent[tag] = dist.isend(buffer, peer, group=self.group, tag=tag), what, peer, buffer
         except RuntimeError as error:
             raise self._lost(what, peer, error) from error
 
@@ -72,7 +72,7 @@ class Links:
 
     def _settle(self, tag: int) -> None:
         if tag in self._sent:
-            self._wait(*self._sent.pop(tag))
+            self._wait(*self._sent.pop(tag)[:3])
 
     def _wait(self, work: dist.Work, what: str, peer: int) -> None:
         began = time.perf_counter()
@@ -118,15 +118,18 @@ def reason(patience: float = 0.0) -> str | None:
 
 def exchange(texts: dict[int, str], links: Links, tags: dict[int, tuple[int, int]], what: str) -> dict[int, str]:
     """Send a text to each peer and return theirs, {key: text}.  tags: {key: (peer, tag)}."""
-    buffers = {}
     for key, (peer, tag) in tags.items():
-        links.expect(torch.empty(TEXT, dtype=torch.uint8), peer, tag, what)
-        data = texts[key].encode()[:TEXT].ljust(TEXT)
-        buffers[key] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        links.send(buffers[key], peer, tag, what)
-    found = {key: bytes(links.collect(tag).numpy()).decode().rstrip() for key, (_, tag) in tags.items()}
+        links.expect(framed(b"", TEXT), peer, tag, what)
+        buffer = framed(texts[key].encode()[:TEXT], TEXT)
+        seal(buffer, 0)
+        links.send(buffer, peer, tag, what)
+    found = {}
+    for key, (_, tag) in tags.items():
+        buffer = links.collect(tag)
+        unseal(buffer, 0, where=what)
+        found[key] = bytes(buffer[HEADER:].numpy()).rstrip(b"\0").decode()
     links.flush()
     return found
 
 
-TEXT = 4096
+TEXT = 16384

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..codecs import Codec, CodecState, raw_nbytes
 from .engine import BACKWARD, DIRECTIONS, FORWARD, LinkedStage
+from .frames import HEADER, VERSION, WireError, framed, number_of, over_network, seal, unseal
 from .links import Links, exchange
-from .wire import NOT_FINITE_TEXT, WireError, WireFormat
+from .wire import NOT_FINITE_TEXT, WireFormat
 
 # Bits of a tag: place of the tensor, micro-batch, direction and link.
 PLACES, CHUNKS = 8, 4096
 SETTINGS = PLACES * CHUNKS - 1
+VERSIONS = f"hf_actcompress {__version__}, torch {torch.__version__.partition('+')[0]}, format {VERSION}"
 
 
 class CompressedPipelineStage(LinkedStage):
@@ -28,6 +31,9 @@ class CompressedPipelineStage(LinkedStage):
         sent as they are.
     seed: of stochastic rounding and of a codec's first state.
     timeout: seconds that the stage waits for a peer.
+    nonfinite: "pass" sends NaN and Inf on as they would arrive uncompressed (codecs decode them as NaN), so that a
+        gradient scaler can skip the step; "raise" stops and names stage and micro-batch, and waits for the device.
+    checksum: of every message; None: where messages leave this machine.
     agree: settings that neighbours must share besides codecs, model and number of stages, {name: value}.
 
     Before the first step neighbours compare these settings.  `bytes` counts what was sent in each direction,
@@ -49,6 +55,8 @@ class CompressedPipelineStage(LinkedStage):
         grad_codec: Codec | None = None,
         seed: int = 0,
         timeout: float = 300.0,
+        nonfinite: str = "pass",
+        checksum: bool | None = None,
         agree: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -60,8 +68,13 @@ class CompressedPipelineStage(LinkedStage):
         for one in (codec, grad_codec):
             if "wire" in one.traits.unfit:
                 raise ValueError(f"{one} cannot be used between stages: {one.traits.unfit['wire']}")
+        if nonfinite not in ("pass", "raise"):
+            raise ValueError(f"nonfinite={nonfinite!r} is not known; choose 'pass' or 'raise'.")
         self.codecs = {FORWARD: codec, BACKWARD: grad_codec}
-        self.seed, self.steps, self.agree = seed, 0, dict(agree or {})
+        self.seed, self.steps, self.refuse = seed, 0, nonfinite == "raise"
+        self.checksum = over_network() if checksum is None else checksum
+        self.agree = {"checksum": self.checksum, "nonfinite": nonfinite, **(agree or {})}
+        self.shared = getattr(submodule, "shared", None)
         self.bytes, self.raw_bytes, self.seconds = Counter(), Counter(), Counter()
         self.links = Links(self.group, timeout)
         self._compared = False
@@ -89,6 +102,8 @@ class CompressedPipelineStage(LinkedStage):
         self.steps += 1  # on every rank once a step, so that numbers of messages agree
         self._plans.clear()
         self._expected.clear()
+        if self.shared is not None and self.has_backward:
+            self.shared.begin()
 
     def finish(self) -> None:
         self.links.flush()
@@ -96,20 +111,30 @@ class CompressedPipelineStage(LinkedStage):
         self.seconds["wait"] += self.links.waited
         self.links.waited = 0.0
 
+    def sum_tied(self, scale: int) -> None:
+        if self.shared is not None:
+            self.shared.finish(self, scale, self.links, self.checksum)
+            self.bytes["shared"], self.shared.bytes = self.bytes["shared"] + self.shared.bytes, 0
+            self.seconds["wait"] += self.links.waited
+            self.links.waited = 0.0
+
+    def is_tied(self, p: Tensor) -> bool:
+        return self.shared is not None and self.shared.is_shared(p)
+
     def send(self, direction: str, chunk: int, place: int, x: Tensor, other: int, peer: int) -> None:
         self.raw_bytes[direction] += raw_nbytes(tuple(x.shape), x.dtype)
         what = self._where(direction, chunk, f"to stage {other}")
         tag = self._tag(direction, chunk, place, other)
         if not x.is_floating_point():
-            buffer = x.contiguous().cpu().view(torch.uint8)
-            self._buffers["unchanged", tag] = buffer  # alive until it is sent
+            buffer = framed(x.contiguous().cpu().reshape(-1).view(torch.uint8))
+            seal(buffer, self._number(chunk), checksum=self.checksum)
         else:
             began = time.perf_counter()
             state = self._state("send", direction, chunk, place)
             plan = self._plan(direction, chunk, x.shape, state)
             wire = self._format(direction, x.shape, x.dtype, plan)
             buffer = self._buffer("send", tag, wire)
-            sent = wire.encode(x.detach(), state, buffer, self._number(chunk))
+            sent = wire.encode(x.detach(), state, buffer, self._number(chunk), self.refuse)
             self.seconds["encode"] += time.perf_counter() - began
             if not sent:
                 self.links.send(buffer, peer, tag, what)  # so that the peer learns why
@@ -125,7 +150,7 @@ class CompressedPipelineStage(LinkedStage):
             wire = self._format(direction, meta.shape, meta.dtype, self._plan(direction, chunk, meta.shape, state))
             buffer = self._buffer("receive", tag, wire)
         else:
-            buffer = torch.empty(raw_nbytes(tuple(meta.shape), meta.dtype), dtype=torch.uint8)
+            buffer = framed(b"", raw_nbytes(tuple(meta.shape), meta.dtype))
         self._expected[direction, chunk, place] = wire, meta, other
         self.links.expect(buffer, peer, tag, self._where(direction, chunk, f"from stage {other}"))
 
@@ -134,14 +159,15 @@ class CompressedPipelineStage(LinkedStage):
         if found is None:
             return None
         wire, meta, other = found
-        buffer = self.links.collect(self._tag(direction, chunk, place, other)).to(self.device)
+        buffer = self.links.collect(self._tag(direction, chunk, place, other))
+        where = self._where(direction, chunk, f"from stage {other}")
         if wire is None:
-            return buffer.view(meta.dtype).view(meta.shape)
+            unseal(buffer, self._number(chunk), where=where, checksum=self.checksum)
+            return buffer[HEADER:].to(self.device).view(meta.dtype).view(meta.shape)
         began = time.perf_counter()
         state = self._state("receive", direction, chunk, place)
-        where = self._where(direction, chunk, f"from stage {other}")
         self._plan(direction, chunk, meta.shape, state)
-        x = wire.decode(buffer, self._number(chunk), where, state)
+        x = wire.decode(buffer, self._number(chunk), where, state, self.device)
         self.seconds["decode"] += time.perf_counter() - began
         return x
 
@@ -154,7 +180,7 @@ class CompressedPipelineStage(LinkedStage):
         return (link * CHUNKS + chunk) * PLACES + place
 
     def _number(self, chunk: int) -> int:
-        return (self.steps * CHUNKS + chunk) & 0xFFFFFFFF
+        return number_of(self.steps, chunk)
 
     def _buffer(self, role: str, tag: int, wire: WireFormat) -> Tensor:
         buffer = self._buffers.get((role, tag))
@@ -166,14 +192,17 @@ class CompressedPipelineStage(LinkedStage):
         new = None if plan is None else len(plan.new)
         key = (direction, tuple(shape), dtype, new)
         if key not in self._formats:
-            self._formats[key] = WireFormat(self.codecs[direction], tuple(shape), dtype, new=new)
+            self._formats[key] = WireFormat(
+                self.codecs[direction], tuple(shape), dtype, checksum=self.checksum, new=new
+            )
         return self._formats[key]
 
     def _compare_settings(self) -> None:
         """Compare settings with the neighbours: gloo would abort on buffers of another size."""
         mine = {
             "codec": str(self.codecs[FORWARD]), "gradient codec": str(self.codecs[BACKWARD]),
-            "number of stages": self.num_stages, "model": getattr(self.submod, "plan", None), **self.agree,
+            "versions": VERSIONS, "number of stages": self.num_stages,
+            "model": getattr(self.submod, "plan", None), **self.agree,
         }  # fmt: skip
         tags = {}
         for other in (self.stage_index - 1, self.stage_index + 1):

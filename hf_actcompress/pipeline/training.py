@@ -28,10 +28,13 @@ from . import checkpoints
 from .arguments import PipelineArguments
 from .batch_metadata import BatchLink
 from .batches import IGNORED, Batch, evaluation_batches, training_batches
+from .checkpoints import check_folder
 from .engine import EarlySchedule1F1B, Shapes, forward_only
+from .frames import over_network
 from .launch import join, share
 from .links import LinkError, Links, reason
-from .split import merge, split
+from .scaler import PipelineGradScaler
+from .split import StageModule, merge, split
 from .stage import CompressedPipelineStage
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ class PipelineTrainer:
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         example_inputs: Any = None,
     ) -> None:
-        self.rank, self.size = join(args.timeout)
+        self.rank, self.size = join(args.timeout, args.secret)
         self.model, self.args, self.train_rows, self.eval_rows = model, args, train, evaluation
         self.collate, self.compute_metrics = collate, compute_metrics
         self.folder = Path(args.output_dir)
@@ -66,40 +69,52 @@ class PipelineTrainer:
         count = self.size if args.topology == "linear" else 2 * self.size
         self.own = [self.rank] if args.topology == "linear" else [self.rank, count - 1 - self.rank]
         self.last_rank = count - 1 if args.topology == "linear" else 0
-        modules = split(model, cuts=args.cuts, stages=None if args.cuts else count, example_inputs=example_inputs)
+        cuts = args.cuts
+        if args.balance == "time":  # measured once, for all
+            first = self.rank == 0
+            cuts = _cuts(split(model, stages=count, example_inputs=example_inputs, balance="time")) if first else None
+            cuts = share(cuts)
+        balance = "layers" if cuts else args.balance
+        modules = split(
+            model, cuts=cuts, stages=None if cuts else count, example_inputs=example_inputs, balance=balance
+        )
         if len(modules) != count:
             raise ValueError(
                 f"--cuts {' '.join(map(str, args.cuts))} makes {len(modules)} stages; {args.topology} on {self.size} "
                 f"ranks has {count}: give {count - 1} cuts."
             )
-        bounds = [len(module.layers) for module in modules[:-1]]
-        self.cuts = [sum(bounds[: k + 1]) - 1 for k in range(count - 1)]
+        self.cuts = _cuts(modules)
         self.modules = {k: modules[k].to(self.device).train() for k in self.own}
         self.all_modules = modules
         codec, grad_codec = (
             spec if spec is None else parse_codec("identity" if spec == "none" else spec)
             for spec in (args.codec, args.grad_codec)
         )
-        agree = {name: getattr(args, name) for name in ("topology", "schedule", "micro_batches", "bf16")}
+        checksum = over_network() if args.checksum is None else args.checksum
         self.stages = [
             CompressedPipelineStage(
                 self.modules[k], k, count, self.device, codec=codec, grad_codec=grad_codec, seed=args.seed,
-                timeout=args.timeout, agree=agree,
+                timeout=args.timeout, nonfinite=args.nonfinite, checksum=checksum, agree=args.agreed(),
             )
             for k in self.own
         ]  # fmt: skip
         self.schedule = self._schedule()
         self.shapes = Shapes(self.schedule, self.stages)
-        self.batch_link = BatchLink(Links(None, args.timeout), self.rank, self.size, self.last_rank)
+        self.batch_link = BatchLink(Links(None, args.timeout), self.rank, self.size, self.last_rank, checksum)
+        owned = {id(p): p for module in self.modules.values() for p in module.parameters() if p.requires_grad}
+        # A group, since a rank with nothing to train takes part as well.
         self.optimizer = torch.optim.AdamW(
-            [p for module in self.modules.values() for p in module.parameters() if p.requires_grad],
-            lr=args.learning_rate, weight_decay=args.weight_decay,
-        )  # fmt: skip
+            [{"params": list(owned.values())}], lr=args.learning_rate, weight_decay=args.weight_decay
+        )
+        self.scaler = PipelineGradScaler(self.device.type, enabled=args.fp16)
+        if args.save_steps:
+            nbytes = sum(p.numel() * p.element_size() for m in self.modules.values() for p in m.parameters())
+            check_folder(self.folder / "checkpoints", nbytes + 2 * sum(p.nbytes for p in owned.values()))
         self.per_epoch = share(None if train is None else math.ceil(len(train) / args.batch_size))
         self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (self.per_epoch or 0))
-        self.step, self.history = 0, []
+        self.step, self.skipped, self.history = 0, 0, []
         self.times = dict.fromkeys(("total", "encode", "decode", "wait"), 0.0)
-        self.bytes = {"forward": 0, "backward": 0, "side": 0}
+        self.bytes = {"forward": 0, "backward": 0, "shared": 0, "side": 0}
         self._losses: list[Tensor] = []
         self._valid = 1
 
@@ -112,12 +127,12 @@ class PipelineTrainer:
         return EarlySchedule1F1B(self.stages[0], n, loss_fn=self._loss, ahead=self.args.ahead)
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss of one micro-batch, scaled so that the mean over micro-batches is that over the valid rows."""
+        """The loss of one micro-batch, scaled so that the mean over micro-batches is that over the batch's labels."""
         if target.is_floating_point():
             total = F.mse_loss(output.float().view(-1)[~target.isnan()], target[~target.isnan()], reduction="sum")
         else:
-            total = F.cross_entropy(output.float(), target, reduction="sum", ignore_index=IGNORED)
-        return total * self.args.micro_batches / self._valid
+            total = _cross_entropy(output, target, reduction="sum", ignore_index=IGNORED)
+        return self.scaler.scale(total * self.args.micro_batches / self._valid)
 
     # -- data ----------------------------------------------------------------------------------------------------
     def _chunks(self, batch: Batch) -> tuple[list[tuple], list[dict], list[Tensor] | None]:
@@ -130,7 +145,8 @@ class PipelineTrainer:
         return arguments, [{name: value[i] for name, value in pieces.items()} for i in range(n)], targets
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     # -- training ------------------------------------------------------------------------------------------------
     def train(self) -> list[dict[str, Any]]:
@@ -187,7 +203,9 @@ class PipelineTrainer:
 
     def _train_step(self, batch: Batch) -> None:
         arguments, named, targets = self._chunks(batch)
-        self._valid = batch.valid
+        if targets is not None:
+            kept = [~y.isnan() if y.is_floating_point() else y != IGNORED for y in targets]
+            self._valid = max(1, sum(int(y.sum()) for y in kept))
         self.shapes.use(("train", batch.shape))
         for stage in self.stages:
             stage.sample_ids(batch.ids, self.args.micro_batches)
@@ -197,19 +215,28 @@ class PipelineTrainer:
                 arg_mbs=arguments, kwarg_mbs=named, target_mbs=targets, losses=losses, return_outputs=False
             )
         if losses:
-            self._losses.append(torch.stack([x.detach() for x in losses]).mean())
+            self._losses.append(torch.stack([x.detach() for x in losses]).mean() / self.scaler.get_scale())
+        self.scaler.unscale_(self.optimizer)
         self._clip()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
+        self.scaler.update()
         self.optimizer.zero_grad()
-        self.rates.step()
+        if self.scaler.get_scale() < scale:
+            self.skipped += 1
+            logger.info("step %d has overflowed and is skipped; the loss scale is now %g", self.step + 1,
+                        self.scaler.get_scale())  # fmt: skip
+        else:
+            self.rates.step()
 
     def _clip(self) -> None:
         """Clip by the norm over the gradients of all stages."""
         if not self.args.max_grad_norm:
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norms = torch._foreach_norm([p.grad for p in parameters])
-        square = torch.stack(norms).float().square().sum().cpu()
+        shared = self.stages[0].shared
+        norms = torch._foreach_norm([p.grad for p in parameters if shared.counts(p, self.stages[0])])
+        square = torch.stack(norms).float().square().sum().cpu() if norms else torch.zeros(())
         began = time.perf_counter()
         try:
             dist.all_reduce(square)
@@ -221,7 +248,7 @@ class PipelineTrainer:
             ) from error
         self.times["wait"] += time.perf_counter() - began
         factor = self.args.max_grad_norm / (float(square.sqrt()) + 1e-6)
-        if factor < 1:
+        if factor < 1 and parameters:
             torch._foreach_mul_([p.grad for p in parameters], factor)
 
     def _account(self, seconds: float) -> None:
@@ -231,7 +258,7 @@ class PipelineTrainer:
         for stage in self.stages:
             for name in ("encode", "decode", "wait"):
                 self.times[name] += stage.seconds.pop(name, 0.0)
-            for direction in ("forward", "backward"):
+            for direction in ("forward", "backward", "shared"):
                 self.bytes[direction] += stage.bytes.pop(direction, 0)
         self.bytes["side"], self.batch_link.links.bytes = self.bytes["side"] + self.batch_link.links.bytes, 0
 
@@ -283,7 +310,7 @@ class PipelineTrainer:
         if self.rank == self.last_rank and outputs:
             logits, answers = torch.cat(outputs), torch.cat(labels)
             regression = answers.is_floating_point()
-            loss = F.mse_loss(logits.view(-1), answers) if regression else F.cross_entropy(logits, answers)
+            loss = F.mse_loss(logits.view(-1), answers) if regression else _cross_entropy(logits, answers)
             metrics["loss"] = float(loss)
             if self.compute_metrics is not None:
                 seen = SimpleNamespace(predictions=logits.numpy(), label_ids=answers.numpy())
@@ -298,7 +325,7 @@ class PipelineTrainer:
             "modules": {k: module.state_dict() for k, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(), "rates": self.rates.state_dict(),
             "codecs": {stage.stage_index: stage.codec_state() for stage in self.stages},
-            "rng": torch.get_rng_state(), "history": self.history,
+            "rng": torch.get_rng_state(), "history": self.history, "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         return checkpoints.save(self.folder / "checkpoints", self.step, state)
 
@@ -318,6 +345,8 @@ class PipelineTrainer:
         for stage in self.stages:
             stage.load_codec_state(state["codecs"][str(stage.stage_index)])
         torch.set_rng_state(state["rng"])
+        if self.args.fp16 and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
 
     def merge(self) -> bool:
@@ -339,3 +368,13 @@ class PipelineTrainer:
             self.model.load_state_dict(merge(states))
         return self.rank == 0
 
+
+def _cuts(modules: Sequence[StageModule]) -> list[int]:
+    """The layers after which stages end."""
+    ends = list(itertools.accumulate(len(module.layers) for module in modules))
+    return [end - 1 for end in ends[:-1]]
+
+
+def _cross_entropy(output: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Of classes in the last dimension: of a row, or of each token."""
+    return F.cross_entropy(output.float().flatten(0, -2), target.flatten(), **options)

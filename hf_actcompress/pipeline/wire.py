@@ -9,7 +9,6 @@ views, no copies.
 
 from __future__ import annotations
 
-import struct
 import zlib
 from dataclasses import dataclass, replace
 
@@ -17,23 +16,13 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, CodecState, Payload, raw_nbytes
-from ..codecs.identity import Identity
+from .frames import HEADER, VERSION, WireError, seal, unseal
 
-MAGIC = b"hfac"
-VERSION = 1
-# magic, version, flags, fingerprint, number of the message, bytes of the body, checksum; padded to HEADER bytes,
-# so that the tensors behind it are aligned.
-LAYOUT = struct.Struct("<4sHHIIQI")
-HEADER = 64
-NOT_FINITE = 1  # flag: the sender's tensor held NaN or Inf, which decodes to NaN
+NOT_FINITE = 1  # flag: the sender's tensor held NaN or Inf, and it was asked to refuse that
 NOT_FINITE_TEXT = (
     "the tensor holds NaN, Inf or values that the codec cannot represent. Lower the learning rate, or look for the "
     "cause there."
 )
-
-
-class WireError(RuntimeError):
-    """A message that is not the expected one: damaged, out of order, or of another codec or shape."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class WireFormat:
     """The layout of the messages of one codec, for tensors of one shape and dtype.
 
     codec: its payloads must have the same tensors for every input of that shape, as all codecs of this package do.
-    checksum: whether the body is protected by a crc32 (about a millisecond a MB).
+    checksum: whether messages are protected by a crc32 (about a millisecond a MB); alike on both sides.
     new: for codecs that remember samples (delta), how many rows travel in full; all of them if not given.
 
     `nbytes` is the size of the buffer.  Raises ValueError for a codec that cannot take such a tensor.
@@ -90,10 +79,13 @@ class WireFormat:
         """uint8 [nbytes]"""
         return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
-    def encode(self, x: Tensor, state: CodecState | None, buffer: Tensor, number: int = 0) -> bool:
-        """Encode `x` into `buffer` as message `number`; returns whether the tensor was finite.
+    def encode(
+        self, x: Tensor, state: CodecState | None, buffer: Tensor, number: int = 0, refuse: bool = False
+    ) -> bool:
+        """Encode `x` into `buffer` as message `number`; returns False for a tensor that is refused.
 
-        The header says so where it was not; `identity` sends any tensor as it is.
+        NaN and Inf are sent, and decoded as NaN (by `identity` as they are).  With `refuse` such a tensor is marked in
+        the header, so that the receiver stops as well; that waits for the device.
         Raises ValueError for another shape or dtype.
         """
         if tuple(x.shape) != self.shape or x.dtype != self.dtype:
@@ -101,9 +93,8 @@ class WireFormat:
                 f"The link was set up for tensors of shape {self.shape} and {self.dtype}; got {tuple(x.shape)} and "
                 f"{x.dtype}. Pipelines have fixed shapes: pad the last batch, or drop it."
             )
-        found = None if isinstance(self.codec, Identity) else torch.zeros(1, dtype=torch.int64, device=x.device)
+        found = torch.zeros(1, dtype=torch.int64, device=x.device) if refuse else None
         payload = self.codec.encode(x, state, nonfinite=found)
-        # The buffer is filled from here, so nothing is lost by waiting for the device.
         finite = found is None or not int(found)
         self.write(payload, buffer, number, finite)
         return finite
@@ -119,55 +110,39 @@ class WireFormat:
                     f"{field.shape} {field.dtype}: the payload belongs to another codec or shape."
                 )
             self._view(buffer, field).copy_(tensor)
-        flags, total = 0 if finite else NOT_FINITE, self._sum(buffer) if self.checksum else 0
-        head = LAYOUT.pack(MAGIC, VERSION, flags, self.fingerprint, number, self.nbytes - HEADER, total)
-        buffer[:HEADER] = torch.frombuffer(bytearray(head.ljust(HEADER, b"\0")), dtype=torch.uint8)
+        seal(buffer, number, self.fingerprint, 0 if finite else NOT_FINITE, self.checksum)
 
     def read(self, buffer: Tensor, number: int = 0, where: str = "link") -> Payload:
         """The payload in `buffer`, as views of it.
 
         Raises WireError, which begins with `where`, if it is not message `number` of this codec, if it was damaged,
-        or if the sender's tensor was not finite.
+        or if the sender refused its tensor.
         """
-        head = bytes(buffer[:HEADER].cpu().numpy())
-        magic, version, flags, fingerprint, found, length, total = LAYOUT.unpack(head[: LAYOUT.size])
-        if magic != MAGIC:
-            raise WireError(
-                f"{where}: the message does not begin as a payload does ({magic!r}). The peer sends something else, "
-                "or the two sides are out of step."
-            )
-        if version != VERSION:
-            raise WireError(f"{where}: the peer uses version {version} of the format, this side {VERSION}.")
-        if fingerprint != self.fingerprint or length != self.nbytes - HEADER:
-            raise WireError(
-                f"{where}: the peer uses another codec, shape or dtype than this side ({self.codec} for {self.shape} "
-                f"{self.dtype}). Give both sides the same configuration and model."
-            )
-        if found != number:
-            raise WireError(f"{where}: message {found} arrived instead of {number}: the sides are out of step.")
-        if flags & NOT_FINITE:
+        what = f"{self.codec} for {self.shape} {self.dtype}"
+        if unseal(buffer, number, self.fingerprint, where, self.checksum, what) & NOT_FINITE:
             raise WireError(f"{where}: on the sender's side {NOT_FINITE_TEXT}")
-        if self.checksum and (own := self._sum(buffer)) != total:
-            raise WireError(
-                f"{where}: the payload was damaged on its way (checksum {own:#010x}, {total:#010x} was sent)."
-            )
         tensors = {field.path: self._view(buffer, field) for field in self._fields}
         return _filled(self._template, tensors, ())
 
     def decode(
-        self, buffer: Tensor, number: int = 0, where: str = "link", state: CodecState | None = None
-    ) -> Tensor:
-        """The tensor that was sent, decoded; `state` is the receiver's, for codecs that have one."""
+        self, buffer: Tensor, number: int = 0, where: str = "link", state: CodecState | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The tensor that was sent, decoded; `state` is the receiver's own, for codecs that have one.
+
+        device: where it is decoded; None for that of the buffer.  The bytes go there coded.
+        """
+        payload = self.read(buffer, number, where)
+        if device is not None and torch.device(device) != buffer.device:
+            moved = buffer.to(device, non_blocking=True)
+            payload = _filled(self._template, {field.path: self._view(moved, field) for field in self._fields}, ())
         try:
-            return self.codec.decode(self.read(buffer, number, where), state)
+            return self.codec.decode(payload, state)
         except ValueError as error:
             raise WireError(f"{where}: {error}") from error
 
     def _view(self, buffer: Tensor, field: _Field) -> Tensor:
         return buffer[field.start : field.start + field.nbytes].view(field.dtype).view(field.shape)
-
-    def _sum(self, buffer: Tensor) -> int:
-        return zlib.crc32(buffer[HEADER:].cpu().numpy())
 
 
 def _tensors(payload: Payload, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Tensor]]:

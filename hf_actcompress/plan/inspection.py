@@ -31,6 +31,7 @@ class Inspected:
     notes: list[str]  # what layer discovery warned about
     model: str  # class name
     parameters: int
+    tied: dict[str, list[int]]  # parameters that several layers compute with, {name: numbers of the layers}
 
 
 def inspect_model(build: Build, inputs: Inputs, batch_size: int, what: str) -> Inspected:
@@ -54,7 +55,24 @@ def inspect_model(build: Build, inputs: Inputs, batch_size: int, what: str) -> I
         if not (_shaped(layers) and _shaped(two)):
             raise ValueError(f"No forward pass of {what} succeeded: {' '.join(notes)}")
         layers = [_grown(a, b, batch_size) for a, b in zip(layers, two, strict=True)]
-    return Inspected(layers, notes, type(model).__name__, sum(p.numel() for p in model.parameters()))
+    tied, reason = _tied(model, layers, inputs)
+    notes += [reason] if reason else []
+    return Inspected(layers, notes, type(model).__name__, sum(p.numel() for p in model.parameters()), tied)
+
+
+def _tied(model: nn.Module, layers: list[Layer], inputs: Inputs) -> tuple[dict[str, list[int]], str]:
+    """(parameters that several layers compute with, why the model cannot be cut somewhere)"""
+    from ..pipeline.usage import used_parameters
+
+    if len(layers) < 2 or any(layer.stack for layer in layers):
+        return {}, ""
+    try:
+        example = inputs(1, next(model.parameters()).device)
+        used = used_parameters(model, layers, range(len(layers) + 1), example) or []
+    except ValueError as error:
+        return {}, f"as a pipeline: {error}"
+    users = {name: [k for k, ids in enumerate(used) if id(p) in ids] for name, p in model.named_parameters()}
+    return {name: numbers for name, numbers in users.items() if len(numbers) > 1}, ""
 
 
 def cut_sizes(layers: list[Layer], config: ActCompressConfig, codecs: Sequence[Codec]) -> list[dict[str, Any]]:

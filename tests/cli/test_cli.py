@@ -302,3 +302,11 @@ SLOW = (*MODEL, "--bandwidth", "1mbit")
 def test_advise_refuses(run, bert, argv, message):
     code, _, err = run("advise", *(bert if word == "FOLDER" else word for word in argv))
     assert code == 2 and message in err
+
+
+def test_parameters_that_layers_share_are_listed(run, tmp_path):
+    config = transformers.DebertaV2Config(**SMALL, relative_attention=True, position_buckets=8, pos_att_type=["p2c"])
+    config.save_pretrained(tmp_path)
+    tied = inspect(run, tmp_path, "--seq-len", 8)["tied"]
+    assert tied == {name: [0, 1, 2, 3] for name in tied} and "deberta.encoder.rel_embeddings.weight" in tied
+    assert "tied: layers 0, 1, 2, 3 compute with deberta.encoder.rel_embeddings.weight" in run("inspect", tmp_path, "--seq-len", 8)[1]

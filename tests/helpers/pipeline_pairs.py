@@ -12,6 +12,7 @@ import faulthandler
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -56,6 +57,7 @@ class Case:
     model: str = "bert"
     dropout: bool = True
     after: str | None = None  # uses the folder of that case
+    damage: str | None = None  # a copy of it, in which a byte of this checkpoint's file is another one
 
 
 CASES = {
@@ -69,8 +71,13 @@ CASES = {
     "absent": Case({"timeout": 2.0}, pause=None),
     "other codec": Case(other={"codec": "block:bits=3"}),
     "other model": Case(model="bert/roberta"),
-    "damaged": Case(fault={2: "damage"}),
-    "nan": Case(fault={3: "nan"}),
+    "damaged": Case({"checksum": True}, fault={2: "damage"}),
+    "nan": Case({"nonfinite": "raise"}, fault={3: "nan"}),
+    "overflow": Case({"fp16": True, "codec": "block:bits=8"}, fault={3: "inf"}, dropout=False),
+    "torn": Case({**DELTA, "resume": True}, after="whole", damage="step-12/rank1.safetensors"),
+    "other secret": Case({"secret": "one"}, other={"secret": "another"}),
+    "other settings": Case(other={"seed": 3, "batch_size": 12}),
+    "nowhere": Case({"output_dir": "/proc/nowhere", "save_steps": 4}),
     "shape": Case(fault={2: "shape"}),
     "glue": Case(),
     "cifar": Case(),
@@ -103,6 +110,9 @@ class Broken(training.PipelineTrainer):
     """Rank 1 does what the case says in the middle of a step."""
 
     fault: dict[int, str] = {}
+
+    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super()._loss(output, target) * (torch.inf if self.fault.get(self.step + 1) == "inf" else 1)
 
     def _train_step(self, batch: Any) -> None:
         what = self.fault.get(self.step + 1) if self.rank == 1 else None
@@ -144,7 +154,8 @@ def train(case: Case, rank: int, folder: Path) -> None:
     history, metrics = trainer.train(), trainer.evaluate()
     if trainer.merge():
         torch.save(model.state_dict(), folder / "merged.pt")
-        (folder / "log.json").write_text(json.dumps({"history": history, "metrics": metrics}))
+        record = {"history": history, "metrics": metrics, "skipped": trainer.skipped}
+        (folder / "log.json").write_text(json.dumps(record))
 
 
 def other_shape(rank: int) -> None:
@@ -206,7 +217,7 @@ def child(name: str, case: Case, rank: int, folder: Path, port: int) -> None:
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     faulthandler.dump_traceback_later(DEADLINE - 5)  # where it hangs, if it does
-    place = folder / (case.after or name)
+    place = folder / (case.after if case.after and not case.damage else name)
     place.mkdir(exist_ok=True)
     if name == "shape":
         launch.guarded(lambda: other_shape(rank))
@@ -295,6 +306,12 @@ def main() -> None:
     for k in range(0, len(first), 4):
         report.update(run(first[k : k + 4], folder))
     for name in chosen:
+        if CASES[name].damage is not None:
+            shutil.copytree(folder / CASES[name].after, folder / name)
+            path = folder / name / "checkpoints" / CASES[name].damage
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
         if CASES[name].after is not None:
             report.update(run([name], folder))
     (folder / "report.json").write_text(json.dumps(report))

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
 FAILING = [
     "killed", "hangs", "absent", "other codec", "other codec on resuming", "other model", "damaged", "nan", "shape",
+    "other secret", "other settings", "nowhere",
 ]  # fmt: skip
 
 
@@ -107,6 +108,20 @@ def test_the_last_checkpoint_resumes_to_the_same_losses(folder, report):
     assert kept == ["step-12", "step-8"]
 
 
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, report):
+    """And nothing is lost: the steps since then are trained again, to the same weights."""
+    assert "resuming from step 8, and not from step 12: step 12 of rank 1 is damaged" in report["torn"][0][1]
+    one, other = (torch.load(folder / case / "merged.pt") for case in ("whole", "torn"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_step_that_overflows_is_skipped(folder):
+    found = losses(folder, "overflow")
+    assert log(folder, "overflow")["skipped"] == 1 and len(found) == 12
+    expected = losses(folder, "plain")
+    assert found[0] == pytest.approx(expected[0], abs=1e-2) and found[-1] < found[0]
+
+
 @pytest.mark.parametrize("case", FAILING)
 def test_what_is_wrong_ends_every_process_in_time(report, case):
     for rank, one in enumerate(report[case]):
@@ -132,6 +147,10 @@ def test_what_is_wrong_ends_every_process_in_time(report, case):
                 r"(Stage 1, step 2|Rank 1, norm).*Reported before: rank 0: .*damaged"],
     "nan": [r"Stage 0, step 3, micro-batch 0, backward from stage 1: on the sender's side the tensor holds NaN",
             r"Stage 1, step 3, micro-batch 0, backward to stage 0: the tensor holds NaN"],
+    "other secret": [r"rank 0: rank 1 of this run has another --secret than this one", r"Rank 1: rank 0 of this run"],
+    "other settings": [r"Stage 0, before the first step: stage 1 does not fit. batch_size: 8 here, 12 there. seed: 0",
+                       r"Stage 1, before the first step: stage 0 does not fit. batch_size: 12 here, 8 there"],
+    "nowhere": [r"Rank 0 cannot write to '/proc/nowhere.*Give another --output_dir", r"Rank 1 cannot write to"],
     "shape": [r"a tensor of shape \(3, 12, 16\).*set up for \(4, 12, 16\)",
               r"Stage 1, step 2.*(Reported before: .*shape|closed)"],
 }.items())  # fmt: skip

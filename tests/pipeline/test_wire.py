@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_actcompress.codecs import parse_codec
-from hf_actcompress.pipeline.wire import HEADER, WireError, WireFormat
+from hf_actcompress.pipeline.frames import HEADER, WireError, framed, seal, unseal
+from hf_actcompress.pipeline.wire import WireFormat
 
 SPECS = [
     "identity", "uniform:bits=4", "block:bits=3", "block:bits=4,round=stochastic", "rotated:bits=2", "trellis:bits=2",
@@ -65,6 +66,25 @@ def test_damage_is_seen(place):
     wire.read(buffer, 3)
 
 
+def test_any_flipped_byte_is_found():
+    """200 of them, in messages with a header, and in those of side inputs."""
+    generator = torch.Generator().manual_seed(0)
+    wire, buffer = sent()
+    plain = framed(b"side inputs of a batch" * 8, 4096)
+    seal(plain, 7)
+    for trial in range(200):
+        message = (plain if trial % 4 == 0 else buffer).clone()
+        place = int(torch.randint(HEADER if trial % 2 else message.numel(), (1,), generator=generator))
+        message[place] ^= int(torch.randint(1, 256, (1,), generator=generator))
+        with pytest.raises(WireError):
+            if trial % 4 == 0:
+                unseal(message, 7)
+            else:
+                wire.read(message, 3)
+    wire.read(buffer, 3)
+    unseal(plain, 7)
+
+
 def test_other_peers_are_named():
     wire, buffer = sent()
     for other in (WireFormat(parse_codec("block:bits=3"), wire.shape, wire.dtype),
@@ -77,7 +97,7 @@ def test_other_peers_are_named():
     with pytest.raises(WireError, match="does not begin as a payload does"):
         wire.read(torch.zeros_like(buffer), 3)
     buffer[4] = 9
-    with pytest.raises(WireError, match="version 9 of the format, this side 1"):
+    with pytest.raises(WireError, match="version 9 of the format, this side 2"):
         wire.read(buffer, 3)
 
 
@@ -85,9 +105,23 @@ def test_other_peers_are_named():
 def test_values_that_cannot_be_coded_stop_the_receiver(value):
     x = tensor()
     x[1, 2, 3] = value
-    wire, buffer = sent(x=x)
+    wire = WireFormat(parse_codec("block:bits=4"), tuple(x.shape), x.dtype)
+    assert wire.encode(x, None, buffer := wire.buffer(), 3, refuse=True) is False
     with pytest.raises(WireError, match="on the sender's side the tensor holds NaN, Inf"):
         wire.read(buffer, 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("spec", SPECS)
+def test_other_values_cross_as_nan(spec, value):
+    """As they would uncompressed, for a gradient scaler to find."""
+    x = tensor()
+    x[1, 2, 3] = value
+    wire, buffer = sent(spec, x)
+    y = wire.decode(buffer, 3)
+    assert not torch.isfinite(y).all()
+    if "block" in spec and "|" not in spec:  # the codec's scales are those of groups
+        assert torch.isfinite(y[0]).all()
     wire, buffer = sent("identity", x)
     assert torch.equal(wire.decode(buffer, 3).nan_to_num(nan=7), x.nan_to_num(nan=7))
 
