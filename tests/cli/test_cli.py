@@ -309,4 +309,5 @@ def test_parameters_that_layers_share_are_listed(run, tmp_path):
     config.save_pretrained(tmp_path)
     tied = inspect(run, tmp_path, "--seq-len", 8)["tied"]
     assert tied == {name: [0, 1, 2, 3] for name in tied} and "deberta.encoder.rel_embeddings.weight" in tied
-    assert "tied: layers 0, 1, 2, 3 compute with deberta.encoder.rel_embeddings.weight" in run("inspect", tmp_path, "--seq-len", 8)[1]
+    shown = run("inspect", tmp_path, "--seq-len", 8)[1]
+    assert "tied: layers 0, 1, 2, 3 compute with deberta.encoder.rel_embeddings.weight" in shown

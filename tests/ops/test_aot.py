@@ -12,9 +12,11 @@ pytest.importorskip("triton", minversion="3.4", reason="triton is not installed:
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_kernels_for_two_architectures(tmp_path):
+@pytest.mark.parametrize("group", [128, 192])
+def test_kernels_for_two_architectures(tmp_path, group):
     # In a process of its own: in this one the kernels may have been imported for Triton's interpreter.
-    command = [sys.executable, "benchmarks/kernels_compiled.py", "--codecs", "block:bits=4,equalize=none", "--dtypes",
+    codec = f"block:bits=4,equalize=none,group={group}"
+    command = [sys.executable, "benchmarks/kernels_compiled.py", "--codecs", codec, "--dtypes",
                "bfloat16", "--steps", "--results", str(tmp_path / "kernels.json")]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run(command, cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)

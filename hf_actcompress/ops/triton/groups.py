@@ -178,8 +178,8 @@ def _quantize(  # noqa: ANN202
     program = tl.program_id(0)
     if program * ROWS >= full:
         left = (n - full.to(tl.int64) * COLS).to(tl.int32)
-        row = full.to(tl.int64) + tl.arange(0, 1)
-        _quantize_odd(x, features, scale, codes, scales, out, nonfinite, row, row >= 0, left, (left + 7) // 8 * 8,
+        last = full.to(tl.int64) + tl.arange(0, 1)  # names are of one branch: their types may not differ
+        _quantize_odd(x, features, scale, codes, scales, out, nonfinite, last, last >= 0, left, (left + 7) // 8 * 8,
                       count, inner, key, COLS, LANES, BITS, FEATURES, GIVEN, STOCHASTIC, ROUNDTRIP, COUNT)
     elif LANES == COLS:
         _quantize_rows(x, features, scale, codes, scales, out, nonfinite, full, program, count, inner, key,
@@ -240,8 +240,8 @@ def _dequantize(  # noqa: ANN202
     program = tl.program_id(0)
     if program * ROWS >= full:
         left = (n - full.to(tl.int64) * COLS).to(tl.int32)
-        row = full.to(tl.int64) + tl.arange(0, 1)
-        _dequantize_odd(codes, scales, features, out, row, row >= 0, left, (left + 7) // 8 * 8, count, inner, COLS,
+        last = full.to(tl.int64) + tl.arange(0, 1)
+        _dequantize_odd(codes, scales, features, out, last, last >= 0, left, (left + 7) // 8 * 8, count, inner, COLS,
                         LANES, 1, BITS, FEATURES, SHARED)  # fmt: skip
     elif LANES == COLS:
         _dequantize_rows(codes, scales, features, out, full, program, count, inner, COLS, ROWS, BITS, FEATURES, SHARED,
