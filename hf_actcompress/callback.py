@@ -113,6 +113,8 @@ class ActCompressCallback(TrainerCallback):
             parts.append(f"{cuts}: {codecs}")
         if self.config.saved:
             parts.append(f"saved tensors: {self.config.saved}")
+        if self.config.reduce:
+            parts.append(f"gradients between processes: {self.config.reduce}")
         return "; ".join(parts)
 
     def on_epoch_begin(

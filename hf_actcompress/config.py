@@ -38,11 +38,13 @@ class ActCompressConfig:
 
     `codec` compresses the activations that cross layer boundaries, and their gradients: the model computes with what a
     receiver would decode, so this tells what compression training survives.  `saved` compresses the tensors that
-    autograd keeps for the backward pass: forward values stay exact and training needs less memory.  Either may be
-    given, or both.  An option of boundaries without `codec` (`first=2`) means `codec="block:bits=4"`.
+    autograd keeps for the backward pass: forward values stay exact and training needs less memory.  `reduce`
+    compresses the gradients that data-parallel processes add up.  Any of them may be given.  An option of boundaries
+    without `codec` (`first=2`) means `codec="block:bits=4"`.
 
         ActCompressConfig("block:bits=4", first=1, last=2)
         ActCompressConfig(saved="block:bits=4")
+        ActCompressConfig(reduce="ef+block:bits=4")
 
     Each field's `metadata["help"]` describes it; command-line options are made from the fields.  Codecs may be given
     as specs, dicts or `Codec` objects, and are kept as specs.
@@ -92,6 +94,10 @@ class ActCompressConfig:
     saved: str | None = _option(
         None, "Codec of the tensors that autograd saves for the backward pass: block:bits=4. auto:budget=0.15 gives "
         "each tensor the bits that it needs so that all take that share of the bytes, auto:memory=8GB so many bytes.",
+    )  # fmt: skip
+    reduce: str | None = _option(
+        None, "Codec of the gradients that data-parallel processes add up (DistributedDataParallel, FSDP2): "
+        "ef+block:bits=4 has error feedback; powersgd:rank=4 is torch's PowerSGD.",
     )  # fmt: skip
     keep_freed_memory: bool = _option(
         False, "On a CPU with glibc: let malloc keep freed memory for the next tensors while compression is attached. "
@@ -144,13 +150,13 @@ class ActCompressConfig:
     def _settle_sites(self) -> None:
         """Whether there are boundaries, and so what `codec`, `first` and `last` are where they were not given."""
         given = [f.name for f in fields(self) if f.metadata.get("boundary") and getattr(self, f.name) != f.default]
-        if self.codec is None and self.saved is None:
+        if self.codec is None and self.saved is None and self.reduce is None:
             if not given:
                 raise ValueError(
                     "Nothing is to be compressed. codec='block:bits=4' compresses the activations that cross layer "
                     "boundaries and their gradients (which compression does training survive?); saved='block:bits=4' "
-                    "compresses what autograd keeps for the backward pass (training in less memory). Give either, or "
-                    "both."
+                    "compresses what autograd keeps for the backward pass (training in less memory); "
+                    "reduce='ef+block:bits=4' the gradients between data-parallel processes. Give any of them."
                 )
             self.codec = DEFAULT_CODEC
         default = 0 if self.codec is None else 1
@@ -158,14 +164,15 @@ class ActCompressConfig:
         self.first, self.last = (default if value is None else value for value in numbers.values())
         if self.boundaries:
             return
-        if self.saved is None:
+        if self.saved is None and self.reduce is None:
             raise ValueError(
                 "first=0 and last=0 leave no layer boundary, and neither layers= nor saved= is given: nothing "
                 "would be compressed."
             )
         for name in given:
             if numbers.get(name) != 0:  # first=0, last=0 say the same in other words
-                why = "first=0 and last=0" if self.codec is not None else f"saved={self.saved!r} alone"
+                alone = " and ".join(f"{k}={v!r}" for k in ("saved", "reduce") if (v := getattr(self, k)) is not None)
+                why = "first=0 and last=0" if self.codec is not None else f"{alone} alone"
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} belongs to layer boundaries, and with {why} there are none. "
                     f"Leave it out, or give codec= and the layers to cut at."
@@ -180,6 +187,13 @@ class ActCompressConfig:
             self.grad_codec = str(_spec(self.grad_codec, "grad_codec"))
         if self.saved is not None:
             self.saved = str(self.saved_auto or self.saved_codec())
+        if self.reduce is not None:
+            from .reduce.spec import parse_reduce
+
+            try:
+                self.reduce = str(parse_reduce(self.reduce))
+            except ValueError as error:
+                raise ValueError(f"reduce: {error}") from None
         if self.blocks is not None:
             blocks = [self.blocks] if isinstance(self.blocks, str) else self.blocks
             named = isinstance(blocks, (list, tuple)) and all(isinstance(b, str) and b.strip() for b in blocks)

@@ -22,7 +22,7 @@ ORDER = [
     ["models"],
     ["observe"],
     ["boundary"],
-    ["saved"],
+    ["saved", "reduce"],
     ["config", "attach"],
     ["callback", "pipeline", "weights"],
     ["plan"],
@@ -36,9 +36,9 @@ NEVER = {("saved", "boundary"), ("workloads", "plan")}  # on top of ORDER
 LOOSE = {"__init__", "__main__", "config", "attach", "callback"}  # the only modules beside __init__
 # Library: (units that may import it anywhere, units or files that may import it inside functions).
 LIBRARIES = {
-    "torch": ({"ops", "codecs", "models", "observe", "boundary", "saved", "config", "attach", "callback", "pipeline",
-               "weights", "plan", "workloads"}, {"cli", "__init__"}),
-    "torch.distributed": ({"pipeline"}, {"workloads/pipelined.py", "boundary/shards.py"}),
+    "torch": ({"ops", "codecs", "models", "observe", "boundary", "saved", "reduce", "config", "attach", "callback",
+               "pipeline", "weights", "plan", "workloads"}, {"cli", "__init__"}),
+    "torch.distributed": ({"pipeline", "reduce"}, {"workloads/pipelined.py", "boundary/shards.py"}),
     "transformers": ({"callback", "weights", "workloads"}, {"cli", "plan"}),
 }  # fmt: skip
 # Libraries of an extra: imported inside functions only.

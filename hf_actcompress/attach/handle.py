@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,6 +20,9 @@ from ..observe.nonfinite import check
 from ..observe.probe import Probe
 from ..saved.budget import Budget
 from ..saved.tensors import SavedTensors
+
+if TYPE_CHECKING:
+    from ..reduce.hook import Reduction
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Handle:
         self.boundaries: dict[str, Boundary] = {}
         self.cuts: dict[str, Layer] = {}
         self.saved: SavedTensors | None = None
+        self.reduction: Reduction | None = None
         self.probe: Probe | None = None
         self.auto: AutoCodec | None = None
         self.budget: Budget | None = None
@@ -75,7 +79,7 @@ class Handle:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Run without any compression for a while, hooks staying in place."""
-        with _switched_off(self.sites):
+        with _switched_off([*self.sites, *([] if self.reduction is None else [self.reduction])]):
             yield
 
     @contextlib.contextmanager
@@ -150,6 +154,10 @@ class Handle:
         if self.saved is not None:
             head = {"boundary": "saved for backward", "layer": None, "direction": "saved", "codec": self._saved_spec}
             rows.append(head | self.meters["saved"].record() | {"seconds": None})
+        if self.reduction is not None:
+            head = {"boundary": "gradients of all processes", "layer": None, "direction": "reduce",
+                    "codec": str(self.reduction.codec)}  # fmt: skip
+            rows.append(head | self.meters["reduce"].record() | {"seconds": None})
         return rows
 
     @property
@@ -173,6 +181,8 @@ class Handle:
             result["saved"] = {"codec": self._saved_spec, "state": self.saved.state.state_dict()}
             if self.budget is not None:
                 result["saved"]["budget"] = self.budget.state_dict()
+        if self.reduction is not None:
+            result["reduce"] = {"codec": str(self.reduction.codec), "state": self.reduction.state_dict()}
         return result
 
     def load_state_dict(self, values: dict[str, Any]) -> list[str]:
@@ -207,4 +217,10 @@ class Handle:
                 self.saved.state.load_state_dict(entry["state"])
                 if self.budget is not None and "budget" in entry:  # not in checkpoints of version 0.1
                     self.budget.load_state_dict(entry["budget"])
+        if self.reduction is not None:
+            entry = values.get("reduce")
+            if entry is None or entry["codec"] != str(self.reduction.codec):
+                missed.append("reduce")
+            else:
+                self.reduction.load_state_dict(entry["state"])
         return missed

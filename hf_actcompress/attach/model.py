@@ -125,6 +125,14 @@ def _attach(handle: Handle, codecs: dict[str, tuple[Codec, Codec]], named: set[s
         handle.meters["saved"] = Meter(every=0)
         handle.saved.listeners.append(handle.meters["saved"])
         handle._removers.append(Entry(model, handle.saved))
+    if config.reduce:
+        from ..reduce.hook import Reduction  # which imports torch.distributed
+        from ..reduce.spec import parse_reduce
+
+        handle.reduction = Reduction(model, parse_reduce(config.reduce), seed)
+        handle.meters["reduce"] = Meter(every=0)
+        handle.reduction.listeners.append(handle.meters["reduce"])
+        handle._removers.append(handle.reduction)
     if config.keep_freed_memory:
         handle._removers.append(KeptMemory())
     free = [name for name in handle.boundaries if name not in handle._named]
