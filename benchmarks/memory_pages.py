@@ -101,7 +101,7 @@ def section(record: dict[str, Any]) -> str:
         table(record),
         "held: median of three. step: time over that of the plain step of the same round and malloc, which keeps what "
         f"is freed, median of {' or '.join(map(str, n))} (quartiles); then over the compiled step, and over the plain "
-        "one with glibc's default. gradient error: |g' - g| / |g| against plain eager mode, median of three draws. "
+        "one with glibc's default. gradient error: |g' - g| / |g| against plain eager mode. "
         "largest batch: rows whose step peaks at no more than the plain step of the batch in the first column. "
         f"{_searches(record)}`{record['command']}`. Environment: {about}.",
         limits(record),
@@ -172,14 +172,13 @@ def held(record: dict[str, Any]) -> str:
     for model, found in record["models"].items():
         cells = []
         for row in found.values():
-            low, high = row["error_range"]
-            cells += [f"1/{row['raw_mb'] / row['held_mb']:.1f}", f"{row['error']:.3f} ({low:.3f}-{high:.3f})"]
+            cells += [f"1/{row['raw_mb'] / row['held_mb']:.1f}", f"{row['error']:.3f}"]
         lines.append((model, f"{next(iter(found.values()))['raw_mb']:.1f}", *cells))
     bits = [spec.rpartition("=")[2] for spec in next(iter(record["models"].values()))]
     head = ("", "autograd, MB", *(f"{b} bits: {what}" for b in bits for what in ("held", "error")))
     return harness.table(head, lines, "l") + (
-        f"\n\nHeld: as the site counts it. Error: |g' - g| / |g| over all parameters, median of {record['draws']} "
-        f"draws of the noise (range). `{record['command']}`."
+        f"\n\nHeld: as the site counts it. Error: |g' - g| / |g| over all parameters. "
+        f"`{record['command']}`."
     )
 
 

@@ -170,6 +170,10 @@ class Handle:
         return [("forward", boundary.forward), ("backward", boundary.backward)]
 
     # -- state ------------------------------------------------------------------------------------------------
+    @property
+    def _saved_remembers(self) -> bool:
+        return self.saved is not None and self.saved.state is not None or self.budget is not None
+
     def state_dict(self) -> dict[str, Any]:
         """What codecs remember, by boundary and direction: warm starts, noise counters, error feedback."""
         result: dict[str, Any] = {} if self.auto is None else {"auto": self.auto.state_dict()}
@@ -177,8 +181,9 @@ class Handle:
             for direction, channel in self.channels(name):
                 if channel.state is not None:
                     result[f"{name}/{direction}"] = {"codec": str(channel.codec), "state": channel.state.state_dict()}
-        if self.saved is not None and self.saved.state is not None:
-            result["saved"] = {"codec": self._saved_spec, "state": self.saved.state.state_dict()}
+        if self.saved is not None and self._saved_remembers:
+            state = None if self.saved.state is None else self.saved.state.state_dict()
+            result["saved"] = {"codec": self._saved_spec, "state": state}
             if self.budget is not None:
                 result["saved"]["budget"] = self.budget.state_dict()
         if self.reduction is not None:
@@ -209,12 +214,13 @@ class Handle:
                     missed.append(f"{name}/{direction}")
                 else:
                     channel.state.load_state_dict(entry["state"])
-        if self.saved is not None and self.saved.state is not None:
+        if self.saved is not None and self._saved_remembers:
             entry = values.get("saved")
             if entry is None or entry["codec"] != self._saved_spec:
                 missed.append("saved")
             else:
-                self.saved.state.load_state_dict(entry["state"])
+                if self.saved.state is not None:
+                    self.saved.state.load_state_dict(entry["state"])
                 if self.budget is not None and "budget" in entry:  # not in checkpoints of version 0.1
                     self.budget.load_state_dict(entry["budget"])
         if self.reduction is not None:

@@ -116,19 +116,10 @@ class Codec:
         """Codec and state for data that training must not remember: a copy of `state`, which may be changed."""
         return self, None if state is None else state.snapshot()
 
-    def for_saved(self) -> "Codec":
-        """The codec for tensors that autograd saves; options that the user named stay as they are."""
-        return self.stochastic()
-
     def in_rows(self, width: int) -> tuple["Codec", int | None]:
         """The codec for rows of `width` values, of which no two should share a scale: with groups that divide a row,
         and the length that rows have to be filled up to; None where they stay as they are."""
         return self, None
-
-    def stochastic(self) -> "Codec":
-        """With stochastic rounding, if the codec has a field `round` and the user named no rounding (None)."""
-        unnamed = any(f.name == "round" for f in fields(self)) and self.round is None  # type: ignore
-        return dataclasses.replace(self, round="stochastic") if unnamed else self  # type: ignore[type-var]
 
     def with_bits(self, bits: int) -> "Codec":
         """The same codec with another number of bits.  Raises ValueError for a codec that has no bits to choose."""

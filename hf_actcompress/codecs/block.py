@@ -30,8 +30,7 @@ class Block(Codec):
     group: elements per group (a multiple of 8; default 128), or splits: the number of equal parts of the whole tensor
         that are a group each, or dim="channel": one group per channel (dimension 1 of [B, C, H, W], else the last;
         tensors of fewer than two dimensions fall back to groups of 128).
-    round: "nearest", "stochastic" (unbiased), or None: what suits the site, which is stochastic for saved tensors and
-        nearest elsewhere.
+    round: "nearest", or "stochastic", which is unbiased and has twice the squared error.  None is "nearest".
     equalize: "feature": each feature's mean is taken out and each is divided by the square root of its deviation
         first, and both are kept (4 bytes per feature); tensors of fewer than 256 rows stay as they are.  On the
         hidden states of a BERT this divides the error of 4 bits by five.  "none" leaves features alone.  None is

@@ -76,9 +76,6 @@ class Chain(Codec):
         found = {leaf: self.second.for_evaluation(states.get(leaf))[1] for leaf in self.first.leaves}
         return Chain(first, second), ChainState({"first": own, **found}) if states else None
 
-    def stochastic(self) -> Codec:
-        return Chain(self.first, self.second.stochastic())
-
     def with_bits(self, bits: int) -> Codec:
         return Chain(self.first, self.second.with_bits(bits))
 

@@ -87,9 +87,6 @@ class Delta(Codec):
         """Evaluation has other samples."""
         return self.first, None
 
-    def stochastic(self) -> Codec:
-        return replace(self, inner=self.inner.stochastic())
-
     def with_bits(self, bits: int) -> Codec:
         return replace(self, inner=self.inner.with_bits(bits))
 

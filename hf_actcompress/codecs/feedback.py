@@ -74,9 +74,6 @@ class Feedback(Codec):
         """The error of a training batch is none of evaluation's data."""
         return self.inner.for_evaluation(getattr(state, "inner", None))
 
-    def stochastic(self) -> Codec:
-        return Feedback(self.inner.stochastic())
-
     def with_bits(self, bits: int) -> Codec:
         return Feedback(self.inner.with_bits(bits))
 

@@ -23,8 +23,7 @@ class Uniform(Codec):
     """One minimum and one step for the whole tensor; x is rounded to min + code * step.
 
     bits: 1 to 16.
-    round: "nearest" (error at most half a step), "stochastic" (unbiased), or None: what suits the site, which is
-        stochastic for saved tensors and nearest elsewhere.
+    round: "nearest" (error at most half a step), or "stochastic", which is unbiased.  None is "nearest".
     Payload: bits / 8 bytes per element (rounded up to 8 elements) + 8 bytes.
     Source: the affine scheme of Jacob et al., 2018, in the per-tensor form of the reference system.
     """

@@ -1,8 +1,7 @@
 """Tensors that autograd saves for the backward pass, kept compressed between forward and backward.
 
-Forward values stay exact; gradients are computed from what is decoded.  Values are rounded stochastically, so a
-gradient that is linear in what was saved is right on average.  What may be rounded is decided by the operation that
-saved it (rules.py), one pass at a time (passes.py); what a cheap operation makes of a kept tensor is made again.
+Forward values stay exact; gradients are computed from what is decoded.  The operation that saved a tensor decides what
+may be rounded (rules.py), one pass at a time (passes.py); what a cheap operation makes of a kept tensor is made again.
 Sources: ActNN (Chen et al., 2021), GACT (Liu et al., 2022), Mesa (Pan et al., 2021).
 This file knows codecs and autograd's hooks, not trainers.  Who counts or measures is a listener (observe/events.py).
 """
@@ -54,7 +53,7 @@ class SavedTensors:
     """Packs and unpacks the saved tensors of one model.
 
     model: whose passes are compressed.
-    codec: for floating point activations, rounded stochastically unless it names a rounding.
+    codec: for floating point activations.
     bits: of each tensor by name, for a codec whose bits a budget chooses (budget.py).
     seed: of stochastic rounding.
     nonfinite: what happens where NaN or Inf is in a tensor, of which its group becomes NaN (codecs/base.py): "pass"
@@ -65,7 +64,7 @@ class SavedTensors:
         self, model: nn.Module, codec: Codec, bits: Mapping[str, int] | None = None, *, seed: int = 0,
         nonfinite: str = "pass",
     ) -> None:  # fmt: skip
-        self.model, self.codec, self.bits = model, codec.for_saved(), bits
+        self.model, self.codec, self.bits = model, codec, bits
         self.found = Nonfinite("saved", nonfinite == "raise")
         self.state = self.codec.init_state("saved", seed)
         self.enabled = True

@@ -25,17 +25,6 @@ def test_where_a_codec_does_not_fit_says_why():
     assert not parse_codec("block").traits.unfit
 
 
-@pytest.mark.parametrize(("spec", "found"), [
-    ("block:bits=4", "block:bits=4,round=stochastic"), ("block:bits=4,round=nearest", "block:bits=4,round=nearest"),
-    ("uniform:bits=8", "uniform:bits=8,round=stochastic"), ("kmeans:bits=4", "kmeans:bits=4"),
-    ("rotated:bits=2", "rotated:bits=2"),
-    ("topk:ratio=0.1|uniform:bits=8", "topk:ratio=0.1|uniform:bits=8,round=stochastic"),
-    ("ef+block:bits=2", "ef+block:bits=2,round=stochastic"),
-])  # fmt: skip
-def test_rounding_is_stochastic_where_none_was_named(spec, found):
-    assert str(parse_codec(spec).stochastic()) == found
-
-
 def test_other_bits():
     for spec in ("block:bits=4,group=64", "rotated:bits=4", "topk:ratio=0.1|uniform:bits=4", "ef+sort:bits=4,splits=1",
                  "delta+block:bits=4"):  # fmt: skip

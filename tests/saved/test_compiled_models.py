@@ -10,7 +10,7 @@ from hf_actcompress.saved.compiled.operators import STATES
 
 from .test_compiled import BACKEND, bert, error, gradients, llama
 
-FOUR = "block:bits=4"
+FOUR, NOISY = "block:bits=4", "block:bits=4,round=stochastic"
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,6 @@ def test_attached_before_and_after(compile_, ran_before):
             found = [gradients(model, call, inputs) for _ in range(2)]
         assert all(error(one, exact) <= limit for one in found)
         assert codec == "identity" or ratio(handle) > 7
-        assert codec == "identity" or not torch.equal(*found), "every pass rounds anew"
     assert error(gradients(model, call, inputs), exact) < 1e-4, "nothing is left"
 
 
@@ -117,14 +116,14 @@ def test_noise_is_the_sites_own():
     """Seeded by the configuration, and continued from a checkpoint."""
     model, inputs = bert(layers=1)
     call = compiled(model, fullgraph=True)
-    with compress_model(model, only(FOUR)) as handle:
+    with compress_model(model, only(NOISY)) as handle:
         first, saved, second = gradients(model, call, inputs), handle.state_dict(), gradients(model, call, inputs)
         assert STATES[str(handle.saved.codec)] is handle.saved.state
-    with compress_model(model, only(FOUR)) as handle:
+    with compress_model(model, only(NOISY)) as handle:
         assert torch.equal(gradients(model, call, inputs), first)
         handle.load_state_dict(saved)
         assert torch.equal(gradients(model, call, inputs), second)
-    with compress_model(model, only(FOUR, seed=1)):
+    with compress_model(model, only(NOISY, seed=1)):
         assert not torch.equal(gradients(model, call, inputs), first)
 
 

@@ -142,7 +142,7 @@ def test_isolated_works_on_copies_and_tells_other_listeners():
     def run(measure):
         torch.manual_seed(0)
         model, x, seen = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Dropout(0.5)), torch.randn(64, 32), []
-        with compress_model(model, only("block:bits=2")) as handle:
+        with compress_model(model, only("block:bits=2,round=stochastic")) as handle:
             for _ in range(2):
                 if measure:
                     with handle.isolated(seen.append), undisturbed(model):

@@ -1,4 +1,4 @@
-"""Gradients with compressed saved tensors: exact where they must be, right on average elsewhere."""
+"""Gradients with compressed saved tensors: exact where they must be, near elsewhere."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from hf_actcompress import compress_model, parse_codec
+from hf_actcompress import compress_model
 
 pytestmark = pytest.mark.usefixtures("small_tensors")
 
@@ -143,7 +143,7 @@ def test_gradients_that_are_linear_in_what_was_saved_are_right_on_average(bits):
     layers(x).square().sum().backward()
     expected = gradients(layers)
     draws = []
-    with compress_model(layers, only(f"block:bits={bits}")):
+    with compress_model(layers, only(f"block:bits={bits},round=stochastic")):
         for _ in range(200):
             layers.zero_grad()
             layers(x).square().sum().backward()
@@ -164,29 +164,16 @@ def test_every_pass_draws_fresh_noise_and_the_state_goes_on():
         model(x).square().sum().backward()
         return gradients(model)
 
-    with compress_model(model, only("block:bits=2")) as handle:
+    with compress_model(model, only("block:bits=2,round=stochastic")) as handle:
         first, second = grad(handle), grad(handle)
         state = handle.state_dict()
         third = grad(handle)
     assert not torch.equal(first, second)
-    with compress_model(model, only("block:bits=2")) as handle:
+    with compress_model(model, only("block:bits=2,round=stochastic")) as handle:
         assert not handle.load_state_dict(copy.deepcopy(state))
         assert torch.equal(grad(handle), third)
-    with compress_model(model, only("block:bits=3")) as handle:
+    with compress_model(model, only("block:bits=3,round=stochastic")) as handle:
         assert handle.load_state_dict(state) == ["saved"]
-
-
-def test_rounding_is_stochastic_unless_another_is_named():
-    for spec, found in {
-        "block:bits=4": "block:bits=4,round=stochastic",
-        "block:bits=4,group=64": "block:bits=4,group=64,round=stochastic",
-        "block:bits=4,equalize=none": "block:bits=4,round=stochastic,equalize=none",
-        "block:bits=4,round=nearest": "block:bits=4,round=nearest",
-        "uniform:bits=4": "uniform:bits=4,round=stochastic",
-    }.items():
-        assert str(parse_codec(spec).for_saved()) == found
-    for spec in ("rotated:bits=2", "kmeans:bits=4", "uniform:bits=4,round=nearest"):
-        assert parse_codec(spec).for_saved() == parse_codec(spec)
 
 
 @pytest.mark.parametrize("make", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Mish, lambda: ACT2FN["gelu"]])

@@ -39,7 +39,6 @@ def graph_hooks(
     Use: `torch._C._autograd._push_saved_tensors_default_hooks(*graph_hooks(...))` around the call of the model.
     Raises ValueError for a codec that cannot be used there.
     """
-    codec = codec.for_saved()
     name = str(codec)
     STATES[name] = state
     if (key := (name, pack, unpack)) not in _PAIRS:
@@ -66,7 +65,7 @@ def graph_hooks(
 
 def graphs_of(codec: Codec) -> list[list[Row]]:
     """For each graph that was compiled under the hooks of this codec, what became of each saved tensor."""
-    return list(_REPORTS.get(str(codec.for_saved()), ()))
+    return list(_REPORTS.get(str(codec), ()))
 
 
 def totals(codec: Codec) -> Totals:
