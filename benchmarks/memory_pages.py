@@ -186,6 +186,7 @@ TRAINED = {"sst2": "SST-2, MiniLM: accuracy", "cifar10": "CIFAR-10, EfficientNet
            "llama": "Llama shape: held-out loss", "gpt2": "GPT-2 shape: held-out loss"}  # fmt: skip
 LINES = {"none": ("#333333", "-"), "block:bits=8": ("#56B4E9", "-"), "block:bits=4": ("#D55E00", "-"),
          "block:bits=3": ("#E69F00", "--"), "block:bits=2": ("#CC79A7", "-"),
+         "block:bits=4,round=stochastic": ("#D55E00", ":"), "block:bits=2,round=stochastic": ("#CC79A7", ":"),
          "auto:budget=0.07": ("#009E73", "--")}  # fmt: skip
 
 

@@ -33,10 +33,11 @@ import torch
 RESULTS = harness.RESULTS / "saved_training"
 RECIPES = ("sst2", "cifar10")
 SPECS = {
-    **dict.fromkeys(RECIPES, ("none", "block:bits=4", "block:bits=2")),
+    **dict.fromkeys(RECIPES, ("none", "block:bits=4", "block:bits=2", "block:bits=2,round=stochastic")),
     **dict.fromkeys(
         ("llama", "gpt2"),
-        ("none", "block:bits=8", "block:bits=4", "block:bits=3", "block:bits=2", "auto:budget=0.07"),
+        ("none", "block:bits=4", "block:bits=2", "block:bits=2,round=stochastic", "block:bits=8", "block:bits=3",
+         "auto:budget=0.07"),
     ),
 }
 STEPS, ROWS, LENGTH, VOCABULARY = 300, 8, 128, 4096
@@ -155,6 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = [Run(task, spec, seed) for seed in args.seeds for task in args.tasks for spec in SPECS[task]
             if args.only is None or spec in args.only]  # fmt: skip
+    runs.sort(key=lambda run: SPECS[run.task].index(run.saved) > 3)  # the most telling ones first
     if args.list:
         return harness.list_runs(runs)
     if set(args.tasks) & set(RECIPES):
