@@ -15,6 +15,10 @@ Source: the two-sided compression of 1-bit Adam (Tang et al., 2021) with a codec
 
 from __future__ import annotations
 
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -23,7 +27,13 @@ from torch import Tensor
 
 from ..codecs import Codec, CodecState, Payload
 from ..codecs.payload import all_tensors
+from .transport import Transport
 
+Steps = Generator[Future, None, None]  # yields what it waits for
+END: Any = object()
+
+ACTIVE = 3  # pieces under way
+PIECE = 1 << 22  # values of a piece
 ALIGNED = 1024  # chunks are multiples of it, so that groups and packed codes fill them
 LEAST = 4096  # a smaller tensor is sent as it is
 
@@ -40,6 +50,7 @@ class Exchange:
         self.codec, self.group, self.seed = codec, group, seed
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.sent = self.plain = 0
+        self.transport = Transport(group, ACTIVE)
         self._states: dict[str, CodecState | None] = {}
         self._waiting: dict[str, Any] = {}  # of a checkpoint, for states that are not there yet
 
@@ -48,45 +59,67 @@ class Exchange:
 
         name: of the tensor, alike on all ranks and in all steps.
         """
-        self._count(x, 2)
+        y = torch.empty_like(x)
+        run(self.pieces(name, x, y))
+        return y
+
+    def pieces(self, name: str, x: Tensor, y: Tensor) -> Iterator[Steps]:
+        """The work of `mean` into `y`, in pieces of which several can be under way: one is coded while another is on
+        the link."""
         if x.numel() < LEAST or self.size == 1:
-            y = x.clone()
-            dist.all_reduce(y, group=self.group)
-            self.sent += 2 * (self.size - 1) * y.nbytes // self.size
-            return y.div_(self.size)
-        own = self._sum(name, x).div_(self.size)
-        payload = self.codec.encode(own, self._state(f"{name}/back"))
-        buffer = _packed(payload)
-        every = buffer.new_empty(self.size * buffer.numel())
-        _all_gather(every, buffer, group=self.group)
-        self.sent += (self.size - 1) * buffer.numel()
-        chunks = [self.codec.decode(_unpacked(payload, part)) for part in every.chunk(self.size)]
-        return torch.cat(chunks)[: x.numel()]
+            yield self._plain_mean(name, x, y)
+            return
+        for number, (part, into) in enumerate(zip(x.split(PIECE), y.split(PIECE), strict=True)):
+            yield self._mean(f"{name}/{number}", part, into)
 
     def scatter(self, name: str, x: Tensor) -> Tensor:
         """The sum over ranks of chunk `rank` of `x` [size * m]: [m].  Only the way there."""
         self._count(x, 1)
-        return self._sum(name, x, x.numel() // self.size)
+        found: list[Tensor] = []
+        run(iter([self._sum(name, x, found, x.numel() // self.size)]))
+        return found[0]
 
-    def _sum(self, name: str, x: Tensor, length: int | None = None) -> Tensor:
-        """The sum over ranks of the chunk of this rank; `length` values, or as many as fill whole groups."""
+    def _plain_mean(self, name: str, x: Tensor, y: Tensor) -> Steps:
+        self._count(x, 2)
+        every = x.new_empty(self.size, x.numel())
+        data = x.contiguous().view(torch.uint8)
+        yield self.transport.swap([data] * self.size, list(every.view(torch.uint8)), _tag(name, 0))
+        self.sent += (self.size - 1) * x.nbytes
+        torch.mean(every, 0, out=y)
+
+    def _mean(self, name: str, x: Tensor, y: Tensor) -> Steps:
+        self._count(x, 2)
+        found: list[Tensor] = []
+        yield from self._sum(name, x, found)
+        payload = self.codec.encode(found[0].div_(self.size), self._state(f"{name}/back"))
+        buffer = _packed(payload)
+        every = buffer.new_empty(self.size, buffer.numel())
+        yield self.transport.swap([buffer] * self.size, list(every), _tag(name, 1))
+        self.sent += (self.size - 1) * buffer.numel()
+        for part, into in zip(every, y.split(found[0].numel()), strict=False):
+            into.copy_(self.codec.decode(_unpacked(payload, part))[: into.numel()])
+
+    def _sum(self, name: str, x: Tensor, found: list[Tensor], length: int | None = None) -> Steps:
+        """Append the sum over ranks of the chunk of this rank: `length` values, or as many as fill whole groups."""
         if length is None:
             length = -(-x.numel() // (self.size * ALIGNED)) * ALIGNED
         fill = self.size * length - x.numel()
         chunks = (torch.cat([x, x.new_zeros(fill)]) if fill else x).chunk(self.size)
         payloads = [self.codec.encode(c, self._state(f"{name}/{k}")) for k, c in enumerate(chunks)]
-        outgoing = torch.cat([_packed(payload) for payload in payloads])
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self.group)
-        self.sent += outgoing.numel() * (self.size - 1) // self.size
-        parts = [self.codec.decode(_unpacked(payloads[0], part)) for part in incoming.chunk(self.size)]
-        total = parts[0]
+        outgoing = [_packed(payload) for payload in payloads]
+        incoming = [torch.empty_like(one) for one in outgoing]
+        yield self.transport.swap(outgoing, incoming, _tag(name, 0))
+        self.sent += outgoing[0].numel() * (self.size - 1)
+        parts = [self.codec.decode(_unpacked(payloads[0], part)) for part in incoming]
         for part in parts[1:]:
-            total += part
-        return total
+            parts[0] += part
+        found.append(parts[0])
 
     def _count(self, x: Tensor, ways: int) -> None:
         self.plain += ways * (self.size - 1) * x.nbytes // self.size
+
+    def close(self) -> None:
+        self.transport.close()
 
     # -- state -------------------------------------------------------------------------------------------------
     def _state(self, name: str) -> CodecState | None:
@@ -106,8 +139,38 @@ class Exchange:
         self._waiting = dict(values)
 
 
-# Their names in torch before 2.14.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+def run(pieces: Iterator[Steps | None], done: Callable[[Steps], None] = lambda steps: None) -> None:
+    """Carry out pieces of work, of which ACTIVE are under way at a time.
+
+    pieces: None stands for a piece that is not there yet; it is asked for only where others can go on.
+    done: called with each piece that has ended.
+    """
+    active: deque[tuple[Steps, Future[None]]] = deque()
+    more = True
+    while more or active:
+        if more and len(active) < ACTIVE:
+            steps = next(pieces, END)
+            more = steps is not END
+            if more and steps is not None:
+                _advance(steps, active, done)
+                continue
+        if active:
+            steps, swap = active.popleft()
+            swap.result()
+            _advance(steps, active, done)
+
+
+def _advance(steps: Steps, active: deque, done: Callable[[Steps], None]) -> None:
+    swap = next(steps, None)
+    if swap is None:
+        done(steps)
+    else:
+        active.append((steps, swap))
+
+
+def _tag(name: str, way: int) -> int:
+    """Of an exchange, alike on all ranks."""
+    return zlib.crc32(f"{name} {way}".encode()) & 0x3FFFFFFF
 
 
 def _packed(payload: Payload) -> Tensor:

@@ -9,7 +9,7 @@ process group is its own, too, so that DDP's and the user's collectives do not c
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..codecs import Codec
 from ..observe.events import Event, Listener
-from .exchange import Exchange
+from .exchange import Exchange, run
 from .spec import PowerSGD
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Reduction:
         self._exchange: Exchange | None = None
         self._power: powerSGD_hook.PowerSGDState | None = None
         self._loaded: dict[str, Any] = {}
+        self._noted = 0, 0
         self._worker: _Worker | None = None
         self._removers: list[Callable[[], None]] = []
         if any(isinstance(hook, _Finder) and hook.reduction for hook in model._forward_pre_hooks.values()):
@@ -127,6 +128,8 @@ class Reduction:
         if self._worker is not None:
             self._worker.end()
             self._worker = None
+        if self._exchange is not None:
+            self._exchange.close()
         self.attached = False
 
     # -- buckets -----------------------------------------------------------------------------------------------
@@ -143,7 +146,9 @@ class Reduction:
             # One bucket at a time: its callbacks wait in gloo's two threads, and two buckets would fill both.
             return self._worker.submit(lambda: powerSGD_hook.powerSGD_hook(state, bucket).wait())
         if self._worker is not None:
-            return self._worker.submit(lambda: self._mean(index, x))
+            y = torch.empty_like(x)
+            pieces = list(self._exchange.pieces(f"bucket{index}", x, y))
+            return self._worker.follow(pieces, y, lambda: self._note(index))
         stream = _side_stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[x.device])
@@ -155,11 +160,15 @@ class Reduction:
 
     @torch.no_grad()
     def _mean(self, index: int, x: Tensor) -> Tensor:
-        assert self._exchange is not None
-        sent, plain = self._exchange.sent, self._exchange.plain
         y = self._exchange.mean(f"bucket{index}", x)
-        self._tell(index, self._exchange.plain - plain, self._exchange.sent - sent)
+        self._note(index)
         return y
+
+    def _note(self, index: int) -> None:
+        """Tell what was sent since the last time."""
+        exchange = self._exchange
+        self._tell(index, exchange.plain - self._noted[0], exchange.sent - self._noted[1])
+        self._noted = exchange.plain, exchange.sent
 
     def _tell(self, index: int, plain: int, sent: int) -> None:
         codec = self.codec if isinstance(self.codec, Codec) else None
@@ -243,10 +252,11 @@ class ShardedReduce:
 
 
 class _Worker:
-    """A thread that computes what it is given, one after the other."""
+    """A thread that carries out what it is given: means in pieces, several under way at a time, or whole calls."""
 
     def __init__(self) -> None:
         self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._left: dict[Any, tuple[list, Tensor, torch.futures.Future[Tensor], Callable[[], None]]] = {}
         self._thread = threading.Thread(target=self._run, name="hf_actcompress reduce", daemon=True)
         self._thread.start()
 
@@ -255,13 +265,48 @@ class _Worker:
         self._orders.put((work, future))
         return future
 
+    def follow(self, pieces: list, y: Tensor, ended: Callable[[], None]) -> torch.futures.Future[Tensor]:
+        """`y`, once all pieces have been carried out."""
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        left = [len(pieces)]
+        for piece in pieces:
+            self._left[piece] = left, y, future, ended
+            self._orders.put(piece)
+        return future
+
     def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            work, future = order
+        with torch.no_grad():
+            while (order := self._orders.get()) is not None:
+                if isinstance(order, tuple):
+                    work, future = order
+                    try:
+                        future.set_result(work())
+                    except BaseException as error:  # noqa: BLE001 - it is raised where the future is waited for
+                        future.set_exception(error)
+                    continue
+                try:
+                    run(self._following(order), self._done)
+                except BaseException as error:  # noqa: BLE001
+                    for _, _, future, _ in list(self._left.values()):
+                        if not future.done():
+                            future.set_exception(error)
+                    self._left.clear()
+
+    def _following(self, first: Any) -> Iterator[Any]:
+        """The pieces that are there; None where one may come while others are under way."""
+        yield first
+        while self._left:
             try:
-                future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - it is raised where the future is waited for
-                future.set_exception(error)
+                yield self._orders.get_nowait()
+            except queue.Empty:
+                yield None
+
+    def _done(self, piece: Any) -> None:
+        left, y, future, ended = self._left.pop(piece)
+        left[0] -= 1
+        if not left[0]:
+            ended()
+            future.set_result(y)
 
     def end(self) -> None:
         self._orders.put(None)
