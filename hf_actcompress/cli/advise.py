@@ -16,6 +16,7 @@ from .common import MODEL, Help, make_console, make_progress, percent, print_jso
 EXAMPLES = """examples:
   hf-actcompress advise --model minilm --bandwidth 100mbit
   hf-actcompress advise --model mobilenetv2_100 --bandwidth 1gbit --latency 20ms --cuts 0 --batch-size 16
+  hf-actcompress advise --reduce --model minilm --processes 4 --bandwidth 100mbit
   hf-actcompress advise cluster.yaml --timeline --png step.png
 
 A cluster that does not exist yet, as YAML (docs/advise.md lists every key):
@@ -42,6 +43,9 @@ def add_parser(commands: Any) -> None:
     add("cluster", nargs="?", metavar="CLUSTER.yaml", help="description of devices, stages and links; or --model and "
         "--bandwidth")  # fmt: skip
     add("--model", help=f"{MODEL}; its stages are measured here")
+    add("--reduce", action="store_true", help="advise on the gradients of data-parallel processes, not on a pipeline")
+    add("--processes", type=whole(2), default=2, metavar="N", help="data-parallel processes, with --reduce (default "
+        "2); --batch-size is of each")  # fmt: skip
     add("--bandwidth", metavar="RATE", help="of every link, in each direction: 100mbit, 1gbit, 12.5MB (per second)")
     add("--latency", metavar="TIME", default="0ms", help="of every link, one way: 20ms (default 0)")
     add("--stages", type=whole(2), metavar="N", help="with about as many layers each (default 2; 4 for zbv and "
@@ -69,6 +73,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _advise(args: argparse.Namespace) -> None:
+    if args.reduce:
+        _advise_reduce(args)
+        return
     if (args.cluster is None) == (args.model is None):
         raise ValueError("give either the YAML file of a cluster, or --model with --bandwidth.")
     from ..plan.advise import choose, predict, verdict
@@ -98,6 +105,49 @@ def _advise(args: argparse.Namespace) -> None:
     if args.png:
         path = chart([(p.label, p.timeline) for p in shown], cluster.devices, args.png)
         print(f"written: {path}", file=sys.stderr)
+
+
+def _advise_reduce(args: argparse.Namespace) -> None:
+    if args.model is None or args.bandwidth is None or args.cluster is not None:
+        raise ValueError("--reduce needs --model and --bandwidth, and no YAML file.")
+    from ..plan.contention import background_load
+    from ..plan.measure import measure_stages
+    from ..plan.reduce import CODECS as REDUCED
+    from ..plan.reduce import predict_reduce, verdict_reduce
+
+    link = Link(bandwidth(args.bandwidth, "--bandwidth"), seconds(args.latency, "--latency"))
+    if args.compute:
+        (stage,) = _given(args.compute, 1)
+        build = partial(stages_by_name, args.model, args.seq_len, args.image_size, 1, {"stages": 1})
+        parameters = _count(build())
+    else:
+        build = partial(stages_by_name, args.model, args.seq_len, args.image_size, args.batch_size, {"stages": 1})
+        work = build()
+        with background_load(args.background, build):
+            (stage,), _, _ = measure_stages(work, repeats=3)
+        parameters = _count(work)
+    codecs = {spec: None if spec == "none" else spec for spec in ("none", *args.codec)} if args.codec else REDUCED
+    compute = stage.forward + stage.backward + stage.optimizer
+    found = predict_reduce(parameters, args.processes, link, compute, codecs)
+    label, words = verdict_reduce(found)
+    if args.json:
+        print_json({"processes": args.processes, "parameters": parameters, "take": label, "advice": words,
+                    "codecs": [{**vars(p), "seconds": p.seconds} for p in found]})  # fmt: skip
+        return
+    rows = [[p.label, _time(p.seconds), f"{args.processes * args.batch_size / p.seconds:.3g}", _time(p.compute),
+             _time(p.link), _time(p.coding), f"{p.nbytes / 1e6:.3f}", "take this" if p.label == label else ""]
+            for p in found]  # fmt: skip
+    print_table(
+        f"{args.processes} processes, {parameters / 1e6:.1f}M parameters",
+        ["reduce", "step", "samples/s", "computation", "link", "coding", "MB", ""], rows,
+        keys=("reduce", ""), drop=("coding", "computation", "MB", "samples/s"),
+        styles=["bold cyan" if p.label == label else None for p in found],
+    )  # fmt: skip
+    make_console().print(words)
+
+
+def _count(work: Any) -> int:
+    return sum(p.numel() for stage in work.stages for p in stage.parameters())
 
 
 def _measured(args: argparse.Namespace, progress: Any) -> Cluster:
