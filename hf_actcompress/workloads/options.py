@@ -20,18 +20,19 @@ def _as_typed(text: str) -> str:
 
 
 def _to_config(self: Any, default: str | None = None) -> ActCompressConfig | None:
-    """The configuration, or None for `--codec none` without `--saved`.
+    """The configuration, or None for `--codec none` without `--saved` or `--reduce`.
 
-    default: the codec where neither `--codec` nor `--saved` is given.
+    default: the codec where none of `--codec`, `--saved` and `--reduce` is given.
     Raises ValueError, which names options as they are typed.
     """
     values = {name: getattr(self, option) for name, option in OPTIONS.items()}
     codec = values["codec"].strip().lower() if isinstance(values["codec"], str) else values["codec"]
+    others = values["saved"] if values["saved"] is not None else values["reduce"]
     if codec == "none":
         values["codec"] = None
-        if values["saved"] is None:
+        if others is None:
             return None
-    elif codec is None and values["saved"] is None:
+    elif codec is None and others is None:
         values["codec"] = default
     try:
         return ActCompressConfig(**values)
