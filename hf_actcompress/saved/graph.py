@@ -8,16 +8,21 @@ them one by one.
 from __future__ import annotations
 
 import functools
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .rules import VIEWS
 
 LEAF = "torch::autograd::AccumulateGrad"
+CHECKPOINT, OWN = torch.utils.checkpoint.__file__, os.path.dirname(__file__)
+WRAPPERS = (os.path.join("fx", "graph_module.py"), os.path.join("modules", "module.py"))
 
 
 def operation(node: Any) -> str:
@@ -46,6 +51,19 @@ def ask(node: Any, heard: Callable[[], list[Any]]) -> dict[str, Any]:
         if len(packed) == 1:
             found[name] = packed[0]
     return found
+
+
+def in_checkpoint() -> bool:
+    """Whether it is torch.utils.checkpoint that saves a tensor now: an input, which belongs to no node."""
+    frame: Any = sys._getframe(2)
+    for _ in range(12):  # from the hook, by way of the module that torch.compile may inline
+        if frame is None or frame.f_code.co_filename == CHECKPOINT:
+            return frame is not None
+        name = frame.f_code.co_filename
+        if not (name.startswith(("<", OWN)) or name.endswith(WRAPPERS)):
+            return False
+        frame = frame.f_back
+    return False
 
 
 class Number:

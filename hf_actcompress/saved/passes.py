@@ -67,13 +67,18 @@ class Pass:
         before = x.grad_fn
         if before is not None and before.name() == "CloneBackward0" and before._sequence_nr() == number:
             number -= 1  # what an operation in place saves of its input is a clone, made after its own node
-        self.handled.add(number)
         local, wrap = local_shard(x)
         if type(local) is not Tensor or local.layout != torch.strided or local.device.type == "meta":
+            self.handled.add(number)
             return Untouched(x)
         if self.weights.has(local):
+            self.handled.add(number)
             return Untouched(x)
         slot = Slot(x, local, self.decoded, wrap)
+        if graph.in_checkpoint():
+            self._input_of_checkpoint(slot)
+            return slot
+        self.handled.add(number)
         self.find(x.grad_fn, number)
         self.pending.setdefault(number, []).append(weakref.ref(slot))
         if x.grad_fn is not None:
@@ -235,7 +240,8 @@ class Pass:
         return None if values is None else Sided(values, run, rule)
 
     def _encode(self, run: Tensor, node: Any, operation: str, rows: bool = True) -> Encoded:
-        name = self.weights.names.get(id(weight_of(node)), "").removesuffix(".weight") or operation
+        weight = None if node is None else weight_of(node)
+        name = self.weights.names.get(id(weight), "").removesuffix(".weight") or operation
         place = f"{name}#{self.counts[name]}"
         self.counts[name] += 1
         content = self.site.encode(place, run, rows)
@@ -250,6 +256,15 @@ class Pass:
             return self._encode(run, node, operation)
         mean, rstd = (statistic(p.value, operation, tuple(x.shape)) for p in (mean, rstd))
         return Normalised.of(x, mean, rstd, lambda y: self._encode(y, node, operation, rows="Layer" in operation))
+
+    def _input_of_checkpoint(self, slot: Slot) -> None:
+        """All that a checkpoint runs again is of the same decoded input.  No node of autograd's saves it."""
+        operation = "checkpoint"
+        if slot.dtype in FLOATS and slot.follows and slot.tensor is not None and self._is_large(slot.tensor):
+            self._hold(slot, operation, "values",
+                       lambda run: self._encode(run, None, operation) if self.site.gains(run) else None)  # fmt: skip
+        else:
+            self._unknown(slot, operation)
 
     def _attention_output(self, slot: Slot, node: Any, name: str, operation: str) -> None:
         x, run, saved = slot.tensor, attention(node, self), self.record(node)
