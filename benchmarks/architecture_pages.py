@@ -71,7 +71,7 @@ def section(record: dict[str, Any]) -> str:
         f"Median over all {len(rows)} models at 4 bits: {middle:.3f} (limit 0.05).",
         "The ten models with the largest error at 4 bits:",
         worst(rows),
-        "Error: |g' - g| / |g| over the gradients of all parameters, one draw of the noise; median over models "
+        "Error: |g' - g| / |g| over the gradients of all parameters; median over models "
         "(worst). "
         "Sharp: queries times 8. Held: bytes that autograd would hold over bytes held; tensors below 16384 elements "
         f"stay exact. {failed} more could not be made small without weights, have no step of their own, or took more "

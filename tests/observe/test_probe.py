@@ -63,7 +63,7 @@ def test_bf16_autocast():
     assert differing(trace, other) == [] and handle.probe.rows
 
 
-@pytest.mark.parametrize("saved", ["block:bits=4", "auto:budget=0.2"])
+@pytest.mark.parametrize("saved", ["block:bits=4,round=stochastic", "auto:budget=0.2"])
 def test_saved_tensors(saved, monkeypatch):
     monkeypatch.setattr("hf_actcompress.saved.kept.SMALLEST", 16)
     (trace, _, states, handle), (other, _, others, _) = traces("bert", config(saved=saved), steps=2)
