@@ -1,4 +1,4 @@
-"""Tables and a plot of benchmarks/results/memory.json and results/saved, for pages.py."""
+"""Tables and a plot of benchmarks/results/memory.json and what trains with saved=, for pages.py."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def gradient_error(record: dict[str, Any]) -> str:
                           f"{layers[0]:.3f} to {layers[-1]:.3f}, median {statistics.median(layers):.3f}"))  # fmt: skip
     head = ("", "saved", "share held", "all parameters", "layers, least to largest")
     return harness.table(head, lines, "llrrl") + (
-        f"\n\n|g' - g| / |g|, one batch, mean over {record['draws']} draws of the noise; every layer stands in "
+        f"\n\n|g' - g| / |g|, one batch; every layer stands in "
         f"benchmarks/results/saved_gradient_error.json. `{record['command']}`."
     )
 

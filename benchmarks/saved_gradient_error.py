@@ -4,18 +4,12 @@
 
 One batch of SST-2 (32 rows) through MiniLM, one of CIFAR-10 (32 images at 96 px) through EfficientNet-Lite0, the
 embedded data where ../shared/data is absent; before the first step, dropout with the same seed on both sides.  For
-each layer the relative error |g' - g| / |g| of the gradient of its parameters, mean over --draws of the noise.  Writes
+each layer the relative error |g' - g| / |g| of the gradient of its parameters.  Writes
 benchmarks/results/saved_gradient_error.json.
-
-    python benchmarks/saved_gradient_error.py --fused
-
-MiniLM without dropout, whose attention then runs fused, on 16 x 64 random tokens (sharp attention); writes
-benchmarks/results/saved_fused_attention.json.
 """
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import harness
@@ -52,17 +46,6 @@ def images() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, collate_images([train[i] for i in range(ROWS)])
 
 
-def fused() -> tuple[nn.Module, dict[str, Tensor]]:
-    model, _ = load_text_model("minilm", 2)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for layer in model.bert.encoder.layer:
-        layer.attention.self.dropout_prob = 0.0
-    torch.manual_seed(0)
-    return model, {"input_ids": torch.randint(5, 900, (16, 64)), "labels": torch.randint(0, 2, (16,))}
-
-
 def gradients(model: nn.Module, batch: dict[str, Tensor], layers: dict[str, str]) -> dict[str, Tensor]:
     """By layer; what belongs to none is "embeddings and head"."""
     torch.manual_seed(0)
@@ -75,40 +58,28 @@ def gradients(model: nn.Module, batch: dict[str, Tensor], layers: dict[str, str]
     return {layer: torch.cat(parts).double() for layer, parts in found.items()}
 
 
-def measure(
-    model: nn.Module, batch: dict[str, Tensor], draws: int, specs: tuple[str, ...] = SPECS
-) -> dict[str, dict[str, float]]:
+def measure(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     model.train()
     layers = {layer.module: layer.name for layer in find_layers(model, batch)}
     exact, rows = gradients(model, batch, layers), {}
-    for spec in specs:
-        errors: dict[str, list[float]] = {layer: [] for layer in exact} | {"all": []}
+    whole = torch.cat(list(exact.values()))
+    for spec in SPECS:
         with compress_model(model, ActCompressConfig(saved=spec)) as handle:
-            for _ in range(draws):
-                found = gradients(model, batch, layers)
-                for layer, g in exact.items():
-                    errors[layer].append(float((found[layer] - g).norm() / g.norm()))
-                whole, own = torch.cat(list(exact.values())), torch.cat(list(found.values()))
-                errors["all"].append(float((own - whole).norm() / whole.norm()))
+            found = gradients(model, batch, layers)
             record = handle.meters["saved"]
-        rows[spec] = {layer: statistics.fmean(values) for layer, values in errors.items()}
-        rows[spec]["share held"] = record.payload_bytes / record.raw_bytes
+        row = rows[spec] = {layer: float((found[layer] - g).norm() / g.norm()) for layer, g in exact.items()}
+        row["all"] = float((torch.cat(list(found.values())) - whole).norm() / whole.norm())
+        row["share held"] = record.payload_bytes / record.raw_bytes
     return rows
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__)
-    parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--fused", action="store_true", help="MiniLM without dropout on random tokens alone")
-    args = parser.parse_args()
+    harness.arguments(__doc__).parse_args()
     torch.manual_seed(0)
     models: dict[str, Any] = {}
-    cases = {"MiniLM, SST-2": text, "EfficientNet-Lite0, CIFAR-10": images}
-    if args.fused:
-        cases = {"MiniLM without dropout, random tokens": fused}
-    for name, make in tqdm(cases.items(), desc="models"):
-        models[name] = measure(*make(), args.draws, SPECS[:3] if args.fused else SPECS)
-        harness.save(f"saved_{'fused_attention' if args.fused else 'gradient_error'}", draws=args.draws, models=models)
+    for name, make in tqdm({"MiniLM, SST-2": text, "EfficientNet-Lite0, CIFAR-10": images}.items(), desc="models"):
+        models[name] = measure(*make())
+        harness.save("saved_gradient_error", models=models)
         for spec, row in models[name].items():
             print(f"{name:30s} {spec:20s} " + "  ".join(f"{layer} {value:.3f}" for layer, value in row.items()))
 
