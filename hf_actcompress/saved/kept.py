@@ -173,11 +173,17 @@ class Sided:
 
     def get(self) -> Tensor:
         y, inside, low, high = self.values.get(), self.flags.get().bool(), self.rule.low, self.rule.high
-        near = max(abs(low) * 2**-7, torch.finfo(y.dtype).tiny)  # a bound itself is outside
+        near = max(abs(low) * 2**-7, least(y.dtype))  # a bound itself is outside
         if high is None:
             return torch.where(inside, y.clamp_min(low + near), y.clamp_max(low))
         outside = torch.where(y < (low + high) / 2, y.clamp_max(low), y.clamp_min(high))
         return torch.where(inside, y.clamp(low + near, high - near), outside)
+
+
+def least(dtype: torch.dtype) -> float:
+    """A positive number for values that are above 0 and were rounded to it: small, but products with gradients are no
+    subnormal numbers, which CPUs are slow with."""
+    return max(torch.finfo(dtype).tiny, 2.0**-60)
 
 
 class Narrow:

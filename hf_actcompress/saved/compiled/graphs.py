@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from ..kept import least
 from .operators import bits_saved, decode_saved, encode_saved, flags_saved, row_nbytes
 from .plan import Form, Plan, twin_of, two_values
 
@@ -131,7 +132,7 @@ def _flags(plan: Plan, name: str, bits: Node) -> Node:
 def _with_sides(plan: Plan, name: str, value: Node, bits: Node) -> Node:
     """Above 0 where the result of the ReLU was, and 0 elsewhere."""
     x: Tensor = plan.nodes[name].meta["val"]
-    above = _call(plan, aten.clamp_min.default, (value, torch.finfo(x.dtype).tiny))
+    above = _call(plan, aten.clamp_min.default, (value, least(x.dtype)))
     return _call(plan, aten.where.self, (_flags(plan, name, bits), above, _constant(plan, 0.0, x)))
 
 
