@@ -12,7 +12,6 @@ lock that ends with its process.  Data: a folder with glue/cola, glue/sst2 and c
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import ROOT
 
 RESULTS = harness.RESULTS / "accuracy"
 GRADIENT = "block:bits=8,round=stochastic"
@@ -124,8 +122,7 @@ def train(script: str, argv: list[str], seed: int, output: str | None = None) ->
         )  # fmt: skip
     record["data"] = harness.without_folders(record["data"])
     record["seconds"] = round(time.time() - began, 1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    record["commit"] = commit.stdout.strip() or None  # which code a figure stands for
+    record["commit"] = harness.commit()
     record["history"] = [
         {k: h[k] for k in ("step", "loss", "grad_norm") if k in h} for h in record["history"] if "loss" in h
     ]

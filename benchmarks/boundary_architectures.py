@@ -29,6 +29,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import harness
 import numpy
 import torch
 from torch import nn
@@ -362,6 +363,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60, help="seconds a model")
     parser.add_argument("--again", action="store_true", help="run what has a result, too")
     parser.add_argument("--failed", action="store_true", help="run again what failed")
+    parser.add_argument("--older", action="store_true", help="run again what another commit measured")
+    parser.add_argument("--commit", help="what rows are labelled with; default: the checkout's")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {"hf": {}, "timm": {}}
@@ -373,13 +376,16 @@ def main() -> None:
     torch.set_num_threads(1)
     names = options.only or (hf_names() if options.family == "hf" else timm_names())
     part, parts = map(int, options.part.split("/"))
+    commit = options.commit or harness.commit()  # of the code that a row stands for
     import hf_actcompress.attach  # noqa: F401 - once, before the processes are made
     measure("hf", "bert") if options.family == "hf" else measure("timm", "resnet18")
 
     for name in names[part::parts]:
         row = results[options.family].get(name)
-        if row is None or options.again or options.only or (options.failed and not good(row)):
-            results[options.family][name] = row = in_a_process(options.family, name, options.limit)
+        older = options.older and row is not None and "skipped" not in row and row.get("commit") != commit
+        if row is None or older or options.again or options.only or (options.failed and not good(row)):
+            row = in_a_process(options.family, name, options.limit) | {"commit": commit}
+            results[options.family][name] = row
             print(name, "" if good(row) else "<<<<" if "skipped" not in row else "", json.dumps(row), flush=True)
             options.results.parent.mkdir(exist_ok=True)
             whole = options.results.with_suffix(".part")

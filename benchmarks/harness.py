@@ -15,6 +15,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -89,6 +90,12 @@ def write(path: Path | str, record: Any) -> None:
 
 def about(command: str) -> dict[str, Any]:
     return {"command": f"python benchmarks/{command}", "environment": environment()}
+
+
+def commit() -> str | None:
+    """Of this checkout: which code a figure stands for."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or None
 
 
 def save(name: str, **values: Any) -> None:
@@ -219,8 +226,6 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 def fresh_process(script: str, *options: object, **env: str) -> Any:
     """The JSON of the last line that `script options` prints in a process of its own."""
-    import subprocess
-
     command = [sys.executable, script, *map(str, options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **env})
     return json.loads(done.stdout.splitlines()[-1])
