@@ -10,7 +10,7 @@ from hf_actcompress import ActCompressConfig, compress_model
 from hf_actcompress.boundary.channel import Channel
 from hf_actcompress.codecs import codec_names, parse_codec
 from hf_actcompress.ops import gaussian, hadamard, trellis
-from hf_actcompress.saved import passes as saved_passes
+from hf_actcompress.saved import tensors as saved_tensors
 
 # Kernels of a first encode and of its decode.
 CODECS = {
@@ -105,7 +105,7 @@ def plain():
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_training_step(name, plain, monkeypatch):
-    monkeypatch.setattr(saved_passes, "Tensor", FakeTensor)  # other subclasses are left alone
+    monkeypatch.setattr(saved_tensors, "Tensor", FakeTensor)  # other subclasses are left alone
     config, budget, sampled = STEPS[name]
     found, handle = step(config)
     assert len(handle.boundaries) == (0 if config.saved else 2)

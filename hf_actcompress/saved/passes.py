@@ -23,11 +23,10 @@ from torch.autograd.function import BackwardCFunction
 
 from . import graph
 from .again import Both, Maker, attention, maker
-from .kept import Again, Empty, Encoded, Exact, Flags, Layout, Memory, Narrow, Sided, flatten, narrowest, place_of
-from .masks import pack_two_values
+from .kept import Again, Empty, Encoded, Exact, Flags, Layout, Memory, Narrow, Sided, flatten, place_of
 from .normalised import Normalised, statistic
 from .rules import CODES, NORMALISED, OUTPUT, RULES, SHAPE, VIEWS, WEIGHT, Bits, Sides, rule_of
-from .slots import Decoded, Slot, Untouched, local_shard
+from .slots import Slot, Untouched, local_shard
 from .weights import Weights, weight_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -56,7 +55,7 @@ class Pass:
         self.report: dict[tuple[str, str], list[int]] = {}
         self.attentions: dict[int, Both] = {}
         self.passed_by = 0  # operations that saved past these hooks
-        self.decoded = Decoded(again=self.trial is None)
+        self.decoded = site.decoded()
         self._asked: list[Any] | None = None
 
     # -- hooks ------------------------------------------------------------------------------------------------
@@ -68,7 +67,7 @@ class Pass:
         if before is not None and before.name() == "CloneBackward0" and before._sequence_nr() == number:
             number -= 1  # what an operation in place saves of its input is a clone, made after its own node
         local, wrap = local_shard(x)
-        if type(local) is not Tensor or local.layout != torch.strided or local.device.type == "meta":
+        if not self.site.takes(local):
             self.handled.add(number)
             return Untouched(x)
         if self.weights.has(local):
@@ -207,7 +206,7 @@ class Pass:
             self._attention_output(slot, node, name, operation)
         elif rule == NORMALISED:
             self._hold(slot, operation, "values", lambda run: self._normalised(x, run, node, operation), node)
-        elif not slot.follows and (mask := _mask_of(x)) is not None:
+        elif not slot.follows and (mask := self.site.two_values(x)) is not None:
             self._hold(slot, operation, "values", lambda run: mask)
         elif rule == CODES and not self._is_weight(slot, node, name):
             self._hold(slot, operation, "values", lambda run: self._values(slot, run, node, operation), node)
@@ -305,9 +304,9 @@ class Pass:
             self._exactly(slot, operation)
         elif x.dtype == torch.bool:
             self._hold(slot, operation, "values", lambda run: Flags.of(run, Bits(0.0, None, 0.0, 1.0), exact=True))
-        elif x.dtype in INTS and x.device.type == "cpu" and (narrow := narrowest(x)) is not None:
+        elif x.dtype in INTS and x.device.type == "cpu" and (narrow := self.site.narrowest(x)) is not None:
             self._hold(slot, operation, "values", lambda run: Narrow(run, narrow))
-        elif x.dtype in FLOATS and not slot.follows and (mask := _mask_of(x)) is not None:
+        elif x.dtype in FLOATS and not slot.follows and (mask := self.site.two_values(x)) is not None:
             self._hold(slot, operation, "values", lambda run: mask)
         else:
             self._exactly(slot, operation)
@@ -344,9 +343,3 @@ class Pass:
 
 def alive(references: Iterable[weakref.ref[Slot]]) -> list[Slot]:
     return [slot for reference in references if (slot := reference()) is not None]
-
-
-def _mask_of(x: Tensor) -> Flags | None:
-    run, _, _ = flatten(x)
-    found = pack_two_values(run)
-    return None if found is None else Flags(found[0], run.numel(), *found[1:], x.dtype, exact=True)

@@ -132,15 +132,23 @@ class Decoded:
         self._known: list[tuple[weakref.ref, StorageWeakRef, tuple]] = []
         self._last: dict[bool, Tensor] = {}
 
+    @staticmethod
+    def revived(
+        reference: StorageWeakRef, dtype: torch.dtype, device: torch.device, offset: int, n: int
+    ) -> Tensor | None:
+        """A flat tensor in that storage, if something still holds it."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+        return None if storage is None else torch.empty(0, dtype=dtype, device=device).set_(storage, offset, (n,))
+
     def of(self, content: Any) -> Tensor:
         """The memory of a content, flat."""
         for known, storage, layout in self._known:
-            if known() is content and (flat := _revived(storage, *layout)) is not None:
+            if known() is content and (flat := self.revived(storage, *layout)) is not None:
                 return flat
         with torch.no_grad(), self.pool.used(), _full_precision():
             flat = content.get()
-        if self.again and flat.is_floating_point() and type(flat) is Tensor:
-            layout = (flat.dtype, flat.storage_offset(), flat.numel())
+        if self.again and flat.is_floating_point() and not isinstance(flat, nn.Parameter):
+            layout = (flat.dtype, flat.device, flat.storage_offset(), flat.numel())
             reference = StorageWeakRef(flat.untyped_storage())
             self._known = [*self._known[1 - LOOKED_UP :], (weakref.ref(content), reference, layout)]
             if getattr(content, "shared", True):
@@ -155,9 +163,3 @@ def _full_precision() -> contextlib.AbstractContextManager:
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
     return stack
-
-
-def _revived(reference: StorageWeakRef, dtype: torch.dtype, offset: int, n: int) -> Tensor | None:
-    """A flat tensor in that storage, if something still holds it."""
-    storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-    return None if storage is None else torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, (n,))

@@ -23,8 +23,9 @@ from ..codecs import Codec, raw_nbytes
 from ..observe.events import Event, Listener
 from ..observe.nonfinite import Nonfinite, check
 from . import kept
+from .masks import pack_two_values
 from .passes import Pass
-from .slots import Untouched
+from .slots import Decoded, Untouched
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,23 @@ class SavedTensors:
     @property
     def smallest(self) -> int:
         return kept.SMALLEST
+
+    def decoded(self) -> Decoded:
+        """What decodes for a pass."""
+        return Decoded(again=self.trial is None)
+
+    def takes(self, local: Tensor) -> bool:
+        """Whether it is a tensor with values that lie at their strides; subclasses keep what is theirs."""
+        return type(local) is Tensor and local.layout == torch.strided and local.device.type != "meta"
+
+    def two_values(self, x: Tensor) -> kept.Flags | None:
+        """A mask in one bit a value, if `x` is one.  This one and the next look at values."""
+        run, _, _ = kept.flatten(x)
+        found = pack_two_values(run)
+        return None if found is None else kept.Flags(found[0], run.numel(), *found[1:], x.dtype, exact=True)
+
+    def narrowest(self, x: Tensor) -> torch.dtype | None:
+        return kept.narrowest(x)
 
     def gains(self, run: Tensor) -> bool:
         """Whether the codec takes such a tensor, and saves bytes."""

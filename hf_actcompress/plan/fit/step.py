@@ -1,0 +1,135 @@
+"""One training step, counted: forward, loss, backward, optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .tracker import BACKWARD, FORWARD, OPTIMIZER, Event, Storage, Tracker
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
+    "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a step was counted to take, in bytes.
+
+    always: parameters, buffers, optimizer state and the batch.
+    held: what is there after the forward pass and was not before: what autograd holds, and the loss.
+    """
+
+    parameters: int
+    trained: int  # of the parameters, those with gradients
+    gradients: int
+    optimizer: int
+    batch: int
+    held: int
+    events: list[Event]
+    flops: dict[str, int]
+    moved: dict[str, int]
+    peak_of: Callable[[int], list[Storage]] = field(repr=False)
+
+    @property
+    def always(self) -> int:
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def peak(self) -> int:
+        return max(event.live for event in self.events)
+
+    @property
+    def peak_event(self) -> int:
+        """The index of the event with the most bytes."""
+        lives = [event.live for event in self.events]
+        return lives.index(max(lives))
+
+
+def loss_of(outputs: Any, labels: Tensor | None) -> Tensor:
+    """The model's own loss, else cross entropy of its logits."""
+    loss = getattr(outputs, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+    assert labels is not None
+    return nn.functional.cross_entropy(logits.float(), labels)
+
+
+def forward(model: nn.Module, batch: dict[str, Any], autocast: bool, device: str) -> Tensor:
+    """The loss of a batch, whose values under "args" are given by position."""
+    named = {key: value for key, value in batch.items() if key not in ("args", "targets")}
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        return loss_of(model(*batch.get("args", ()), **named), batch.get("targets"))
+
+
+def prepare(model: nn.Module, optimizer: str) -> torch.optim.Optimizer:
+    """The optimizer, with the state that it has after its first step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    made = OPTIMIZERS[optimizer](trained)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    made.step()
+    made.zero_grad()
+    return made
+
+
+def count(
+    model: nn.Module, batch: dict[str, Any], method: Callable[[nn.Module, Tracker], Any], *, optimizer: str,
+    autocast: bool, device: str, on_cpu: bool = False,
+) -> Counted:  # fmt: skip
+    """Count a step of `model` in `method`.  Where tensors have no values, this is called under FakeTensorMode."""
+    made = prepare(model, optimizer)
+    gc.collect()
+    tracker = Tracker(device, on_cpu)
+    parameters = tracker.watch((*model.parameters(), *model.buffers()), "parameters")
+    state = tracker.watch(_tensors(made.state.values()), "optimizer")
+    rows = tracker.watch(_tensors([batch]), "batch")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with method(model, tracker), tracker.modules_of(model), tracker:
+        before = tracker.live
+        loss = forward(model, batch, autocast, device)
+        held = tracker.sweep() - before
+        tracker.phase = BACKWARD
+        loss.backward()
+        tracker.phase = OPTIMIZER
+        del loss
+        gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+        names = {tracker.number_of(p.grad) for p in trained if p.grad is not None}
+        made.step()
+        tracker.events.append(Event(OPTIMIZER, "", "optimizer", tracker.sweep()))
+    for number in names - {None}:
+        tracker.storages[number] = tracker.storages[number]._replace(kind="gradients")
+    made.zero_grad()
+    return Counted(parameters, sum(p.nbytes for p in trained), gradients, state, rows, held, tracker.events,
+                   dict(tracker.flops), dict(tracker.moved), tracker.alive_at)  # fmt: skip
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+@contextlib.contextmanager
+def without_values(device: str) -> Iterator[None]:
+    """New tensors have shapes and no values, and nothing is allocated."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        yield
+
+
+__all__ = ["FORWARD", "BACKWARD", "OPTIMIZER", "Counted", "count", "forward", "loss_of", "prepare", "without_values"]
