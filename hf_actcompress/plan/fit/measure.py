@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .step import _tensors, forward, prepare
+from .step import forward, prepare, tensors_of
 from .tracker import Tracker
 
 PHASES = ("forward", "backward", "optimizer")
@@ -52,7 +52,7 @@ def measure(
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         gc.collect()
-        kept = [*model.parameters(), *model.buffers(), *_tensors(made.state.values()), *_tensors([batch])]
+        kept = [*model.parameters(), *model.buffers(), *tensors_of(made.state.values()), *tensors_of([batch])]
         always = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
         found = (_on_gpu if device == "cuda" else _on_cpu)(step)
     median = sorted(seconds)[len(seconds) // 2] if seconds else None

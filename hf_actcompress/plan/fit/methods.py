@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ...saved.entry import Entry
 from ...saved.kept import Flags, flatten
 from ...saved.rules import Bits
 from ...saved.slots import Decoded
-from ...saved.tensors import SavedTensors
+from ...saved.tensors import SavedTensors, pack, unpack
 from .tracker import Storage, Tracker
 
 Method = Callable[[nn.Module, Tracker], Any]
@@ -99,6 +100,9 @@ class CountedSaved(SavedTensors):
 
     tracker: Tracker
 
+    def _hooks(self) -> tuple[Any, Any]:
+        return pack, unpack  # nothing is compiled
+
     def decoded(self) -> Decoded:
         return super().decoded() if detect_fake_mode() is None else CountedDecoded(self.tracker)
 
@@ -170,16 +174,40 @@ def both(spec: str) -> Method:
 
 @contextlib.contextmanager
 def offload(model: nn.Module, tracker: Tracker) -> Iterator[None]:
-    with torch.autograd.graph.save_on_cpu():
+    """As torch's `save_on_cpu`, which moves nothing on a CPU."""
+    if tracker.on_cpu or detect_fake_mode() is None:
+        hooks: Any = torch.autograd.graph.save_on_cpu()
+    else:
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: x.to("meta"), lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        )
+    with hooks:
         yield
 
 
-METHODS: dict[str, Method] = {
-    "none": none,
-    "saved 8": saved("block:bits=8"),
-    "saved 4": saved("block:bits=4"),
-    "saved 2": saved("block:bits=2"),
-    "checkpointing": checkpointing,
-    "checkpointing + saved 4": both("block:bits=4"),
-    "offload": offload,
+@dataclass(frozen=True)
+class Plan:
+    """A method, and what there is to write for it.
+
+    bits: of saved tensors, where the count follows from those of others; 0: chosen by a budget.
+    budget: torch's activation_memory_budget, of a compiled model.
+    """
+
+    method: Method
+    spec: str | None = None
+    bits: int | None = None
+    checkpointing: bool = False
+    offload: bool = False
+    budget: float | None = None
+
+
+METHODS: dict[str, Plan] = {
+    "none": Plan(none),
+    "saved 8": Plan(saved("block:bits=8"), "block:bits=8"),
+    "saved 4": Plan(saved("block:bits=4"), "block:bits=4"),
+    "saved 2": Plan(saved("block:bits=2"), "block:bits=2", bits=2),
+    "saved auto": Plan(saved("block:bits=4"), "auto:budget=0.1", bits=0),
+    "checkpointing": Plan(checkpointing, checkpointing=True),
+    "checkpointing + saved 4": Plan(both("block:bits=4"), "block:bits=4", checkpointing=True),
+    "offload": Plan(offload, offload=True),
 }

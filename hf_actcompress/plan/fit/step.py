@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .tracker import BACKWARD, FORWARD, OPTIMIZER, Event, Storage, Tracker
 
@@ -39,7 +38,8 @@ class Counted:
     events: list[Event]
     flops: dict[str, int]
     moved: dict[str, int]
-    peak_of: Callable[[int], list[Storage]] = field(repr=False)
+    alive_at: Callable[[int], list[Storage]] = field(repr=False)
+    shapes: set[tuple[int, ...]] = field(repr=False)
 
     @property
     def always(self) -> int:
@@ -85,18 +85,19 @@ def prepare(model: nn.Module, optimizer: str) -> torch.optim.Optimizer:
 
 
 def count(
-    model: nn.Module, batch: dict[str, Any], method: Callable[[nn.Module, Tracker], Any], *, optimizer: str,
-    autocast: bool, device: str, on_cpu: bool = False,
+    model: nn.Module, batch: dict[str, Any], method: Callable[[nn.Module, Tracker], Any],
+    optimizer: torch.optim.Optimizer, *, autocast: bool = False, device: str = "cpu", on_cpu: bool = True,
 ) -> Counted:  # fmt: skip
-    """Count a step of `model` in `method`.  Where tensors have no values, this is called under FakeTensorMode."""
-    made = prepare(model, optimizer)
-    gc.collect()
+    """Count a step of `model` in `method`.  Where tensors have no values, this is called under FakeTensorMode.
+
+    optimizer: with its state (`prepare`).  on_cpu: see Tracker.
+    """
     tracker = Tracker(device, on_cpu)
     parameters = tracker.watch((*model.parameters(), *model.buffers()), "parameters")
-    state = tracker.watch(_tensors(made.state.values()), "optimizer")
-    rows = tracker.watch(_tensors([batch]), "batch")
+    state = tracker.watch(tensors_of(optimizer.state.values()), "optimizer")
+    rows = tracker.watch(tensors_of([batch]), "batch")
     trained = [p for p in model.parameters() if p.requires_grad]
-    with method(model, tracker), tracker.modules_of(model), tracker:
+    with _no_collection(), method(model, tracker), tracker.modules_of(model), tracker:
         before = tracker.live
         loss = forward(model, batch, autocast, device)
         held = tracker.sweep() - before
@@ -106,30 +107,33 @@ def count(
         del loss
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         names = {tracker.number_of(p.grad) for p in trained if p.grad is not None}
-        made.step()
+        optimizer.step()
         tracker.events.append(Event(OPTIMIZER, "", "optimizer", tracker.sweep()))
     for number in names - {None}:
         tracker.storages[number] = tracker.storages[number]._replace(kind="gradients")
-    made.zero_grad()
+    optimizer.zero_grad()
     return Counted(parameters, sum(p.nbytes for p in trained), gradients, state, rows, held, tracker.events,
-                   dict(tracker.flops), dict(tracker.moved), tracker.alive_at)  # fmt: skip
+                   dict(tracker.flops), dict(tracker.moved), tracker.alive_at,
+                   {storage.shape for storage in tracker.storages.values()})  # fmt: skip
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is in cycles is freed at a time that depends on what ran before."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            yield from tensors_of(value.values())
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-@contextlib.contextmanager
-def without_values(device: str) -> Iterator[None]:
-    """New tensors have shapes and no values, and nothing is allocated."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        yield
-
-
-__all__ = ["FORWARD", "BACKWARD", "OPTIMIZER", "Counted", "count", "forward", "loss_of", "prepare", "without_values"]
+            yield from tensors_of(value)

@@ -7,6 +7,7 @@ not fit.  What a kernel allocates for itself while it runs is not seen.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -88,6 +89,10 @@ class Tracker(TorchDispatchMode):
             self.drop(self._known.pop(key)[0])
         return self.live
 
+    def _is_new(self, x: Tensor) -> bool:
+        key = x.untyped_storage()._cdata
+        return key not in self._known and key not in self._always
+
     def _see(self, x: Tensor, module: str, operation: str, kind: str = "activations") -> int:
         """Bytes of a storage that was not counted yet, else 0."""
         if x.layout != torch.strided or x.device.type != self.device:
@@ -120,23 +125,26 @@ class Tracker(TorchDispatchMode):
 
     # -- operations -------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        outputs = [result] if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        module = None
-        before = self.sweep()
+        result = func(*args, **(kwargs or {}))
+        if _is_view(func):
+            return result
+        if isinstance(result, Tensor):
+            outputs = [result]
+        else:
+            outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if any(self._is_new(x) for x in outputs):
+            self._allocated(func, args, outputs)
+        self._cost(func, args, kwargs or {}, result, outputs)
+        return result
+
+    def _allocated(self, func: Any, args: Any, outputs: list[Tensor]) -> None:
+        module, name, before = self.module(), func.name(), self.sweep()
         for x in outputs:
-            if module is None:
-                module = self.module()
-            if self._see(x, module, func.name()) and func.namespace == "actcompress" and self.pooled is not None:
+            if self._see(x, module, name) and func.namespace == "actcompress" and self.pooled is not None:
                 self.pooled(x)
         inside = INSIDE.get(func._overloadpacket) if self.on_cpu else None
         most = self.live if inside is None else max(self.live, before + inside(args, outputs))
-        if most > before:
-            self.events.append(Event(self.phase, module or "", func.name(), most))
-        if not _is_view(func):
-            self._cost(func, args, kwargs, result, outputs)
-        return result
+        self.events.append(Event(self.phase, module, name, most))
 
     def _cost(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> None:
         packet = func._overloadpacket
@@ -209,6 +217,7 @@ def _parts(x: Tensor) -> list[Tensor]:
     return [x._local_tensor] if type(x).__name__ == "DTensor" else [x]  # type: ignore[attr-defined]
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
