@@ -16,12 +16,13 @@ from importlib import import_module
 from .. import __version__
 from .common import Help
 
-COMMANDS = ("inspect", "bench", "analyze", "advise", "card", "report")
+COMMANDS = ("inspect", "bench", "analyze", "advise", "fit", "card", "report")
 EXAMPLES = """examples:
   hf-actcompress inspect minilm --first 1 --last 2 --placement cuts
   hf-actcompress inspect mobilenetv2_100 --batch-size 64 --image-size 96 --codec block:bits=4 topk:ratio=0.2
   hf-actcompress analyze minilm embedded --codec block:bits=4 block:bits=2 --out outputs/minilm
   hf-actcompress bench block:bits=4 sort:bits=8 --shape 32x128x384
+  hf-actcompress fit llama --config hidden_size=2048 num_hidden_layers=16 --seq-len 1024 --dtype bf16 --memory 24GB
   hf-actcompress advise --model minilm --bandwidth 100mbit
   hf-actcompress report outputs --html report.html
 

@@ -80,14 +80,11 @@ def scalar_factor(node: Any) -> dict[str, Number]:
     """Of `x * 0.5` the number, for which autograd calls no hooks."""
     if node.name() != "MulBackward0" or node.next_functions[1][0] is not None:
         return {}
-    found: list[Tensor] = []
-
-    def pack(x: Tensor) -> None:
-        found.append(x)
-
-    try:
-        # What was packed is not always handed over: under FakeTensorMode nothing is.
-        node._raw_saved_other.register_hooks(pack, lambda *_: found[0])
+    raw = node._raw_saved_other
+    if hasattr(raw, "unpack_hook"):
+        return {} if raw.unpack_hook is not None else {"other": Number(raw.data)}
+    try:  # before torch 2.14
+        raw.register_hooks(lambda x: x, lambda x: x)
     except RuntimeError:  # there are hooks, so it is none
         return {}
     return {"other": Number(node._saved_other)}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import nn
 
 from ...observe.target import UNITS
 from .counts import Count, Unlike, at, combine, largest, through
@@ -16,7 +12,8 @@ from .methods import METHODS, Plan
 from .models import TOKENS, Subject, find_model
 from .session import Counter, Setting
 from .snippets import snippets
-from .speed import Speed, calibrate, speed_of
+from .speed import Speed, speed_of
+from .speed import calibrate as speeds_of_this_machine
 from .step import OPTIMIZERS
 
 MOST_ROWS, MOST_TOKENS = 1 << 16, 1 << 20
@@ -29,7 +26,6 @@ class Row:
     held, peak: bytes; held between forward and backward, besides parameters, optimizer state and the batch.
     fits: whether the peak is within the memory; rows, size: the most rows, and the longest example, for which it is.
     step: time over that without a method, estimated.
-    measured: the same of a real step, where it was asked for.
     """
 
     method: str
@@ -42,7 +38,6 @@ class Row:
     size: int | None = None
     note: str = ""
     snippets: dict[str, str] = field(default_factory=dict, repr=False)
-    measured: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def fit(
     model: Any, *, memory: Any = None, batch_size: int = 8, seq_len: int | None = None,
     image_size: int | None = None, dtype: str = "fp32", autocast: bool = False, optimizer: str = "adamw",
     lora: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None,
-    methods: Sequence[str] | None = None, device: str = "cuda", compile: bool = False, measure: bool = False,
+    methods: Sequence[str] | None = None, device: str = "cuda", compile: bool = False, calibrate: bool = False,
     local_files_only: bool = True,
 ) -> Fit:  # fmt: skip
     """What training a model takes, by each method, without allocating it.
@@ -121,7 +116,8 @@ def fit(
     methods: some of METHODS.
     device: "cuda" counts what a GPU's operations keep, "cpu" what a CPU's do; it need not be there.
     compile: also torch's activation_memory_budget.
-    measure: also run one real step of each method, in processes of their own, on this machine.
+    calibrate: take the speeds of this machine, within seconds, and keep them; without, the last ones that were taken,
+        or those of a data-centre GPU.  Only the estimate of the step depends on them.
     Raises ValueError for what is not known.
     """
     limit = parse_memory(memory)
@@ -141,7 +137,7 @@ def fit(
         raise ValueError(f"seq_len={subject.size}: {subject.name} has positions for {subject.most} tokens.")
     setting = Setting(optimizer, autocast, device)
     counter = Counter(subject, setting)
-    speed = calibrate(device, dtype) if measure else speed_of(device, "bf16" if autocast else dtype)
+    speed = speeds_of_this_machine(device, dtype) if calibrate else speed_of(device, "bf16" if autocast else dtype)
     return _Answer(subject, counter, batch_size, limit, speed).all(
         [name for name in known if methods is None or name in methods or name == "none"], dtype
     )

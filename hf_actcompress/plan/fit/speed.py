@@ -1,7 +1,7 @@
 """How long a step takes, estimated from what it computes and moves, by the speed of a device.
 
-`fit --measure` takes the speeds of this machine and keeps them; without, those of a data-centre GPU are assumed.  Only
-ratios of estimates mean anything: kernels overlap, and few run at these speeds.
+`fit --calibrate` takes the speeds of this machine and keeps them; without, those of a data-centre GPU are assumed.
+Only ratios of estimates mean anything: kernels overlap, and few run at these speeds.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def calibrate(device: str, dtype: str) -> Speed:
     def both_ways() -> None:
         codec.decode(codec.encode(shaped, state))
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"this machine's CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"this machine's CPU, {threads} threads"
     found = Speed(
         2 * n * width * width / _seconds(lambda: a @ b, device),
         2 * x.nbytes / _seconds(lambda: x + 1, device),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tracker import BACKWARD, FORWARD, OPTIMIZER, Event, Storage, Tracker
+from .tracker import BACKWARD, OPTIMIZER, Event, Storage, Tracker
 
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),

@@ -247,9 +247,9 @@ def _convolution_backward(args: Any, made: list[Tensor]) -> int:
 
 def _batch_norm_backward(args: Any, made: list[Tensor]) -> int:
     grad, x = args[0], args[1]
-    alike = any(grad.is_contiguous(memory_format=f) and x.is_contiguous(memory_format=f)
-                for f in (torch.contiguous_format, torch.channels_last) if x.dim() == 4 or f == torch.contiguous_format)
-    return (2 if alike else 1) * x.nbytes  # fmt: skip
+    formats = [torch.contiguous_format, *[torch.channels_last] * (x.dim() == 4)]
+    alike = any(grad.is_contiguous(memory_format=f) and x.is_contiguous(memory_format=f) for f in formats)
+    return (2 if alike else 1) * x.nbytes
 
 
 def _flash_backward(args: Any, made: list[Tensor]) -> int:
